@@ -1,0 +1,37 @@
+-- walpost 3/8: the outbox table. An application inserts one row for each message, in the transaction that the
+-- message is about.
+-- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again.
+--
+-- Behind a /*:name*/ mark stands what "walpost init" and "walpost sql" fill in; edit it when you apply this by hand.
+
+create table if not exists walpost.outbox (
+    id            uuid /*:key*/ primary key,  -- message id; its default is set below
+    aggregatetype text not null,              -- routes to a topic
+    aggregateid   text not null,              -- message key: order is kept per key
+    type          text not null,              -- event type, becomes the property "type"
+    payload       /*:payload*/ json,          -- or jsonb, bytea, text; the bytes of the message; null = tombstone
+    topic         text,                       -- optional: overrides the routing template
+    headers       jsonb,                      -- optional: string properties, {"name": "value"}
+    deliver_at    timestamptz,                -- optional: delayed delivery
+    created_at    timestamptz not null default clock_timestamp(),       -- becomes the event time
+    seq           bigint generated always as identity,                  -- order of insertion
+    txid          xid8 not null default pg_current_xact_id(),           -- the inserting transaction
+    sent_at       timestamptz                 -- written only when sent rows are to be marked
+/*:end*/ );
+
+-- BRIN: a few kilobytes for millions of rows, and next to nothing for an insert. xid8 has no BRIN operator class of
+-- its own (up to Postgres 18, at least), so its number is indexed: search with txid::text::bigint.
+create index if not exists outbox_txid_brin on walpost.outbox using brin ((txid::text::bigint));
+
+do $walpost$
+begin
+    if exists (select from pg_attrdef where adrelid = 'walpost.outbox'::regclass and adnum = 1) then
+        return;
+    end if;
+    if to_regprocedure('pg_catalog.uuidv7()') is not null then
+        alter table walpost.outbox alter column id set default uuidv7();
+    else
+        alter table walpost.outbox alter column id set default walpost.uuidv7();
+    end if;
+end
+$walpost$;

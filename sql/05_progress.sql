@@ -1,0 +1,18 @@
+-- walpost 5/8: how far delivery is, one row for each replication slot. walpost writes it about every ten seconds while
+-- events pass, and not at all while none do.
+-- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again.
+--
+-- A snapshot says of every transaction whether it had committed at that moment (documentation, "Transaction ID and
+-- Snapshot Information Functions"): one value a table's rows can be compared with, however many there are.
+
+create table if not exists walpost.progress (
+    slot          text primary key,           -- the replication slot
+    system_id     text not null,              -- of the cluster that the snapshots are from
+    delivered     pg_snapshot,                -- every row visible in it has its receipt, unless it is a straggler
+    scan_before   pg_snapshot,                -- taken before the slot was made: rows visible in it are never streamed
+    scan_upto     pg_snapshot,                -- taken after: rows not visible in it are always streamed
+    scan_position jsonb,                      -- by table: rows up to this seq are out of the gap; "done" ends it
+    session       text,                       -- the process that streamed last
+    confirmed_lsn pg_lsn,                     -- what it told the slot last, written when it stopped in good order
+    updated_at    timestamptz not null default clock_timestamp()
+);

@@ -1,0 +1,39 @@
+-- walpost 6/8: stragglers: events that could not be published when their turn came, whole, until they can.
+-- Needs: CREATE on schema walpost. May be applied again. Whoever runs walpost needs SELECT, INSERT, UPDATE and DELETE on it.
+--
+-- A row is written before the replication slot moves past its event, and deleted when the broker has the message.
+--   retrying  the first of its topic and key (or without order): tried when next_attempt_at has come
+--   parked    waits behind an earlier one of the same topic and key
+--   dead      no attempt is made any more; walpost stragglers retry and discard decide about it
+
+create table if not exists walpost.straggler (
+    number            bigint generated always as identity primary key,   -- order of arrival
+    slot              text not null,          -- the replication slot it came through
+    outbox            text not null,          -- the table it was inserted into, as in SQL
+    id                text,                   -- message id
+    topic             text,                   -- null: no topic could be made of the row
+    key               text,                   -- null: the row has none
+    payload           bytea,                  -- null = tombstone
+    properties        jsonb not null default '[]',    -- [["name", "value"], …]: an array keeps the order
+    event_time_ms     bigint not null default 0,      -- milliseconds since 1970, 0 = none
+    deliver_at_ms     bigint,                 -- delayed delivery
+    commit_lsn        pg_lsn not null,        -- its transaction
+    ordinal           bigint not null,        -- its place among the transaction's rows
+    state             text not null check (state in ('retrying', 'parked', 'dead')),
+    reason            text not null,          -- why it is here, or why the last attempt failed
+    attempts          integer not null default 0,
+    next_attempt_at   timestamptz not null default now(),
+    dead_letter_at    timestamptz,            -- when a copy went to WALPOST_DEAD_LETTER_TOPIC
+    created_at        timestamptz not null default clock_timestamp()
+);
+
+-- A transaction that Postgres sends again stores nothing twice. (With the id: another timeline may use the same positions.)
+create unique index if not exists straggler_once
+    on walpost.straggler (slot, commit_lsn, ordinal, coalesce(id, ''));
+
+-- What is due.
+create index if not exists straggler_due on walpost.straggler (slot, next_attempt_at) where state <> 'parked';
+-- A key's stragglers, in order.
+create index if not exists straggler_order on walpost.straggler (slot, topic, key, number);
+-- By message, for walpost.outbox_status.
+create index if not exists straggler_event on walpost.straggler (outbox, id);

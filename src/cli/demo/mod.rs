@@ -1,0 +1,354 @@
+//! `walpost demo`: both systems and the connector between them, with the sums at the end.
+//!
+//! System A (`system_a`) commits orders with their outbox rows, and rolls some back. The real connector streams, on a
+//! thread of its own. System B (`system_b`) consumes from Pulsar with the pulsar crate's own consumer. Both report to one
+//! `Ledger`, which alone knows what should and what did arrive. Everything in Postgres happens in a database of its own
+//! with a slot of its own; both are removed at the end unless `--keep` was given.
+
+mod ledger;
+mod system_a;
+mod system_b;
+
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio_postgres::Client;
+
+use super::{init, print, run::shutdown_signal};
+use crate::config::{Config, Mode};
+use crate::connector::{self, Progress};
+use crate::outbox::TopicTemplate;
+use crate::postgres::{connect_sql, quote_ident, sql_error};
+use crate::{Error, Lsn, Result};
+use ledger::{Ledger, Report};
+
+/// Name of the demo's database and of its slot.
+const NAME: &str = "walpost_demo";
+/// For what is under way when System A stops.
+const SETTLE: Duration = Duration::from_secs(30);
+/// After everything has arrived: long enough for what should not arrive to show itself.
+const GRACE: Duration = Duration::from_secs(1);
+/// For the connector to drain and free the slot.
+const STOP: Duration = Duration::from_secs(15);
+
+/// How much, how fast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// How long System A works.
+    pub seconds: u64,
+    /// Orders a second, over all writers.
+    pub rate: u32,
+    /// Connections that commit at the same time.
+    pub writers: u32,
+    /// Go on streaming until a signal, and remove nothing.
+    pub keep: bool,
+}
+
+/// What A and B report to the ledger.
+#[derive(Debug)]
+enum Fact {
+    /// A transaction committed; `at` is when COMMIT was issued.
+    Committed { id: String, at: Instant },
+    /// A transaction was rolled back after its outbox row was written.
+    RolledBack { id: String },
+    /// A message arrived. `number` counts this customer's orders.
+    Received {
+        id: String,
+        customer: String,
+        number: u64,
+        at: Instant,
+    },
+}
+
+/// Runs the demo. The exit code is 1 when a committed order was lost or a rolled-back one arrived.
+pub async fn run(config: &Config, options: Options, out: &mut dyn Write) -> Result<u8> {
+    let admin = connect_sql(&config.postgres, "walpost demo").await?;
+    remove(&admin).await?;
+    statement(&admin, &format!("create database {}", quote_ident(NAME))).await?;
+
+    let started = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    let topic = format!("persistent://public/default/walpost-demo-{started}");
+    let mut config = config.clone();
+    config.postgres = config.postgres.with_dbname(NAME);
+    NAME.clone_into(&mut config.slot);
+    // What it shows is the stream.
+    config.mode = Mode::Stream;
+    config.producer_name = format!("walpost-{NAME}");
+    config.topic =
+        TopicTemplate::parse(&format!("{topic}.{{aggregatetype}}")).map_err(Error::bug)?;
+    print(
+        out,
+        &format!(
+            "database {NAME} on {}, topic {topic}.order\n",
+            config.postgres.display_url()
+        ),
+    )?;
+    init::run(&config, None, None, out).await?;
+
+    let mut connector = Connector::start(config.clone())?;
+    let outcome = drive(
+        &config,
+        options,
+        &format!("{topic}.order"),
+        &mut connector,
+        &admin,
+        out,
+    )
+    .await;
+    let report = match outcome {
+        Ok(report) => report,
+        Err(error) => {
+            connector.stop().await?;
+            return Err(error);
+        }
+    };
+    let interrupted = report.is_none();
+    if options.keep && !interrupted {
+        print(
+            out,
+            &format!(
+                "\nStill streaming from database {NAME}; Ctrl-C stops it. Try, with psql, in that database:\n  {EXAMPLE}\n"
+            ),
+        )?;
+        tokio::select! {
+            () = shutdown_signal()? => {}
+            ended = connector.ended() => ended?,
+        }
+    }
+    connector.stop().await?;
+    if !options.keep {
+        remove(&admin).await?;
+    }
+    Ok(report.map_or(0, |report| u8::from(!report.is_exact())))
+}
+
+const EXAMPLE: &str = "insert into walpost.outbox (aggregatetype, aggregateid, type, payload) values ('order', 'you', 'OrderPlaced', '{\"hello\": \"world\"}');";
+
+/// Lets both systems run and prints how it goes; `None` when a signal ended it early.
+async fn drive(
+    config: &Config,
+    options: Options,
+    topic: &str,
+    connector: &mut Connector,
+    admin: &Client,
+    out: &mut dyn Write,
+) -> Result<Option<Report>> {
+    // As many facts as can come are counted anyway: the ledger remembers every order of the demo.
+    let (facts, mut reported) = mpsc::unbounded_channel();
+    let mut system_b = system_b::start(config, topic, facts.clone()).await?;
+    let mut system_a = system_a::start(config, options, facts).await?;
+    let mut shutdown = std::pin::pin!(shutdown_signal()?);
+    let mut ledger = Ledger::new();
+    let mut display = Display::new();
+    let mut tick = interval(Duration::from_millis(500));
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut settle_by = None;
+    loop {
+        tokio::select! {
+            biased;
+            () = shutdown.as_mut() => return Ok(None),
+            ended = connector.ended() => {
+                ended?;
+                return Err(Error::bug("the connector stopped without being told to"));
+            }
+            fact = reported.recv() => {
+                if let Some(fact) = fact {
+                    ledger.note(fact);
+                }
+            }
+            ended = &mut system_a.task, if settle_by.is_none() => {
+                ended.map_err(|error| Error::bug("System A panicked").caused_by(error))??;
+                settle_by = Some(Instant::now() + SETTLE);
+            }
+            ended = &mut system_b => {
+                ended.map_err(|error| Error::bug("System B panicked").caused_by(error))??;
+            }
+            _ = tick.tick() => {
+                let lag_bytes = lag_bytes(admin).await?;
+                display.show(&ledger, &connector.progress.borrow(), lag_bytes, out)?;
+                let settled = ledger.is_settled() && ledger.since_last_arrival() > GRACE;
+                if settle_by.is_some_and(|by| settled || Instant::now() > by) {
+                    display.end(out)?;
+                    break;
+                }
+            }
+        }
+    }
+    system_b.abort();
+    let report = ledger.report(connector.progress.borrow().counters.acknowledged);
+    print(out, &report.to_string())?;
+    Ok(Some(report))
+}
+
+/// Bytes of log that the slot has not confirmed.
+async fn lag_bytes(admin: &Client) -> Result<i64> {
+    let sql = "select coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn), 0)::bigint \
+               from pg_replication_slots where slot_name = $1";
+    let row = admin
+        .query_opt(sql, &[&NAME])
+        .await
+        .map_err(|error| sql_error("look at the slot", error))?;
+    Ok(row.map_or(0, |row| row.get(0)))
+}
+
+/// The live line: rewritten in place on a terminal, one line every few seconds elsewhere.
+struct Display {
+    terminal: bool,
+    last: Option<(Instant, u64)>,
+    printed: Option<Instant>,
+}
+
+impl Display {
+    fn new() -> Self {
+        Self {
+            terminal: io::stdout().is_terminal(),
+            last: None,
+            printed: None,
+        }
+    }
+
+    fn show(
+        &mut self,
+        ledger: &Ledger,
+        progress: &Progress,
+        lag_bytes: i64,
+        out: &mut dyn Write,
+    ) -> Result<()> {
+        let now = Instant::now();
+        let received = ledger.received();
+        let rate = match self.last {
+            Some((at, before)) => (received - before) as f64 / (now - at).as_secs_f64(),
+            None => 0.0,
+        };
+        self.last = Some((now, received));
+        if !self.terminal
+            && self
+                .printed
+                .is_some_and(|at| now - at < Duration::from_secs(3))
+        {
+            return Ok(());
+        }
+        self.printed = Some(now);
+        let confirmed: Lsn = progress.confirmed;
+        let line = format!(
+            "committed {:>8}  received {received:>8}  {rate:>7.0}/s  lag {:>7.1} KiB  confirmed {confirmed}",
+            ledger.committed(),
+            lag_bytes as f64 / 1024.0,
+        );
+        print(
+            out,
+            &if self.terminal {
+                format!("\r\x1b[K{line}")
+            } else {
+                format!("{line}\n")
+            },
+        )
+    }
+
+    fn end(&self, out: &mut dyn Write) -> Result<()> {
+        if self.terminal {
+            print(out, "\n")
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// The real connector on a thread and a runtime of its own, as it would be in a process of its own.
+struct Connector {
+    stop: Option<oneshot::Sender<()>>,
+    ended: oneshot::Receiver<Result<()>>,
+    progress: watch::Receiver<Progress>,
+}
+
+impl Connector {
+    fn start(config: Config) -> Result<Self> {
+        let failed = |error: io::Error| {
+            Error::temporary("cannot start the connector's thread").caused_by(error)
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(failed)?;
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (end, ended) = oneshot::channel();
+        let (sender, progress) = watch::channel(Progress::default());
+        let work = move || {
+            let shutdown = async {
+                // A sender that is gone means the same: the demo is over.
+                let _ = stopped.await;
+            };
+            let result = runtime.block_on(connector::run(config, sender, shutdown));
+            // Nobody listens when the demo ended first.
+            let _ = end.send(result);
+        };
+        std::thread::Builder::new()
+            .name("connector".to_owned())
+            .spawn(work)
+            .map_err(failed)?;
+        Ok(Self {
+            stop: Some(stop),
+            ended,
+            progress,
+        })
+    }
+
+    /// Completes when the connector has ended by itself. Cancel safe.
+    async fn ended(&mut self) -> Result<()> {
+        (&mut self.ended)
+            .await
+            .unwrap_or_else(|_| Err(Error::bug("the connector's thread died")))
+    }
+
+    async fn stop(mut self) -> Result<()> {
+        let Some(stop) = self.stop.take() else {
+            return Ok(());
+        };
+        if stop.send(()).is_err() {
+            return Ok(());
+        }
+        match timeout(STOP, self.ended()).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::temporary("the connector does not stop")),
+        }
+    }
+}
+
+/// Removes what an earlier demo left.
+async fn remove(admin: &Client) -> Result<()> {
+    let drop_slot = "select pg_drop_replication_slot(slot_name) from pg_replication_slots \
+                     where slot_name = $1 and not active";
+    let still_there = "select 1 from pg_replication_slots where slot_name = $1";
+    let deadline = Instant::now() + STOP;
+    let failed = |error| sql_error("remove the demo's slot", error);
+    while admin
+        .query_opt(still_there, &[&NAME])
+        .await
+        .map_err(failed)?
+        .is_some()
+    {
+        admin.query(drop_slot, &[&NAME]).await.map_err(failed)?;
+        if Instant::now() > deadline {
+            return Err(Error::temporary(format!("the slot {NAME} is in use"))
+                .hint("is another demo running?"));
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    statement(
+        admin,
+        &format!("drop database if exists {} with (force)", quote_ident(NAME)),
+    )
+    .await
+}
+
+async fn statement(client: &Client, sql: &str) -> Result<()> {
+    client
+        .batch_execute(sql)
+        .await
+        .map_err(|error| sql_error("prepare the demo", error))
+}

@@ -1,0 +1,351 @@
+//! `walpost init`: makes what is missing in the database, and says what it made and what was there.
+//!
+//! Order: look at server, role and catalogue; refuse with the statement that mends it, before anything is written;
+//! schema, function, table and publication in one transaction; the slot last and outside of it, because a slot cannot
+//! be made by a transaction that has written, and because from then on the server keeps its log.
+//! Applies the same files that `walpost sql` prints. Output: one line for each object, on `out`.
+
+mod catalog;
+mod rights;
+
+use std::io::Write;
+use std::time::Duration;
+
+use tokio_postgres::{Client, Transaction};
+
+use super::ddl::{Ddl, Payload, own_table};
+use super::print;
+use crate::config::{Config, Mode};
+use crate::postgres::slot::{SlotState, slot_state};
+use crate::postgres::{connect_sql, sql_error, sqlstate};
+use crate::scanner::partitions::{self, Span};
+use crate::scanner::recovery;
+use crate::{Error, Result};
+use catalog::{Catalog, IdFunction, ProgressTable, Server, Table, check_slot};
+
+/// Somebody made the same object in the meantime.
+const DUPLICATE_OBJECT: &str = "42710";
+/// `max_replication_slots` is used up.
+const CONFIGURATION_LIMIT_EXCEEDED: &str = "53400";
+/// A right is missing.
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
+
+/// After this long the operator is told what the making of the slot waits for.
+const SLOT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Makes what is missing. `payload` is the type that was asked for, if one was: an existing table must then have it; and so
+/// with `partition_by`.
+///
+/// # Errors
+/// Refused (exit 69) with a command that mends it, when the server, the role or an existing object does not fit.
+pub async fn run(
+    config: &Config,
+    payload: Option<Payload>,
+    partition_by: Option<Span>,
+    out: &mut dyn Write,
+) -> Result<()> {
+    let ddl = Ddl::new(config, payload.unwrap_or_default(), partition_by.is_some())?;
+    let mut client = connect_sql(&config.postgres, "walpost init").await?;
+    // Two inits at once: the second waits here until the first has left, and then finds everything.
+    client
+        .batch_execute("select pg_advisory_lock(hashtext('walpost init'))")
+        .await
+        .map_err(|error| sql_error("wait for another init", error))?;
+    let server = Server::read(&client).await?;
+    // Polling takes neither publication nor slot.
+    let streams = config.mode == Mode::Stream;
+    server.check(config.mode)?;
+    let slot = slot_state(&client, &config.slot).await?;
+    if let Some(slot) = slot.as_ref().filter(|_| streams) {
+        check_slot(&config.slot, slot, &server)?;
+    }
+
+    let transaction = client
+        .transaction()
+        .await
+        .map_err(|error| sql_error("begin a transaction", error))?;
+    let before = Catalog::read(&transaction, config).await?;
+    check_tables(&before, config, payload)?;
+    rights::check(&server, &before, config.mode, slot.is_none())?;
+    let mut lines = apply(&transaction, &ddl, &before, config).await?;
+    lines.extend(partition(&transaction, partition_by).await?);
+    let after = Catalog::read(&transaction, config).await?;
+    check_tables(&after, config, payload)?;
+    if streams {
+        lines.push(publication_line(&before, &after, config));
+        lines.extend(row_filter_lines(&after, config));
+    }
+    transaction
+        .commit()
+        .await
+        .map_err(|error| sql_error("commit", error))?;
+    for line in lines {
+        print(out, &format!("{line}\n"))?;
+    }
+
+    if !streams {
+        return Ok(());
+    }
+    let line = match slot {
+        Some(slot) => existing_slot_line(&slot, &config.slot, &server),
+        None => create_slot(&client, &config.slot).await?,
+    };
+    print(out, &format!("{line}\n"))
+}
+
+/// Refuses tables that cannot serve; the one that `init` makes may be missing.
+fn check_tables(catalog: &Catalog, config: &Config, payload: Option<Payload>) -> Result<()> {
+    for (name, table) in &catalog.tables {
+        match table {
+            Some(table) => {
+                table.check(name, config)?;
+                if let Some(asked) = payload {
+                    check_payload(table, asked, config).map_err(|why| {
+                        Error::refused(format!("table {name}: {why}")).hint(format!(
+                            "leave --payload out to use the table as it is, or change it: ALTER TABLE {name} ALTER COLUMN … TYPE {}",
+                            asked.sql_type()
+                        ))
+                    })?;
+                }
+            }
+            None if *name == own_table() => {}
+            None => {
+                return Err(Error::refused(format!("table {name} does not exist")).hint(format!(
+                    "create it or correct WALPOST_OUTBOX_TABLE; init makes no other table than {}",
+                    own_table()
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_payload(table: &Table, asked: Payload, config: &Config) -> Result<(), String> {
+    let column = &config.columns.payload;
+    match table.column_type(column) {
+        Some(found) if found != asked.sql_type() => Err(format!(
+            "column {column} is {found}, and --payload asks for {}",
+            asked.sql_type()
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Applies the files for what is missing; returns the lines to print once it is committed.
+async fn apply(
+    transaction: &Transaction<'_>,
+    ddl: &Ddl,
+    before: &Catalog,
+    config: &Config,
+) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    let own_exists = before
+        .tables
+        .iter()
+        .any(|(name, table)| *name == own_table() && table.is_some());
+    if !before.has_schema {
+        step(transaction, "create schema walpost", &ddl.schema).await?;
+    }
+    lines.push(line(before.has_schema, "schema walpost"));
+    if let Some([uuidv7, outbox]) = &ddl.outbox {
+        if !own_exists {
+            step(transaction, "create function walpost.uuidv7", uuidv7).await?;
+            step(transaction, "create table walpost.outbox", outbox).await?;
+        }
+        let function = "function walpost.uuidv7";
+        match before.id_function {
+            IdFunction::Missing if !own_exists => lines.push(line(false, function)),
+            IdFunction::Ours => lines.push(line(true, function)),
+            // Native, or a table from elsewhere with ids of its own.
+            IdFunction::Native | IdFunction::Missing => {}
+        }
+    }
+    let after = Catalog::read(transaction, config).await?;
+    for (name, table) in &after.tables {
+        let payload = table
+            .as_ref()
+            .and_then(|table| table.column_type(&config.columns.payload))
+            .unwrap_or("absent");
+        let existed = own_exists || *name != own_table();
+        lines.push(line(existed, &format!("table {name} (payload {payload})")));
+    }
+    if config.mode == Mode::Stream {
+        step(transaction, "set up the publication", &ddl.publication).await?;
+    }
+    let has_progress = before.progress != ProgressTable::Missing;
+    if !has_progress {
+        step(transaction, "create table walpost.progress", &ddl.progress).await?;
+    }
+    lines.push(line(has_progress, "table walpost.progress"));
+    if !before.has_straggler {
+        let doing = "create table walpost.straggler";
+        step(transaction, doing, &ddl.straggler).await?;
+    }
+    lines.push(line(before.has_straggler, "table walpost.straggler"));
+    if let Some(status) = &ddl.status {
+        let own = after.tables.iter().find(|(name, _)| *name == own_table());
+        let own = own.and_then(|(_, table)| table.as_ref());
+        if before.has_status || own.is_some_and(Table::has_status_columns) {
+            if !before.has_status {
+                step(transaction, "create view walpost.outbox_status", status).await?;
+            }
+            lines.push(line(before.has_status, "view walpost.outbox_status"));
+        }
+    }
+    if let Some(after_publish) = &ddl.after_publish {
+        let doing = "set up walpost.after_publish";
+        let existed = transaction
+            .query_one(
+                "select to_regclass('walpost.after_publish') is not null",
+                &[],
+            )
+            .await
+            .map_err(|error| sql_error(doing, error))?;
+        step(transaction, doing, after_publish).await?;
+        lines.push(line(existed.get(0), "table walpost.after_publish"));
+    }
+    Ok(lines)
+}
+
+/// Makes the first partitions; refuses a table that was there and has none, or others.
+async fn partition(
+    transaction: &Transaction<'_>,
+    partition_by: Option<Span>,
+) -> Result<Option<String>> {
+    let Some(span) = partition_by else {
+        return Ok(None);
+    };
+    let (table, name) = (own_table(), span.name());
+    let partitioned = transaction
+        .query_one(
+            "select relkind = 'p' from pg_class where oid = to_regclass($1::text)",
+            &[&table.to_string()],
+        )
+        .await
+        .map_err(|error| sql_error("look at the outbox table", error))?;
+    let is = partitions::span_of(transaction, &table).await?;
+    if !partitioned.get::<_, bool>(0) || is.is_some_and(|is| is != span) {
+        return Err(Error::refused(format!(
+            "table {table} exists and is not partitioned by {name}"
+        ))
+        .hint("leave --partition-by out to use the table as it is, or rename it and let init make another"));
+    }
+    let made = partitions::make_ahead(transaction, &table, span).await?;
+    Ok(Some(format!(
+        "created {made} partitions of {table}, each a {name}; walpost run makes more"
+    )))
+}
+
+/// Runs one file, or one statement without parameters.
+async fn step(transaction: &Transaction<'_>, doing: &str, sql: &str) -> Result<()> {
+    transaction.batch_execute(sql).await.map_err(|error| {
+        let error = sql_error(doing, error);
+        with_own_hint(error)
+    })
+}
+
+/// The checks before should have found a missing right; where they could not, the DBA has the files.
+fn with_own_hint(error: Error) -> Error {
+    if sqlstate(&error) == Some(INSUFFICIENT_PRIVILEGE) {
+        error.hint("let a superuser apply what walpost sql prints")
+    } else {
+        error
+    }
+}
+
+fn line(existed: bool, what: &str) -> String {
+    format!("{} {what}", if existed { "exists" } else { "created" })
+}
+
+/// Tells what was made of the publication by comparing the catalogue before and after.
+fn publication_line(before: &Catalog, after: &Catalog, config: &Config) -> String {
+    let name = &config.publication;
+    let Some(publication) = &before.publication else {
+        let tables: Vec<String> = after
+            .tables
+            .iter()
+            .map(|(name, _)| name.to_string())
+            .collect();
+        return format!("created publication {name} for {}", tables.join(", "));
+    };
+    let mut mended = Vec::new();
+    if !publication.inserts {
+        mended.push("inserts were not published: now they are".to_owned());
+    }
+    if !publication.via_root {
+        mended.push("publish_via_partition_root was off: now it is on".to_owned());
+    }
+    for (table, state) in &before.tables {
+        if state.as_ref().is_none_or(|state| !state.published) {
+            mended.push(format!("table {table} was missing: added"));
+        }
+    }
+    if mended.is_empty() {
+        format!("exists publication {name}")
+    } else {
+        format!(
+            "exists but differs: publication {name}: {}",
+            mended.join("; ")
+        )
+    }
+}
+
+/// A filter is somebody's decision, so it stays, but rows that never arrive must not be a surprise.
+fn row_filter_lines(after: &Catalog, config: &Config) -> Vec<String> {
+    let filtered = after.tables.iter().filter_map(|(name, table)| {
+        let filter = table.as_ref()?.row_filter.as_deref()?;
+        Some((name, filter))
+    });
+    filtered
+        .map(|(table, filter)| {
+            format!(
+                "exists but differs: publication {}: only rows of {table} WHERE {filter} are streamed",
+                config.publication
+            )
+        })
+        .collect()
+}
+
+fn existing_slot_line(slot: &SlotState, name: &str, server: &Server) -> String {
+    if server.has_failover_slots() && !slot.failover {
+        format!(
+            "exists but differs: slot {name}: without failover, so it stays behind when a standby takes over"
+        )
+    } else {
+        format!("exists slot {name}")
+    }
+}
+
+/// Makes the slot, and says what it waits for when it takes long.
+async fn create_slot(client: &Client, slot: &str) -> Result<String> {
+    let creating = recovery::make_slot(client, slot);
+    tokio::pin!(creating);
+    let created = if let Ok(created) = tokio::time::timeout(SLOT_PATIENCE, &mut creating).await {
+        created
+    } else {
+        tracing::warn!(
+            "the slot waits for transactions that were writing before it; they are in pg_stat_activity \
+             (backend_xid is not null, oldest xact_start first)"
+        );
+        creating.await
+    };
+    let made = match created {
+        Ok(()) => true,
+        Err(error) => match sqlstate(&error) {
+            Some(DUPLICATE_OBJECT) => false,
+            Some(CONFIGURATION_LIMIT_EXCEEDED) => {
+                return Err(error.hint(
+                    "raise max_replication_slots with ALTER SYSTEM and restart Postgres, or drop a slot that nobody needs",
+                ));
+            }
+            _ => return Err(with_own_hint(error)),
+        },
+    };
+    let state = slot_state(client, slot).await?;
+    let kind = if state.is_some_and(|state| state.failover) {
+        "pgoutput, failover"
+    } else {
+        "pgoutput"
+    };
+    Ok(line(!made, &format!("slot {slot} ({kind})")))
+}

@@ -1,0 +1,57 @@
+//! `walpost run`: the connector, until a signal ends it.
+
+use std::future::Future;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{oneshot, watch};
+
+use crate::config::Config;
+use crate::{Error, Result, connector};
+
+/// Exit code of a second signal: nothing was lost, but not everything was confirmed either.
+const EXIT_UNFINISHED: i32 = 75;
+
+/// Streams until SIGTERM or SIGINT, then drains.
+pub async fn run(config: Config) -> Result<()> {
+    // Boxed: the whole connector's state is in this future.
+    Box::pin(connector::run(
+        config,
+        watch::Sender::default(),
+        shutdown_signal()?,
+    ))
+    .await
+}
+
+/// Completes at the first SIGTERM or SIGINT; the second ends the process at once.
+///
+/// Rows without a receipt are then streamed again at the next start, so even that loses nothing.
+pub(crate) fn shutdown_signal() -> Result<impl Future<Output = ()>> {
+    let mut terminate = listen(SignalKind::terminate())?;
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let (first, received) = oneshot::channel();
+    tokio::spawn(async move {
+        let name = either(&mut terminate, &mut interrupt).await;
+        tracing::info!("{name} received: draining; a second signal stops at once");
+        // Nobody listens when the connector has already ended by itself.
+        let _ = first.send(());
+        let name = either(&mut terminate, &mut interrupt).await;
+        tracing::warn!("{name} received again: stopping without draining");
+        std::process::exit(EXIT_UNFINISHED);
+    });
+    Ok(async move {
+        // The sender lives as long as the runtime; an error would mean shutdown too.
+        let _ = received.await;
+    })
+}
+
+fn listen(kind: SignalKind) -> Result<Signal> {
+    signal(kind).map_err(|error| Error::bug("cannot listen for signals").caused_by(error))
+}
+
+/// Cancel safe: a signal that arrives is kept by its `Signal` until it is received.
+async fn either(terminate: &mut Signal, interrupt: &mut Signal) -> &'static str {
+    tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    }
+}

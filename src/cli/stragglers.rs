@@ -1,0 +1,209 @@
+//! `walpost stragglers list|retry|discard`: looks after the table of events that could not be published.
+//!
+//! Input: which ones (message id, topic, state; of the slot in the settings). Output: a line, or a JSON object, for each. `retry` makes
+//! them due now, dead ones too; `discard` deletes them for good, after a question. Works while walpost runs, which notices
+//! within seconds, and while it does not.
+
+use std::io::{self, IsTerminal as _, Write};
+
+use serde_json::json;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
+
+use super::print;
+use crate::config::Config;
+use crate::postgres::{connect_sql, sql_error, sqlstate};
+use crate::{Error, Result};
+
+/// Rows that are fetched and printed at a time.
+const PAGE: i64 = 1000;
+/// The table, or a right on it, is missing.
+const MISSING: [&str; 3] = ["42P01", "3F000", "42501"];
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Print them.
+    List {
+        /// As JSON.
+        json: bool,
+    },
+    /// Make them due now.
+    Retry,
+    /// Delete them.
+    Discard {
+        /// Without asking.
+        yes: bool,
+    },
+}
+
+/// Which ones: all that fit everything that is given.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Chosen {
+    /// Message id.
+    pub id: Option<String>,
+    /// Full name of the topic.
+    pub topic: Option<String>,
+    /// `retrying`, `parked` or `dead`.
+    pub state: Option<String>,
+}
+
+impl Chosen {
+    fn is_all(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The condition of [`Chosen`]; the slot is the first parameter.
+const WHERE: &str = "slot = $1 and ($2::text is null or id = $2) and ($3::text is null or topic = $3) and ($4::text is null or state = $4)";
+
+/// Runs the command and gives its exit code.
+pub async fn run(
+    config: &Config,
+    action: Action,
+    chosen: &Chosen,
+    out: &mut dyn Write,
+) -> Result<u8> {
+    if matches!(action, Action::Retry | Action::Discard { .. }) && chosen.is_all() {
+        return Err(Error::config(
+            "nothing says which stragglers are meant; allowed: --id, --topic, --state, one or several of them",
+        ));
+    }
+    let client = connect_sql(&config.postgres, "walpost stragglers").await?;
+    let table = Table {
+        client,
+        slot: &config.slot,
+        chosen,
+    };
+    match action {
+        Action::List { json } => table.list(json, out).await?,
+        Action::Retry => {
+            let sql = format!(
+                "update walpost.straggler set next_attempt_at = now(), attempts = 0, dead_letter_at = null,
+                        state = case state when 'dead' then 'retrying' else state end
+                 where {WHERE}"
+            );
+            let count = table.execute("retry stragglers", &sql).await?;
+            print(out, &format!("{count} stragglers are due now\n"))?;
+        }
+        Action::Discard { yes } => {
+            let count = table.count().await?;
+            if !yes && !ask(count, out)? {
+                print(out, "nothing was discarded\n")?;
+                return Ok(1);
+            }
+            let sql = format!("delete from walpost.straggler where {WHERE}");
+            let count = table.execute("discard stragglers", &sql).await?;
+            print(out, &format!("discarded {count} stragglers\n"))?;
+        }
+    }
+    Ok(0)
+}
+
+/// Asks on the terminal; without one the answer is an error that says what to do.
+fn ask(count: i64, out: &mut dyn Write) -> Result<bool> {
+    if !io::stdin().is_terminal() {
+        return Err(Error::config(format!(
+            "{count} stragglers would be deleted for good, and there is no terminal to ask; allowed: --yes"
+        )));
+    }
+    print(
+        out,
+        &format!(
+            "delete {count} stragglers for good? Their messages are then never published. [y/N] "
+        ),
+    )?;
+    let mut answer = String::new();
+    io::stdin()
+        .read_line(&mut answer)
+        .map_err(|error| Error::temporary("cannot read the answer").caused_by(error))?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+struct Table<'a> {
+    client: Client,
+    slot: &'a str,
+    chosen: &'a Chosen,
+}
+
+impl Table<'_> {
+    fn parameters(&self) -> [&(dyn ToSql + Sync); 4] {
+        [
+            &self.slot,
+            &self.chosen.id,
+            &self.chosen.topic,
+            &self.chosen.state,
+        ]
+    }
+
+    async fn execute(&self, doing: &str, sql: &str) -> Result<u64> {
+        let done = self.client.execute(sql, &self.parameters()).await;
+        done.map_err(|error| failed(doing, error))
+    }
+
+    async fn count(&self) -> Result<i64> {
+        let sql = format!("select count(*) from walpost.straggler where {WHERE}");
+        let row = self.client.query_one(&sql, &self.parameters()).await;
+        Ok(row
+            .map_err(|error| failed("count stragglers", error))?
+            .get(0))
+    }
+
+    /// In pages by number, so that memory stays small however many there are.
+    async fn list(&self, as_json: bool, out: &mut dyn Write) -> Result<()> {
+        let sql = format!(
+            "select number, outbox, id, topic, key, state, reason, attempts, octet_length(payload),
+                    commit_lsn::text, to_json(created_at) #>> '{{}}', to_json(next_attempt_at) #>> '{{}}', to_json(dead_letter_at) #>> '{{}}'
+             from walpost.straggler where {WHERE} and number > $5 order by number limit $6"
+        );
+        let mut last: i64 = i64::MIN;
+        loop {
+            let [slot, id, topic, state] = self.parameters();
+            let page = self
+                .client
+                .query(&sql, &[slot, id, topic, state, &last, &PAGE])
+                .await
+                .map_err(|error| failed("list stragglers", error))?;
+            let Some(end) = page.last() else {
+                return Ok(());
+            };
+            last = end.get(0);
+            let lines: Vec<String> = page.iter().map(|row| line(row, as_json)).collect();
+            print(out, &lines.concat())?;
+        }
+    }
+}
+
+/// One straggler as a line; without payload and properties, which belong to the application.
+fn line(row: &Row, as_json: bool) -> String {
+    let text = |index: usize| row.get::<_, Option<String>>(index);
+    let (number, attempts): (i64, i32) = (row.get(0), row.get(7));
+    if as_json {
+        let object = json!({
+            "number": number, "outbox": text(1), "id": text(2), "topic": text(3), "key": text(4), "state": text(5),
+            "reason": text(6), "attempts": attempts, "payload_bytes": row.get::<_, Option<i32>>(8), "commit_lsn": text(9),
+            "created_at": text(10), "next_attempt_at": text(11), "dead_letter_at": text(12),
+        });
+        return format!("{object}\n");
+    }
+    let or_none = |index: usize| text(index).unwrap_or_else(|| "(none)".to_owned());
+    format!(
+        "{number} {} id {} topic {} key {} attempts {attempts} since {}: {}\n",
+        or_none(5),
+        or_none(2),
+        or_none(3),
+        or_none(4),
+        or_none(10),
+        or_none(6).replace('\n', " ")
+    )
+}
+
+fn failed(doing: &str, error: tokio_postgres::Error) -> Error {
+    let error = sql_error(doing, error);
+    match sqlstate(&error) {
+        Some(code) if MISSING.contains(&code) => error.hint(
+            "run walpost init, which makes the table walpost.straggler, or ask its owner for SELECT, UPDATE and DELETE on it",
+        ),
+        _ => error,
+    }
+}

@@ -1,0 +1,143 @@
+//! `Gulp`: decides when the replication socket is read: at once while little comes, after a short pause while much does.
+//!
+//! A walsender sends every row by itself. A reader that wakes for each of them pays a wake-up a row, and makes the
+//! walsender pay for it too; one that lets the socket fill for a fraction of a millisecond takes a hundred rows at once.
+//! With little traffic nothing is ever held back, so latency is untouched.
+//!
+//! How long the pause may be is set by the socket's buffer: when that is full the walsender stops. A Unix socket counts
+//! about 2 KiB for each small row against a fixed 208 KiB, so it holds only some ninety rows, which a fast walsender
+//! writes in less than half a millisecond. The runtime's timers tick in milliseconds; hence a timer of the kernel's.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
+use tokio::io::unix::AsyncFd;
+use tokio::time::Instant;
+
+use crate::{Error, Result};
+
+/// Backlog is this much within one [`WINDOW`] (8 MB/s): far above it a pause is full of rows, far below it every row is
+/// read at once.
+const MIN_BYTES: usize = 8 * 1024;
+const WINDOW: Duration = Duration::from_millis(1);
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Gulp {
+    timer: AsyncFd<OwnedFd>,
+    pause: Duration,
+    window_start: Instant,
+    window_bytes: usize,
+    /// The timer runs, or has run out and was not looked at.
+    pausing: bool,
+    backlog: bool,
+}
+
+impl Gulp {
+    /// `pause` is how long the socket may fill while there is backlog.
+    pub fn new(pause: Duration) -> Result<Self> {
+        let failed =
+            |error: std::io::Error| Error::temporary("cannot make a timer").caused_by(error);
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags);
+        let timer = timer.map_err(|error| failed(error.into()))?;
+        #[expect(
+            deprecated,
+            reason = "its unsafe successor is for types that may close or change their descriptor; an OwnedFd does not"
+        )]
+        let timer = AsyncFd::new(timer).map_err(failed)?;
+        Ok(Self {
+            timer,
+            pause,
+            window_start: Instant::now(),
+            window_bytes: 0,
+            pausing: false,
+            backlog: false,
+        })
+    }
+
+    /// True while rows come faster than they are worth reading one by one.
+    pub fn is_backlog(&self) -> bool {
+        self.backlog
+    }
+
+    /// Takes note of a read; under backlog the pause begins.
+    pub fn took(&mut self, bytes: usize) -> Result<()> {
+        let now = Instant::now();
+        if now - self.window_start < WINDOW {
+            self.window_bytes += bytes;
+        } else {
+            // The new window keeps what the pause has gathered, however the two are aligned.
+            self.window_start = now;
+            self.window_bytes = bytes;
+        }
+        self.backlog = self.window_bytes >= MIN_BYTES;
+        if self.backlog {
+            let it_value = Timespec {
+                tv_sec: 0,
+                tv_nsec: i64::from(self.pause.subsec_nanos()),
+            };
+            let once = Itimerspec {
+                it_interval: Timespec {
+                    tv_sec: 0,
+                    tv_nsec: 0,
+                },
+                it_value,
+            };
+            let armed =
+                rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once);
+            armed.map_err(|error| Error::temporary("cannot set a timer").caused_by(error))?;
+            self.pausing = true;
+        }
+        Ok(())
+    }
+
+    /// Waits until the socket is due to be read. Cancel safe: the timer runs on in the kernel.
+    pub async fn wait(&mut self) -> Result<()> {
+        let failed =
+            |error: std::io::Error| Error::temporary("cannot wait for a timer").caused_by(error);
+        while self.pausing {
+            let mut ready = self.timer.readable().await.map_err(failed)?;
+            match rustix::io::read(ready.get_inner(), &mut [0; 8]) {
+                Ok(_) => self.pausing = false,
+                Err(rustix::io::Errno::AGAIN) => ready.clear_ready(),
+                Err(error) => return Err(failed(error.into())),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAUSE: Duration = Duration::from_micros(300);
+
+    #[tokio::test]
+    async fn little_is_read_at_once() {
+        let mut gulp = Gulp::new(PAUSE).unwrap();
+        for _ in 0..3 {
+            gulp.took(100).unwrap();
+            assert!(!gulp.is_backlog());
+            assert!(!gulp.pausing);
+        }
+    }
+
+    #[tokio::test]
+    async fn much_is_waited_for_and_the_pause_is_over_when_it_was_waited_for() {
+        let mut gulp = Gulp::new(PAUSE).unwrap();
+        for _ in 0..3 {
+            let start = Instant::now();
+            gulp.took(MIN_BYTES).unwrap();
+            assert!(gulp.is_backlog());
+            gulp.wait().await.unwrap();
+            assert!(start.elapsed() >= PAUSE);
+        }
+        tokio::time::sleep(2 * WINDOW).await;
+        gulp.took(1).unwrap();
+        assert!(!gulp.is_backlog());
+        gulp.wait().await.unwrap();
+    }
+}

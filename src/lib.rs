@@ -1,0 +1,78 @@
+//! walpost: tails a Postgres outbox through logical replication and publishes every committed row to Apache Pulsar.
+//!
+//! # The data's path
+//!
+//! ```text
+//!  walsender ─► ReplicationStream ─► pgoutput ─► Extractor ─► lanes (batches) ─► broker connections ─► Pulsar
+//!      ▲         owns the socket      decodes     row → event    sequence ids       one task each        │
+//!      │                              borrowed    and its topic                                          │ receipts
+//!      └── StandbyStatusUpdate ◄── confirmed LSN ◄── AckTracker ◄────────────────────────────────────────┘
+//! ```
+//!
+//! One task ([`connector`]) owns the replication socket and everything up to the sealed batch; each broker connection is a
+//! task of its own that owns that socket. Between them are channels, no locks. A row is copied once: from the read buffer
+//! into its lane's batch, which is also the frame that goes to the broker.
+//!
+//! # What is guaranteed, and where the argument stands
+//!
+//! | guarantee | why it holds | the test that tries to break it |
+//! |---|---|---|
+//! | every committed row reaches Pulsar, whatever dies | only acknowledged transactions are confirmed ([`ack`]); what is not comes again | `tests/crash.rs`, `tests/walsender.rs`, `tests/broker_restart.rs`, `tests/topic_moves.rs` |
+//! | a key's messages are in commit order | one key, one lane; a lane resends from the oldest ([`pulsar`]) | `tests/delivery.rs`, `tests/manners`, `tests/key_shared.rs` |
+//! | exactly once, where the broker deduplicates | sequence ids are a function of the log and of the routing, both in the producer's name; no batch holds old and new ([`pulsar`]) | `tests/effectively_once.rs`, `tests/deduplication.rs`, `tests/restored.rs`, `tests/manners/random.rs` |
+//! | what the log cannot bring comes from the table | snapshots around the slot's making and of what is delivered ([`scanner`]) | `tests/gap.rs`, `tests/failover.rs`, `tests/poll.rs` |
+//! | a row shown as sent is in its topic | the delivered snapshot is stored behind the confirmed LSN ([`scanner`]) | `tests/delivered.rs` |
+//! | one instance at a time, another takes over | the slot, and an advisory lock around it ([`scanner::recovery`]) | `tests/ha.rs` |
+//! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]) | `tests/stragglers.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs` |
+//! | the confirmed LSN passes no unacknowledged event | one function decides it ([`ack`]) | `tests/confirmed_lsn.rs` |
+//! | memory is bounded | in-flight limits in messages and bytes pause the intake ([`pulsar`], [`pipe`]) | `tests/memory.rs` |
+//! | an idle outbox pins no WAL | the keepalive's WAL end counts while nothing is in flight ([`ack`]) | `tests/idle_slot.rs` |
+//! | a rolled-back transaction is never published | Postgres sends only committed ones ([`pgoutput`]) | `tests/delivery.rs` |
+//! | an event that cannot be published is not lost | it is stored before the LSN passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`pipe`]) | `tests/stragglers.rs`, `tests/unpublishable.rs` |
+//! | a row is marked or deleted only behind its receipt, and every such row in the end | ids come from receipts alone; what was lost is found ([`scanner::after_publish`], [`scanner::unmarked`]) | `tests/after_publish.rs` |
+//! | nothing undelivered goes by retention | one condition for rows and partitions, looked at under a lock ([`scanner::retention`]) | `tests/retention.rs` |
+//! | no secret is printed, at any log level | secrets are of a type without `Display`, answers of servers are not repeated ([`config`], [`http`]) | `tests/security.rs` |
+//!
+//! # Reading order
+//!
+//! 1. [`connector`]: what is opened, the one loop, restarting and stopping; [`feedback`] and [`gulp`], when it writes to and
+//!    reads from the walsender.
+//! 2. [`pipe`]: one message in, one event out.
+//! 3. [`ack`]: which LSN may be confirmed.
+//! 4. [`postgres`], [`pgoutput`]: the replication connection, its messages.
+//! 5. [`outbox`]: from a row to an event and its topic.
+//! 6. [`pulsar`]: lanes, batches, receipts, brokers.
+//! 7. [`scanner`]: what comes from the table, and what happens to rows once they are published.
+//! 8. [`config`], [`cli`]: settings and commands. [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
+
+// A test that unwraps fails, which is what it is for; its casts are of numbers it chose.
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss
+    )
+)]
+
+pub mod ack;
+pub mod cli;
+pub mod config;
+pub mod connector;
+pub mod error;
+pub mod feedback;
+pub mod gulp;
+pub mod http;
+pub mod logging;
+pub mod lsn;
+pub mod outbox;
+pub mod pgoutput;
+pub mod pipe;
+pub mod postgres;
+pub mod pulsar;
+pub mod retry;
+pub mod scanner;
+mod tls;
+
+pub use error::{Error, Result};
+pub use lsn::Lsn;

@@ -1,0 +1,7 @@
+//! Extraction: rows of a real server, rows of an encoder, rows that are wrong.
+
+mod golden;
+mod properties;
+mod rows;
+mod support;
+mod tables;

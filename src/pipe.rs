@@ -1,0 +1,582 @@
+//! The pipe: one replication message in, one event into the publisher, and the book kept of what may be confirmed.
+//!
+//! Owns the decoder's state (relations, the open transaction), the router, the publisher and the [`AckTracker`]. It does no
+//! I/O of its own and never waits: the connector reads frames and hands them in, and asks for the flush LSN.
+//!
+//! One row's way, without an allocation or a task of its own:
+//!
+//! ```text
+//! frame (borrowed) → pgoutput::parse (borrowed) → Extractor (borrowed) → topic into a reused String → lane's batch (copied once)
+//! ```
+//!
+//! # What Postgres repeats
+//!
+//! A replication connection that is made anew starts at the confirmed LSN: Postgres sends again what was received and not
+//! confirmed. All of that is in the publisher's hands or has its receipt, and the [`AckTracker`] knows it, so it is skipped:
+//! whole transactions up to the last one that was received whole, by their commit LSN (two never share one); and of the one
+//! that was cut, as many rows as were taken of it (a log that is decoded again gives the same rows in the same order). No
+//! row is ever told by its own LSN: all rows of one COPY may share one. So a lost connection neither waits for the broker
+//! nor sends anything twice.
+//!
+//! # What cannot be published
+//!
+//! Events that the publisher gives back, and rows that are no events, go to the stragglers
+//! ([`crate::scanner::straggler`]); they are acknowledged when they are in their table. Where there is no such table the first of them
+//! is an error, and nothing passes it.
+//!
+//! # A slot that was changed
+//!
+//! A transaction that was cut and does not come again was taken out of the slot by somebody; going on would confirm it half
+//! published. The pipe refuses.
+
+use std::collections::HashSet;
+
+use tracing::{debug, info, warn};
+
+use crate::ack::{AckTracker, TxnNo};
+use crate::outbox::{Columns, EventError, Extractor, Scratch, TopicTemplate, key_hash};
+use crate::pgoutput::{self, Message, RelationCache, Tuple};
+use crate::postgres::{Frame, TableName};
+use crate::pulsar::{BrokerEvent, Outgoing, Publisher, Row, RowTag};
+use crate::scanner::straggler::{Report, Stragglers};
+use crate::{Error, Lsn, Result};
+
+/// What passed through, since the start of the process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    /// Events handed to the publisher.
+    pub events: u64,
+    /// Events that have their receipt.
+    pub acknowledged: u64,
+    /// Events stored as stragglers instead.
+    pub stragglers: u64,
+    /// Rows that Postgres repeated although they were taken before.
+    pub suppressed: u64,
+    /// Transactions with or without events.
+    pub transactions: u64,
+    /// Messages that are no business of ours: other tables, updates, deletes, truncates, unknown types.
+    pub skipped: u64,
+}
+
+/// Which tables and columns are read, and where their rows go.
+#[derive(Clone, Debug)]
+pub struct Routing {
+    /// The outbox tables.
+    pub tables: Vec<TableName>,
+    /// Names of their columns.
+    pub columns: Columns,
+    /// Topic of a row that names none.
+    pub template: TopicTemplate,
+    /// Whether it is to be told which rows have their receipt.
+    pub report_rows: bool,
+}
+
+impl std::fmt::Display for Routing {
+    /// All that decides which topic and key an event gets, in a form that stays the same from version to version.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut tables: Vec<String> = self.tables.iter().map(ToString::to_string).collect();
+        tables.sort_unstable();
+        let columns = &self.columns;
+        write!(
+            f,
+            "{}\n{:?}\n{:?}\n",
+            self.template, columns.aggregateid, columns.topic
+        )?;
+        f.write_str(&tables.join("\n"))
+    }
+}
+
+/// Something the pipe hears.
+#[derive(Debug)]
+pub enum Event {
+    /// From a broker.
+    Broker(BrokerEvent),
+    /// From the stragglers' task.
+    Stragglers(Report),
+}
+
+/// Whether the stream can go on as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// It can.
+    Fits,
+    /// A column that is read has a type without a known binary form: ask for text and start again.
+    NeedsText,
+}
+
+/// The transaction whose rows are arriving, or were when the connection was lost.
+#[derive(Clone, Copy, Debug)]
+struct OpenTxn {
+    no: TxnNo,
+    commit_lsn: Lsn,
+    xid: u32,
+    /// How many of its rows were taken.
+    rows: u64,
+}
+
+/// Where the stream stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stream {
+    Between,
+    /// In a transaction that was received whole before.
+    Repeating {
+        commit_lsn: Lsn,
+    },
+    /// In the open transaction, of which this many rows are repeated first.
+    Open {
+        repeated: u64,
+    },
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Pipe {
+    routing: Routing,
+    publisher: Publisher,
+    /// `None`: there is no table for them.
+    stragglers: Option<Stragglers>,
+    tracker: AckTracker,
+    relations: RelationCache,
+    /// One per relation seen, with the table's place in the settings; `None` for a table that is no outbox.
+    extractors: Vec<(u32, Option<(Extractor, u16)>)>,
+    /// Tables that are no outbox and had rows: told once.
+    foreign: Vec<u32>,
+    /// Values in the stream are binary where their type allows.
+    binary: bool,
+    open: Option<OpenTxn>,
+    stream: Stream,
+    /// Commit LSN of the last transaction that was received whole.
+    received_whole: Lsn,
+    /// Table OID and id of rows that the gap scan published and that the stream may bring as well: a handful, and only while
+    /// a slot is new.
+    scanned: HashSet<(u32, String)>,
+    scratch: Scratch,
+    topic: String,
+    /// The furthest position received.
+    received: Lsn,
+    /// WAL end of the last keepalive, for the idle rule.
+    keepalive_wal_end: Lsn,
+    counters: Counters,
+}
+
+impl Pipe {
+    /// A pipe whose slot has confirmed up to `confirmed`.
+    pub fn new(
+        routing: Routing,
+        publisher: Publisher,
+        stragglers: Option<Stragglers>,
+        confirmed: Lsn,
+    ) -> Self {
+        Self {
+            routing,
+            publisher,
+            stragglers,
+            tracker: AckTracker::new(confirmed),
+            relations: RelationCache::new(),
+            extractors: Vec::new(),
+            foreign: Vec::new(),
+            binary: true,
+            open: None,
+            stream: Stream::Between,
+            received_whole: Lsn::ZERO,
+            scanned: HashSet::new(),
+            scratch: Scratch::new(),
+            topic: String::new(),
+            received: confirmed,
+            keepalive_wal_end: Lsn::ZERO,
+            counters: Counters::default(),
+        }
+    }
+
+    /// A new replication connection begins: Postgres repeats everything from the confirmed LSN on.
+    pub fn begin_stream(&mut self, binary: bool) {
+        self.stream = Stream::Between;
+        self.binary = binary;
+        // A walsender describes each relation anew; the old description may be out of date.
+        self.relations = RelationCache::new();
+        self.extractors.clear();
+    }
+
+    /// These rows (table OID and id) are in their topics already, should the stream bring them: see [`crate::scanner`].
+    pub fn skip_scanned(&mut self, rows: impl IntoIterator<Item = (u32, String)>) {
+        self.scanned = rows.into_iter().collect();
+    }
+
+    /// The publisher, to wait on.
+    pub fn publisher(&mut self) -> &mut Publisher {
+        &mut self.publisher
+    }
+
+    /// True while another frame may be taken.
+    pub fn has_room(&self) -> bool {
+        let stragglers = self.stragglers.as_ref();
+        self.publisher.has_room() && stragglers.is_none_or(Stragglers::has_room)
+    }
+
+    /// Events without receipt, and not stored as stragglers either.
+    pub fn unfinished(&self) -> usize {
+        let waiting = self.stragglers.as_ref().map_or(0, Stragglers::waiting);
+        self.publisher.in_flight().0 + waiting
+    }
+
+    /// Completes when all is known of the stragglers that another instance may have stored; to be awaited before the first
+    /// frame of a new stream.
+    pub fn refresh(&self) -> impl Future<Output = ()> + use<> {
+        let refreshed = self.stragglers.as_ref().map(Stragglers::refresh);
+        async move {
+            if let Some(refreshed) = refreshed {
+                refreshed.await;
+            }
+        }
+    }
+
+    /// Tells whether the replication stream is open: only then are stragglers retried.
+    pub fn streaming(&self, is_streaming: bool) {
+        if let Some(stragglers) = &self.stragglers {
+            stragglers.streaming(is_streaming);
+        }
+    }
+
+    /// Waits for what a broker says, or what became of stragglers. Cancel safe: both are channels.
+    pub async fn next_event(&mut self) -> Event {
+        let Some(stragglers) = &mut self.stragglers else {
+            return Event::Broker(self.publisher.next_event().await);
+        };
+        tokio::select! {
+            biased;
+            report = stragglers.next_report() => Event::Stragglers(report),
+            event = self.publisher.next_event() => Event::Broker(event),
+        }
+    }
+
+    /// The next of these, if one is waiting.
+    pub fn try_next_event(&mut self) -> Option<Event> {
+        let report = self
+            .stragglers
+            .as_mut()
+            .and_then(Stragglers::try_next_report);
+        report
+            .map(Event::Stragglers)
+            .or_else(|| self.publisher.try_next_event().map(Event::Broker))
+    }
+
+    /// Applies what was said.
+    pub fn event(&mut self, event: Event) -> Result<()> {
+        match event {
+            Event::Broker(event) => self.broker_event(event),
+            Event::Stragglers(report) => self.report(report),
+        }
+    }
+
+    /// Books what became of stragglers. The only place where one is acknowledged: it is in the table.
+    pub fn report(&mut self, report: Report) -> Result<()> {
+        if let Some(stragglers) = &mut self.stragglers {
+            stragglers.book(&report);
+        }
+        match report {
+            Report::Stored {
+                acked, diverted, ..
+            } => {
+                for (txn, count) in acked {
+                    self.tracker.ack(txn, count);
+                    self.counters.stragglers += count;
+                }
+                self.publisher.stored(diverted);
+            }
+            Report::Parked(changes) => {
+                for (topic, key, count) in changes {
+                    self.publisher.park(&topic, &key, count);
+                }
+            }
+            Report::Healed(topic) => self.publisher.healed(&topic),
+            Report::Rows(_) => {}
+            Report::Failed(error) => return Err(error),
+        }
+        self.hand_on_diverted();
+        Ok(())
+    }
+
+    fn hand_on_diverted(&mut self) {
+        if self.publisher.has_diverted()
+            && let Some(stragglers) = &mut self.stragglers
+        {
+            for diverted in self.publisher.take_diverted() {
+                stragglers.divert(diverted);
+            }
+        }
+    }
+
+    /// True while a transaction has begun and not committed.
+    pub fn is_in_transaction(&self) -> bool {
+        self.stream != Stream::Between
+    }
+
+    /// What passed so far.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Everything before this was received.
+    pub fn received(&self) -> Lsn {
+        self.received
+    }
+
+    /// The position to confirm; the only place it comes from is [`AckTracker::flush_lsn`].
+    pub fn flush_lsn(&mut self) -> Lsn {
+        self.tracker.flush_lsn(self.keepalive_wal_end)
+    }
+
+    /// Applies what a broker said, and books the receipts.
+    pub fn broker_event(&mut self, event: BrokerEvent) -> Result<()> {
+        let result = self.publisher.handle(event);
+        for (txn, count) in self.publisher.take_acked() {
+            self.tracker.ack(txn, count);
+            self.counters.acknowledged += count;
+        }
+        self.hand_on_diverted();
+        result
+    }
+
+    /// Takes one frame; true when the server wants a status update at once.
+    pub fn frame(&mut self, frame: Frame<'_>) -> Result<(Format, bool)> {
+        match frame {
+            Frame::Keepalive {
+                wal_end,
+                reply_requested,
+                ..
+            } => {
+                self.keepalive_wal_end = self.keepalive_wal_end.max(wal_end);
+                self.received = self.received.max(wal_end);
+                Ok((Format::Fits, reply_requested))
+            }
+            Frame::XLogData {
+                wal_start, payload, ..
+            } => {
+                self.received = self.received.max(wal_start);
+                Ok((self.message(payload, wal_start)?, false))
+            }
+        }
+    }
+
+    fn message(&mut self, payload: &[u8], at: Lsn) -> Result<Format> {
+        let message = pgoutput::parse(payload).map_err(|error| {
+            Error::bug(format!("the replication stream at {at} cannot be decoded")).caused_by(error)
+        })?;
+        match message {
+            Message::Insert { relation_id, tuple } => return self.insert(relation_id, &tuple, at),
+            Message::Begin { final_lsn, xid, .. } => self.begin(final_lsn, xid, at)?,
+            Message::Commit {
+                commit_lsn,
+                end_lsn,
+                ..
+            } => self.commit(commit_lsn, end_lsn)?,
+            Message::Relation(relation) => {
+                let id = relation.id;
+                self.relations.insert(relation);
+                return self.relation(id);
+            }
+            Message::Type {
+                id,
+                namespace,
+                name,
+            } => self.relations.note_type(id, namespace, name),
+            Message::Logical(message) => {
+                self.counters.skipped += 1;
+                if message.prefix == "walpost" {
+                    warn!(%at, "a logical message with the prefix walpost is not read by this version");
+                }
+            }
+            Message::Unknown(tag) => {
+                self.counters.skipped += 1;
+                debug!(tag, %at, "a message of an unknown type is skipped");
+            }
+            Message::Origin { .. }
+            | Message::Truncate { .. }
+            | Message::Update { .. }
+            | Message::Delete { .. } => {
+                self.counters.skipped += 1;
+            }
+        }
+        Ok(Format::Fits)
+    }
+
+    fn begin(&mut self, commit_lsn: Lsn, xid: u32, at: Lsn) -> Result<()> {
+        if self.stream != Stream::Between {
+            return Err(Error::bug(format!(
+                "a transaction begins inside another at {at}"
+            )));
+        }
+        if commit_lsn <= self.received_whole {
+            self.stream = Stream::Repeating { commit_lsn };
+            return Ok(());
+        }
+        let open = match self.open {
+            Some(open) if open.commit_lsn == commit_lsn => open,
+            Some(open) => {
+                return Err(Error::refused(format!(
+                    "the connection was lost in the transaction that commits at {}, and the slot goes on with the one at {commit_lsn}: \
+                     somebody advanced the slot, or dropped it and made it anew",
+                    open.commit_lsn
+                ))
+                .hint("rows between the two may never have been published: compare the table with the topics, then start walpost again"));
+            }
+            None => OpenTxn {
+                no: self.tracker.begin(),
+                commit_lsn,
+                xid,
+                rows: 0,
+            },
+        };
+        self.open = Some(open);
+        self.stream = Stream::Open {
+            repeated: open.rows,
+        };
+        Ok(())
+    }
+
+    fn commit(&mut self, commit_lsn: Lsn, end_lsn: Lsn) -> Result<()> {
+        let stream = std::mem::replace(&mut self.stream, Stream::Between);
+        if stream == (Stream::Repeating { commit_lsn }) {
+            return Ok(());
+        }
+        let open = self.open.take();
+        if stream != (Stream::Open { repeated: 0 })
+            || open.is_none_or(|open| open.commit_lsn != commit_lsn)
+        {
+            return Err(Error::bug(format!(
+                "the commit at {commit_lsn} does not end the transaction that began"
+            )));
+        }
+        self.tracker.commit(end_lsn);
+        self.publisher.end_transaction();
+        self.received_whole = commit_lsn;
+        self.received = self.received.max(end_lsn);
+        self.counters.transactions += 1;
+        Ok(())
+    }
+
+    /// Counts a row; `None` when it was taken before the connection was lost.
+    fn next_row(&mut self, at: Lsn) -> Result<Option<OpenTxn>> {
+        match (&mut self.stream, &mut self.open) {
+            (Stream::Repeating { .. }, _) => {}
+            (Stream::Open { repeated }, _) if *repeated > 0 => *repeated -= 1,
+            (Stream::Open { .. }, Some(open)) => {
+                open.rows += 1;
+                return Ok(Some(*open));
+            }
+            _ => {
+                return Err(Error::bug(format!(
+                    "a row outside of a transaction at {at}"
+                )));
+            }
+        }
+        self.counters.suppressed += 1;
+        Ok(None)
+    }
+
+    fn relation(&mut self, id: u32) -> Result<Format> {
+        let Some(relation) = self.relations.get(id) else {
+            return Ok(Format::Fits);
+        };
+        let is_outbox =
+            |table: &TableName| table.schema == relation.namespace && table.name == relation.name;
+        let place = self.routing.tables.iter().position(is_outbox);
+        let extractor = if let Some(place) = place {
+            let extractor =
+                Extractor::new(relation, &self.routing.columns, &self.routing.template)?;
+            if self.binary
+                && let Some((column, type_oid)) = extractor.needs_text()
+            {
+                info!(table = %relation, column, type_oid, "this column's type is read as text: starting the stream again");
+                return Ok(Format::NeedsText);
+            }
+            Some((extractor, u16::try_from(place).unwrap_or(u16::MAX)))
+        } else {
+            // Not worth a word yet: a partition is described too, before its rows come under the table's own name.
+            None
+        };
+        self.extractors.retain(|(known, _)| *known != id);
+        self.extractors.push((id, extractor));
+        Ok(Format::Fits)
+    }
+
+    fn insert(&mut self, relation_id: u32, tuple: &Tuple<'_>, at: Lsn) -> Result<Format> {
+        let Some(open) = self.next_row(at)? else {
+            return Ok(Format::Fits);
+        };
+        // One to a handful of tables: faster than hashing the id.
+        let Some((_, extractor)) = self.extractors.iter().find(|(id, _)| *id == relation_id) else {
+            return Err(Error::bug(format!(
+                "a row of a table that was not described (OID {relation_id}) at {at}"
+            )));
+        };
+        let Some((extractor, table)) = extractor else {
+            self.counters.skipped += 1;
+            if !self.foreign.contains(&relation_id)
+                && let Some(relation) = self.relations.get(relation_id)
+            {
+                warn!(table = %relation, "the publication holds a table that is not in WALPOST_OUTBOX_TABLE: its rows are skipped");
+                self.foreign.push(relation_id);
+            }
+            return Ok(Format::Fits);
+        };
+        let row = RowTag::new(*table, open.rows);
+        let event = extractor.extract(tuple, &mut self.scratch);
+        let event = event.and_then(|event| {
+            extractor
+                .topic_into(tuple, &event, &mut self.topic)
+                .map(|()| event)
+        });
+        let event = match (event, &mut self.stragglers) {
+            (Ok(event), _) => event,
+            (Err(error), Some(stragglers)) if error.problem().is_of_the_row() => {
+                let (salvaged, of) = (extractor.salvage(tuple), (open.no, open.commit_lsn, row));
+                let why = Error::from(error).report();
+                warn!("a row cannot be published, it becomes a dead straggler: {why}");
+                stragglers.unusable(salvaged, of, why);
+                self.tracker.track();
+                self.counters.events += 1;
+                return Ok(Format::Fits);
+            }
+            (Err(error), _) => return Err(unusable(error, open.commit_lsn)),
+        };
+        if !self.scanned.is_empty() && self.scanned.remove(&(relation_id, event.id.to_owned())) {
+            self.counters.suppressed += 1;
+            return Ok(Format::Fits);
+        }
+        let outgoing = Outgoing {
+            key: event.aggregateid,
+            payload: event.payload,
+            event_time_ms: event.event_time_ms,
+            deliver_at_ms: event.deliver_at_ms,
+            txn: open.no,
+            commit_lsn: open.commit_lsn,
+            row,
+            mark: self.routing.report_rows.then_some(Row {
+                table: u32::from(*table),
+                xid: open.xid,
+                id: event.id,
+            }),
+        };
+        let hash = key_hash(event.aggregateid.as_bytes());
+        self.publisher
+            .publish(&self.topic, hash, &outgoing, event.properties())
+            .map_err(|error| {
+                Error::refused(format!("the row with id {} cannot be published", event.id))
+                    .caused_by(error)
+            })?;
+        self.tracker.track();
+        self.counters.events += 1;
+        self.hand_on_diverted();
+        Ok(Format::Fits)
+    }
+}
+
+/// The error for a row that can be neither published nor kept elsewhere.
+fn unusable(error: EventError, commit_lsn: Lsn) -> Error {
+    Error::refused(format!(
+        "an event of the transaction committed at {commit_lsn} cannot be published"
+    ))
+    .caused_by(Error::from(error))
+    .hint("the slot keeps the event until it is published")
+}

@@ -1,0 +1,392 @@
+//! Reaches a server: addresses in order, socket options, `SSLRequest`, TLS, and the check that it is the wanted one.
+//!
+//! Input: [`PostgresConfig`]. Output: for [`connect_sql`] a `tokio_postgres` client with its driver task, for the
+//! replication connection whatever its login makes of the [`Stream`].
+//!
+//! As in libpq: hosts are tried in order, each address of a host in turn; a refused login ends the search; `prefer` and
+//! `allow` try the other kind of connection when the first kind is refused. A Unix socket is never encrypted.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio_postgres::config::{ChannelBinding, SslMode as ClientSslMode, SslNegotiation};
+use tracing::debug;
+
+use super::channel_binding::tls_server_end_point;
+use super::config::{
+    ChannelBindingMode, Host, PostgresConfig, SslMode, TargetSession, socket_path,
+};
+use super::server_error::{sql_error, sqlstate};
+use super::stream::{Established, Stream};
+use super::tls;
+use crate::{Error, Result};
+
+/// Connects for ordinary SQL and runs the connection in a task of its own, which ends when the client is dropped.
+///
+/// `application_name` is what `pg_stat_activity` shows, unless the configuration names another.
+///
+/// # Errors
+/// Temporary when no server can be reached now, refused when one says no, config when a TLS file cannot be used.
+pub async fn connect_sql(
+    config: &PostgresConfig,
+    application_name: &str,
+) -> Result<tokio_postgres::Client> {
+    let mut settings = tokio_postgres::Config::new();
+    settings
+        .user(&config.user)
+        .dbname(&config.dbname)
+        .application_name(
+            config
+                .application_name
+                .as_deref()
+                .unwrap_or(application_name),
+        )
+        .channel_binding(match config.channel_binding {
+            ChannelBindingMode::Disable => ChannelBinding::Disable,
+            ChannelBindingMode::Prefer => ChannelBinding::Prefer,
+            ChannelBindingMode::Require => ChannelBinding::Require,
+        });
+    if let Some(password) = &config.password {
+        settings.password(password);
+    }
+    if let Some(options) = &config.options {
+        settings.options(options);
+    }
+    let (client, connection) = first_host(config, &SqlLogin { config, settings }).await?;
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            debug!(%error, "an SQL connection ended");
+        }
+    });
+    Ok(client)
+}
+
+/// What to do with a connected stream, before it is known whether this server will do.
+///
+/// A trait and not an async closure: only so does the compiler see that the whole may be spawned.
+pub(super) trait Login: Sync {
+    /// A logged-in connection.
+    type Output: Send;
+
+    /// Logs in, and checks that the server is the wanted one.
+    fn log_in(&self, stream: Stream) -> impl Future<Output = Result<Self::Output>> + Send;
+}
+
+struct SqlLogin<'a> {
+    config: &'a PostgresConfig,
+    settings: tokio_postgres::Config,
+}
+
+impl Login for SqlLogin<'_> {
+    type Output = (
+        tokio_postgres::Client,
+        tokio_postgres::Connection<Stream, Stream>,
+    );
+
+    async fn log_in(&self, stream: Stream) -> Result<Self::Output> {
+        let config = self.config;
+        let mut settings = self.settings.clone();
+        if stream.is_encrypted() {
+            // "Direct": the handshake is already done, there is nothing to negotiate.
+            settings
+                .ssl_mode(ClientSslMode::Require)
+                .ssl_negotiation(SslNegotiation::Direct);
+        } else {
+            settings.ssl_mode(ClientSslMode::Disable);
+        }
+        let (client, connection) =
+            settings
+                .connect_raw(stream, Established)
+                .await
+                .map_err(|error| {
+                    let doing = format!("log in as {} to {}", config.user, config.dbname);
+                    sql_error(&doing, error)
+                })?;
+        check_target(config, |name| connection.parameter(name))?;
+        Ok((client, connection))
+    }
+}
+
+/// Tries the hosts in order until `login` succeeds with one.
+pub(super) async fn first_host<L: Login>(config: &PostgresConfig, login: &L) -> Result<L::Output> {
+    let mut failures: Vec<Error> = Vec::new();
+    for host in &config.hosts {
+        let addresses = match addresses(host, config.connect_timeout).await {
+            Ok(addresses) => addresses,
+            Err(error) => {
+                failures.push(error);
+                continue;
+            }
+        };
+        for address in &addresses {
+            match first_encryption(config, host, address, login).await {
+                Ok(done) => return Ok(done),
+                // Another server would hear the same wrong password, and a wrong file stays wrong.
+                Err(error) if is_login_refusal(&error) || error.exit_code() == 64 => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    debug!(%host, error = %error.report(), "this server will not do");
+                    failures.push(error);
+                }
+            }
+        }
+    }
+    Err(combined(config, failures))
+}
+
+fn is_login_refusal(error: &Error) -> bool {
+    sqlstate(error).is_some_and(|code| code.starts_with("28"))
+}
+
+fn combined(config: &PostgresConfig, mut failures: Vec<Error>) -> Error {
+    if failures.len() == 1
+        && let Some(only) = failures.pop()
+    {
+        return only;
+    }
+    let all: Vec<String> = failures.iter().map(Error::report).collect();
+    let says = format!("cannot use any server of {config}: {}", all.join("; "));
+    if failures.iter().all(|error| !error.is_temporary()) && !failures.is_empty() {
+        Error::refused(says)
+    } else {
+        Error::temporary(says)
+    }
+}
+
+/// One address of a host.
+enum Address<'a> {
+    Tcp { name: &'a str, address: SocketAddr },
+    Unix(std::path::PathBuf),
+}
+
+async fn addresses(host: &Host, limit: Option<Duration>) -> Result<Vec<Address<'_>>> {
+    let (name, port) = match host {
+        Host::Unix(dir, port) => return Ok(vec![Address::Unix(socket_path(dir, *port))]),
+        Host::Tcp(name, port) => (name.as_str(), *port),
+    };
+    let unknown = || Error::temporary(format!("cannot find the address of {name}"));
+    let found = within(limit, host, async {
+        let found = lookup_host((name, port)).await;
+        found.map_err(|error| unknown().caused_by(error))
+    })
+    .await?;
+    let addresses: Vec<_> = found
+        .map(|address| Address::Tcp { name, address })
+        .collect();
+    if addresses.is_empty() {
+        return Err(unknown());
+    }
+    Ok(addresses)
+}
+
+async fn within<T>(
+    limit: Option<Duration>,
+    host: &Host,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let Some(limit) = limit else {
+        return work.await;
+    };
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+        Err(Error::temporary(format!(
+            "{host} did not let us in within {limit:?} (connect_timeout)"
+        )))
+    })
+}
+
+/// Whether to ask for TLS on one attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ask {
+    No,
+    /// Go on without when the server has none.
+    IfThere,
+    Yes,
+}
+
+async fn first_encryption<L: Login>(
+    config: &PostgresConfig,
+    host: &Host,
+    address: &Address<'_>,
+    login: &L,
+) -> Result<L::Output> {
+    let bound = config.channel_binding == ChannelBindingMode::Require;
+    let (first, second) = match (address, config.ssl.mode) {
+        (Address::Unix(_), _) | (_, SslMode::Disable) => (Ask::No, None),
+        // A login that must be bound to TLS is never tried without.
+        (_, SslMode::Allow | SslMode::Prefer) if bound => (Ask::IfThere, None),
+        (_, SslMode::Allow) => (Ask::No, Some(Ask::Yes)),
+        (_, SslMode::Prefer) => (Ask::IfThere, Some(Ask::No)),
+        (_, SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull) => (Ask::Yes, None),
+    };
+    let attempt = |ask| {
+        within(config.connect_timeout, host, async move {
+            let stream = open(config, host, address, ask).await?;
+            login.log_in(stream).await
+        })
+    };
+    match (attempt(first).await, second) {
+        // 28000: pg_hba.conf has no line for this kind of connection. TLS that fails is no reason for `prefer` to give up.
+        (Err(error), Some(second)) if sqlstate(&error) == Some("28000") || is_tls(&error) => {
+            debug!(%host, error = %error.report(), ?second, "trying the other kind of connection");
+            // When the second fails too, the first says more about the server.
+            attempt(second).await.map_err(|other| {
+                if sqlstate(&other) == Some("28000") || is_tls(&other) {
+                    error
+                } else {
+                    other
+                }
+            })
+        }
+        (outcome, _) => outcome,
+    }
+}
+
+/// Connects to one address and encrypts the connection if asked to.
+async fn open(
+    config: &PostgresConfig,
+    host: &Host,
+    address: &Address<'_>,
+    ask: Ask,
+) -> Result<Stream> {
+    let unreachable =
+        |error: io::Error| Error::temporary(format!("cannot connect to {host}")).caused_by(error);
+    let (name, mut socket) = match address {
+        Address::Unix(path) => {
+            let socket = UnixStream::connect(path).await.map_err(unreachable)?;
+            return Ok(Stream::Unix(socket));
+        }
+        Address::Tcp { name, address } => {
+            let socket = TcpStream::connect(address).await.map_err(unreachable)?;
+            (*name, socket)
+        }
+    };
+    set_options(config, &socket).map_err(unreachable)?;
+    if ask == Ask::No {
+        return Ok(Stream::Tcp(socket));
+    }
+    // SSLRequest: length 8, code 80877103; the answer is one byte. Reading just that byte leaves nothing that someone on
+    // the way could have put behind it to be taken for encrypted data.
+    socket
+        .write_all(&[0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f])
+        .await
+        .map_err(unreachable)?;
+    match socket.read_u8().await.map_err(unreachable)? {
+        b'S' => {}
+        b'N' if ask == Ask::IfThere => return Ok(Stream::Tcp(socket)),
+        b'N' => {
+            return Err(Error::refused(format!("{host} has no TLS"))
+                .hint("set ssl = on on the server, or sslmode=prefer"));
+        }
+        // An error in clear text, from a server that has not proved its identity: not to be shown.
+        _ => {
+            return Err(Error::temporary(format!(
+                "{host} could not answer the request for TLS"
+            )));
+        }
+    }
+    let (settings, server_name) = tls::client_config(&config.ssl, name)?;
+    let stream = tokio_rustls::TlsConnector::from(settings)
+        .connect(server_name, socket)
+        .await
+        .map_err(|error| handshake_error(host, error))?;
+    let certificates = stream.get_ref().1.peer_certificates();
+    let end_point = certificates
+        .and_then(|chain| chain.first())
+        .and_then(|certificate| tls_server_end_point(certificate));
+    Ok(Stream::Tls {
+        stream: Box::new(stream),
+        end_point,
+    })
+}
+
+fn set_options(config: &PostgresConfig, socket: &TcpStream) -> io::Result<()> {
+    // Status updates are small and must not wait for more.
+    socket.set_nodelay(true)?;
+    let socket = SockRef::from(socket);
+    // A peer that vanished is noticed after idle + 3 × 10 s instead of the system's two hours.
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(config.keepalives_idle)
+            .with_interval(Duration::from_secs(10))
+            .with_retries(3),
+    )?;
+    if config.tcp_user_timeout.is_some() {
+        socket.set_tcp_user_timeout(config.tcp_user_timeout)?;
+    }
+    // SO_RCVBUF is left alone: setting it turns off Linux' own growing of the buffer (up to tcp_rmem's 6 MiB), which
+    // reaches further than net.core.rmem_max (208 KiB) allows an unprivileged process to ask for.
+    Ok(())
+}
+
+fn handshake_error(host: &Host, error: io::Error) -> Error {
+    let says = format!("TLS with {host} failed");
+    let tls = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match tls {
+        Some(rustls::Error::InvalidCertificate(_)) => Error::refused(says)
+            .hint("set sslrootcert (PGSSLROOTCERT) to the server's authority, and check the host's name")
+            .caused_by(TlsFailure(error)),
+        Some(_) => Error::refused(says).caused_by(TlsFailure(error)),
+        None => Error::temporary(says).caused_by(TlsFailure(error)),
+    }
+}
+
+/// Marks an error as one of the TLS handshake, so that `prefer` can go on without.
+#[derive(Debug)]
+struct TlsFailure(io::Error);
+
+impl std::fmt::Display for TlsFailure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for TlsFailure {}
+
+fn is_tls(error: &Error) -> bool {
+    std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<TlsFailure>)
+}
+
+/// Refuses a server that is not what `target_session_attrs` asks for, by the settings that Postgres 14+ reports at login.
+pub(super) fn check_target<'a>(
+    config: &PostgresConfig,
+    parameter: impl Fn(&str) -> Option<&'a str>,
+) -> Result<()> {
+    let is_on = |name| parameter(name) == Some("on");
+    let unfit = match config.target {
+        TargetSession::Any => false,
+        TargetSession::Primary => is_on("in_hot_standby"),
+        TargetSession::ReadWrite => {
+            is_on("in_hot_standby") || is_on("default_transaction_read_only")
+        }
+    };
+    if unfit {
+        return Err(Error::temporary(
+            "the server is read-only or a standby, and target_session_attrs wants another",
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connecting_may_be_spawned() {
+        fn is_send<T: Send>(_: &T) {}
+        let Ok(config) = PostgresConfig::parse(Some("postgres://u@h/d"), &|_| None) else {
+            panic!("a valid URL");
+        };
+        is_send(&connect_sql(&config, "test"));
+        is_send(&crate::postgres::ReplicationConnection::connect(
+            &config, "test",
+        ));
+    }
+}

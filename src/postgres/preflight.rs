@@ -1,0 +1,282 @@
+//! Everything that streaming needs of a server, checked before it starts: one clear error, with the command that mends it.
+//!
+//! Input: an SQL connection to the database that is to be streamed, and the names. Output: nothing, or the first thing
+//! that is wrong, in the order in which an operator would mend them. Nothing is changed. Only what streaming itself
+//! needs is asked for: the role needs `REPLICATION`, but no right to read the table.
+
+use tokio_postgres::Client;
+
+use super::names::{TableName, quote_ident, quote_literal};
+use super::server_error::sql_error;
+use super::slot::{
+    self, PLUGIN, PublicationState, SlotState, get, publication_state, query_one, slot_state,
+};
+use crate::{Error, Result};
+
+/// The oldest Postgres whose pgoutput has the options that walpost uses.
+const OLDEST_VERSION: u32 = 140_000;
+
+/// Checks version, `wal_level`, the role, the tables, the publication and the slot.
+///
+/// # Errors
+/// Refused, with a hint, for the first thing that is wrong; temporary when the server cannot be asked.
+pub async fn preflight(
+    client: &Client,
+    slot: &str,
+    publication: &str,
+    tables: &[TableName],
+) -> Result<()> {
+    check_server(client).await?;
+    let role = check_role(client).await?;
+    let mut kinds = Vec::with_capacity(tables.len());
+    for table in tables {
+        kinds.push((table, table_kind(client, table).await?));
+    }
+    let state = publication_state(client, publication).await?;
+    check_publication(publication, state.as_ref(), &kinds)?;
+    let state = slot_state(client, slot).await?;
+    check_slot(slot, state.as_ref(), &role.database)
+}
+
+async fn check_server(client: &Client) -> Result<()> {
+    let version = slot::server_version_num(client).await?;
+    if version < OLDEST_VERSION {
+        return Err(Error::refused(format!(
+            "the server is Postgres {}, walpost needs 14 or newer",
+            version / 10_000
+        )));
+    }
+    let level = slot::wal_level(client).await?;
+    if level != "logical" {
+        return Err(
+            Error::refused(format!("wal_level is {level}, streaming needs logical"))
+                .hint("ALTER SYSTEM SET wal_level = logical; then restart Postgres"),
+        );
+    }
+    Ok(())
+}
+
+struct Role {
+    database: String,
+}
+
+async fn check_role(client: &Client) -> Result<Role> {
+    // Managed services patch Postgres to accept members of a role of theirs instead of the attribute.
+    const SQL: &str = "
+        SELECT current_database()::text AS database, current_user::text AS role,
+               r.rolreplication OR r.rolsuper
+               OR EXISTS (SELECT FROM pg_roles m
+                          WHERE m.rolname = 'rds_replication' AND pg_has_role(r.oid, m.oid, 'MEMBER')) AS may_replicate
+        FROM pg_roles r WHERE r.rolname = current_user";
+    let row = query_one(client, SQL, &[], "read the role's rights").await?;
+    let role: String = get(&row, "role")?;
+    if !get::<bool>(&row, "may_replicate")? {
+        return Err(
+            Error::refused(format!("role {role} may not replicate")).hint(format!(
+                "as a superuser: ALTER ROLE {} REPLICATION;",
+                quote_ident(&role)
+            )),
+        );
+    }
+    Ok(Role {
+        database: get(&row, "database")?,
+    })
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum TableKind {
+    Plain,
+    Partitioned,
+}
+
+async fn table_kind(client: &Client, table: &TableName) -> Result<TableKind> {
+    const SQL: &str = "
+        SELECT c.relkind::text, c.relpersistence::text
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = $1 AND c.relname = $2";
+    let row = client
+        .query_opt(SQL, &[&table.schema, &table.name])
+        .await
+        .map_err(|error| sql_error("look for the outbox table", error))?;
+    let Some(row) = row else {
+        return Err(
+            Error::refused(format!("table {table} does not exist in this database"))
+                .hint("walpost init; or name an existing table in WALPOST_OUTBOX_TABLE"),
+        );
+    };
+    let kind: String = get(&row, "relkind")?;
+    let persistence: String = get(&row, "relpersistence")?;
+    if persistence != "p" {
+        return Err(Error::refused(format!(
+            "table {table} is temporary or unlogged: its rows are not in the write-ahead log"
+        ))
+        .hint(format!("ALTER TABLE {table} SET LOGGED;")));
+    }
+    match kind.as_str() {
+        "r" => Ok(TableKind::Plain),
+        "p" => Ok(TableKind::Partitioned),
+        _ => Err(Error::refused(format!("{table} is not a table"))
+            .hint("name the table itself in WALPOST_OUTBOX_TABLE")),
+    }
+}
+
+fn check_publication(
+    name: &str,
+    state: Option<&PublicationState>,
+    tables: &[(&TableName, TableKind)],
+) -> Result<()> {
+    let quoted = quote_ident(name);
+    let Some(state) = state else {
+        return Err(Error::refused(format!(
+            "publication {name} does not exist in this database"
+        ))
+        .hint("walpost init"));
+    };
+    if !state.inserts {
+        return Err(
+            Error::refused(format!("publication {name} does not publish inserts")).hint(format!(
+                "ALTER PUBLICATION {quoted} SET (publish = 'insert');"
+            )),
+        );
+    }
+    for (table, kind) in tables {
+        if *kind == TableKind::Partitioned && !state.via_root {
+            return Err(Error::refused(format!(
+                "publication {name} publishes the partitions of {table} under their own names"
+            ))
+            .hint(format!(
+                "ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true);"
+            )));
+        }
+        if !state.all_tables && !state.tables.contains(table) {
+            return Err(
+                Error::refused(format!("publication {name} lacks table {table}"))
+                    .hint(format!("ALTER PUBLICATION {quoted} ADD TABLE {table};")),
+            );
+        }
+    }
+    Ok(())
+}
+
+fn check_slot(name: &str, state: Option<&SlotState>, database: &str) -> Result<()> {
+    let Some(state) = state else {
+        return Err(
+            Error::refused(format!("replication slot {name} does not exist")).hint("walpost init"),
+        );
+    };
+    let another = "set WALPOST_SLOT to a name that is free, then: walpost init";
+    match (state.plugin.as_deref(), state.database.as_deref()) {
+        (Some(PLUGIN), Some(its)) if its == database => {}
+        (Some(PLUGIN), Some(its)) => {
+            return Err(Error::refused(format!(
+                "replication slot {name} belongs to database {its}, and this is {database}"
+            ))
+            .hint(another));
+        }
+        (Some(plugin), _) => {
+            return Err(Error::refused(format!(
+                "replication slot {name} was made for plugin {plugin}, not {PLUGIN}"
+            ))
+            .hint(another));
+        }
+        (None, _) => {
+            return Err(Error::refused(format!(
+                "replication slot {name} is a physical one, not for {PLUGIN}"
+            ))
+            .hint(another));
+        }
+    }
+    if let Some(reason) = state.lost_because() {
+        return Err(
+            Error::refused(format!("replication slot {name} is lost: {reason}")).hint(format!(
+                "SELECT pg_drop_replication_slot({}); then: walpost init",
+                quote_literal(name)
+            )),
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn good_slot() -> SlotState {
+        SlotState {
+            plugin: Some("pgoutput".into()),
+            database: Some("shop".into()),
+            active: false,
+            active_pid: None,
+            confirmed_flush: None,
+            restart_lsn: None,
+            wal_status: Some("reserved".into()),
+            invalidation_reason: None,
+            retained_bytes: None,
+            failover: false,
+        }
+    }
+
+    #[test]
+    fn a_slot_that_will_not_do_is_told_why() {
+        let said = |change: &dyn Fn(&mut SlotState)| {
+            let mut state = good_slot();
+            change(&mut state);
+            let error = check_slot("s", Some(&state), "shop").unwrap_err();
+            assert_eq!(error.exit_code(), 69);
+            error.report()
+        };
+        assert!(check_slot("s", Some(&good_slot()), "shop").is_ok());
+        assert!(
+            check_slot("s", None, "shop")
+                .unwrap_err()
+                .report()
+                .contains("walpost init")
+        );
+        assert!(said(&|s| s.plugin = None).contains("physical"));
+        assert!(said(&|s| s.plugin = Some("wal2json".into())).contains("plugin wal2json"));
+        assert!(said(&|s| s.database = Some("x".into())).contains("database x"));
+        let lost = said(&|s| s.wal_status = Some("lost".into()));
+        assert!(lost.contains("pg_drop_replication_slot('s')"), "{lost}");
+        assert!(
+            said(&|s| s.invalidation_reason = Some("idle_timeout".into())).contains("idle_timeout")
+        );
+    }
+
+    #[test]
+    fn a_publication_that_will_not_do_is_told_why() {
+        let table = TableName::new("walpost", "outbox");
+        let good = PublicationState {
+            inserts: true,
+            via_root: false,
+            all_tables: false,
+            tables: vec![table.clone()],
+        };
+        let check = |state: &PublicationState, kind| {
+            check_publication("p", Some(state), &[(&table, kind)]).map_err(|error| error.report())
+        };
+        assert_eq!(check(&good, TableKind::Plain), Ok(()));
+        let said = check(&good, TableKind::Partitioned).unwrap_err();
+        assert!(
+            said.contains("ALTER PUBLICATION \"p\" SET (publish_via_partition_root"),
+            "{said}"
+        );
+        let mut state = good.clone();
+        state.inserts = false;
+        assert!(
+            check(&state, TableKind::Plain)
+                .unwrap_err()
+                .contains("publish = 'insert'")
+        );
+        let mut state = good.clone();
+        state.tables.clear();
+        let said = check(&state, TableKind::Plain).unwrap_err();
+        assert!(
+            said.contains("ALTER PUBLICATION \"p\" ADD TABLE walpost.outbox;"),
+            "{said}"
+        );
+        state.all_tables = true;
+        assert_eq!(check(&state, TableKind::Plain), Ok(()));
+        assert!(check_publication("p", None, &[]).is_err());
+    }
+}

@@ -1,0 +1,264 @@
+//! What a server's refusal means: SQLSTATE to "retry", "stop" and "here is the command that mends it".
+//!
+//! Input: an `ErrorResponse` of our own connection, or an error of `tokio_postgres`. Output: [`crate::Error`], with a
+//! [`ServerError`] as its source, so that [`sqlstate`] still tells the code. The codes are those of "Error
+//! Codes", appendix A of the Postgres documentation.
+//!
+//! A server's message may quote data: for data and constraint errors (classes 22 and 23) what it quotes is left out.
+
+use std::fmt;
+
+use crate::Error;
+
+/// An `ErrorResponse` or `NoticeResponse`, as far as walpost cares.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServerError {
+    severity: String,
+    code: String,
+    message: String,
+    detail: Option<String>,
+    hint: Option<String>,
+}
+
+impl ServerError {
+    /// Reads the body of an `ErrorResponse` or `NoticeResponse`: `(field tag, zero-terminated text)…, 0`.
+    ///
+    /// Never fails: what cannot be read is left empty, for a broken error is an error all the same.
+    pub fn parse(body: &[u8]) -> Self {
+        let mut error = Self::default();
+        for field in body.split(|&byte| byte == 0) {
+            let Some((tag, value)) = field.split_first() else {
+                break;
+            };
+            let value = String::from_utf8_lossy(value).into_owned();
+            match tag {
+                b'S' => error.severity = value,
+                b'C' => error.code = value,
+                b'M' => error.message = value,
+                b'D' => error.detail = Some(value),
+                b'H' => error.hint = Some(value),
+                _ => {}
+            }
+        }
+        error
+    }
+
+    fn from_db(error: &tokio_postgres::error::DbError) -> Self {
+        Self {
+            severity: error.severity().to_owned(),
+            code: error.code().code().to_owned(),
+            message: error.message().to_owned(),
+            detail: error.detail().map(ToOwned::to_owned),
+            hint: error.hint().map(ToOwned::to_owned),
+        }
+    }
+
+    /// The SQLSTATE, five characters; empty when the server sent none.
+    pub fn code(&self) -> &str {
+        &self.code
+    }
+
+    /// True when the text may quote rows or parameters.
+    fn quotes_data(&self) -> bool {
+        self.code.starts_with("22") || self.code.starts_with("23")
+    }
+}
+
+impl fmt::Display for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let message = if self.quotes_data() {
+            // Such a message ends in `: "the value"`.
+            self.message.split(": \"").next().unwrap_or_default()
+        } else {
+            &self.message
+        };
+        write!(f, "{}: {message} [{}]", self.severity, self.code)?;
+        if !self.quotes_data() {
+            if let Some(detail) = &self.detail {
+                write!(f, ". {detail}")?;
+            }
+            if let Some(hint) = &self.hint {
+                write!(f, " {hint}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ServerError {}
+
+impl ServerError {
+    /// Turns the refusal into an error; `doing` completes "cannot …".
+    pub fn into_error(self, doing: &str) -> Error {
+        let says = format!("cannot {doing}");
+        let (temporary, hint) = meaning(&self);
+        let error = if temporary {
+            Error::temporary(says)
+        } else {
+            Error::refused(says)
+        };
+        let error = match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        };
+        error.caused_by(self)
+    }
+}
+
+/// Whether waiting may help, and what the operator should do.
+fn meaning(error: &ServerError) -> (bool, Option<&'static str>) {
+    let hint = match error.code() {
+        "28P01" => Some("check user and password in WALPOST_POSTGRES_URL, PGUSER and PGPASSWORD"),
+        "28000" => Some(
+            "check the user, and that pg_hba.conf of the server has a line for user, database and address",
+        ),
+        "3D000" => Some("check the database's name in WALPOST_POSTGRES_URL or PGDATABASE"),
+        "42501" => Some(
+            "streaming needs the REPLICATION attribute: ALTER ROLE <user> REPLICATION; other statements need the GRANT that the message names",
+        ),
+        "53300" => {
+            Some("too many connections or walsenders: see max_connections and max_wal_senders")
+        }
+        "53400" => Some(
+            "all replication slots are in use: raise max_replication_slots and restart Postgres, or drop an unused slot",
+        ),
+        "55006" => {
+            Some("another process streams this slot: pg_replication_slots.active_pid says which")
+        }
+        "42704" => Some(
+            "walpost init (a publication must also be older than its slot: if it was made later, drop the slot first)",
+        ),
+        "42P01" | "3F000" => Some("walpost init"),
+        "55000" => Some(
+            "if the slot is lost (wal_status in pg_replication_slots), drop it with pg_drop_replication_slot and run: walpost init",
+        ),
+        "25006" => Some(
+            "the server is read-only: name all servers and target_session_attrs=read-write in the URL",
+        ),
+        _ => None,
+    };
+    let refused = matches!(
+        error.code().get(..2),
+        Some("0A" | "22" | "23" | "28" | "2B" | "2F" | "3D" | "3F" | "42" | "44" | "54")
+    ) || matches!(error.code(), "55000" | "53400" | "08P01");
+    (!refused, hint)
+}
+
+/// The SQLSTATE behind an error, when a server sent one.
+pub fn sqlstate(error: &Error) -> Option<&str> {
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        if let Some(server) = error.downcast_ref::<ServerError>() {
+            return Some(server.code());
+        }
+        if let Some(walpost) = error.downcast_ref::<Error>() {
+            return sqlstate(walpost);
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// Turns an error of `tokio_postgres` into ours; `doing` completes "cannot …".
+///
+/// Use it for every statement: it keeps row data out of the message, and knows which refusals pass with time.
+#[allow(clippy::needless_pass_by_value)] // Made for map_err.
+pub fn sql_error(doing: &str, error: tokio_postgres::Error) -> Error {
+    use std::error::Error as _;
+    if let Some(server) = error.as_db_error() {
+        return ServerError::from_db(server).into_error(doing);
+    }
+    let io = error
+        .source()
+        .and_then(|source| source.downcast_ref::<std::io::Error>());
+    let says = format!("cannot {doing}: {error}");
+    match io {
+        Some(io) => {
+            Error::temporary(says).caused_by(std::io::Error::new(io.kind(), io.to_string()))
+        }
+        None if error.is_closed() => Error::temporary(says),
+        None => match error.to_string().as_str() {
+            // These three are all that a server can cause; the rest is our statement or its types.
+            "unexpected message from server" | "error parsing response from server" => {
+                Error::temporary(says)
+            }
+            "authentication error" | "invalid configuration" => {
+                let why = error.source().map(ToString::to_string).unwrap_or_default();
+                Error::refused(format!("{says}: {why}"))
+                    .hint("check user, password and channel_binding in WALPOST_POSTGRES_URL or PG*")
+            }
+            _ => Error::bug(says),
+        },
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn response(code: &str, message: &str, detail: &str) -> Vec<u8> {
+        format!("SERROR\0VERROR\0C{code}\0M{message}\0D{detail}\0Fx.c\0L1\0\0").into_bytes()
+    }
+
+    #[test]
+    fn each_code_leads_to_its_kind() {
+        for (code, temporary, hint) in [
+            ("28P01", false, "password"),
+            ("28000", false, "pg_hba"),
+            ("3D000", false, "database"),
+            ("42501", false, "REPLICATION"),
+            ("42704", false, "walpost init"),
+            ("55000", false, "walpost init"),
+            ("53400", false, "max_replication_slots"),
+            ("55006", true, "active_pid"),
+            ("53300", true, "max_wal_senders"),
+            ("25006", true, "read-write"),
+            ("57P03", true, ""),
+            ("57P01", true, ""),
+            ("XX000", true, ""),
+            ("", true, ""),
+        ] {
+            let error = ServerError::parse(&response(code, "m", "d")).into_error("do it");
+            assert_eq!(error.is_temporary(), temporary, "{code}");
+            assert!(
+                error.hint_text().unwrap_or_default().contains(hint),
+                "{code}"
+            );
+            assert_eq!(sqlstate(&error), Some(code));
+        }
+    }
+
+    #[test]
+    fn data_is_not_quoted() {
+        let body = response(
+            "22P02",
+            "invalid input syntax for type uuid: \"secret\"",
+            "secret",
+        );
+        let report = ServerError::parse(&body).into_error("do it").report();
+        assert!(
+            report.contains("invalid input syntax for type uuid"),
+            "{report}"
+        );
+        assert!(!report.contains("secret"), "{report}");
+        let body = response(
+            "23505",
+            "duplicate key value violates unique constraint \"k\"",
+            "Key (id)=(secret)",
+        );
+        let report = ServerError::parse(&body).into_error("do it").report();
+        assert!(report.contains("constraint \"k\""), "{report}");
+        assert!(!report.contains("secret"), "{report}");
+    }
+
+    #[test]
+    fn a_cut_off_response_is_still_an_error() {
+        let body = response("28P01", "m", "d");
+        for end in 0..body.len() {
+            let _ = ServerError::parse(&body[..end])
+                .into_error("do it")
+                .report();
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Replication slot and publication, asked about and made over an ordinary SQL connection.
+//!
+//! Input: a `tokio_postgres` client and names. Output: states, as the catalogues have them at that moment. Works on
+//! Postgres 14 to 18: columns that came later are read through `to_jsonb`, which has them or has not.
+
+use tokio_postgres::{Client, Row, types::ToSql};
+
+use super::names::TableName;
+use super::server_error::sql_error;
+use crate::{Error, Lsn, Result};
+
+/// The output plugin that walpost decodes.
+pub const PLUGIN: &str = "pgoutput";
+
+/// A slot as `pg_replication_slots` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotState {
+    /// Output plugin; `None` for a physical slot.
+    pub plugin: Option<String>,
+    /// Database it decodes; `None` for a physical slot.
+    pub database: Option<String>,
+    /// Whether a process streams it now.
+    pub active: bool,
+    /// That process.
+    pub active_pid: Option<i32>,
+    /// Everything before it was confirmed; the slot never sends it again.
+    pub confirmed_flush: Option<Lsn>,
+    /// The log that the server keeps for it begins here; `None` once it is lost.
+    pub restart_lsn: Option<Lsn>,
+    /// `reserved`, `extended`, `unreserved` or `lost`.
+    pub wal_status: Option<String>,
+    /// Why it cannot be used any more (Postgres 17+).
+    pub invalidation_reason: Option<String>,
+    /// Bytes of log that the server keeps for it.
+    pub retained_bytes: Option<u64>,
+    /// Whether standbys take it over (Postgres 17+).
+    pub failover: bool,
+}
+
+impl SlotState {
+    /// Why it will never stream again, if so.
+    pub fn lost_because(&self) -> Option<&str> {
+        let lost = self.wal_status.as_deref() == Some("lost");
+        let unnamed = lost.then_some("the log it needs was removed");
+        self.invalidation_reason.as_deref().or(unnamed)
+    }
+}
+
+/// A publication as `pg_publication` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicationState {
+    /// Whether it publishes inserts.
+    pub inserts: bool,
+    /// Whether rows of partitions come under the partitioned table's name.
+    pub via_root: bool,
+    /// Whether it has all tables of the database.
+    pub all_tables: bool,
+    /// The tables it has; of a partitioned one the partitions, unless `via_root`.
+    pub tables: Vec<TableName>,
+}
+
+/// The state of slot `name`; `None` when there is none.
+pub async fn slot_state(client: &Client, name: &str) -> Result<Option<SlotState>> {
+    const SQL: &str = "
+        SELECT plugin::text, database::text, active, active_pid, confirmed_flush_lsn::text, restart_lsn::text,
+               wal_status, to_jsonb(s) ->> 'invalidation_reason' AS invalidation_reason,
+               coalesce((to_jsonb(s) ->> 'failover')::bool, false) AS failover,
+               greatest(pg_wal_lsn_diff(
+                   CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END,
+                   restart_lsn), 0)::int8 AS retained_bytes
+        FROM pg_replication_slots s
+        WHERE slot_name = $1";
+    let row = client
+        .query_opt(SQL, &[&name])
+        .await
+        .map_err(|error| sql_error("read the slot's state", error))?;
+    row.map(|row| {
+        Ok(SlotState {
+            plugin: get(&row, "plugin")?,
+            database: get(&row, "database")?,
+            active: get(&row, "active")?,
+            active_pid: get(&row, "active_pid")?,
+            confirmed_flush: get_lsn(&row, "confirmed_flush_lsn")?,
+            restart_lsn: get_lsn(&row, "restart_lsn")?,
+            wal_status: get(&row, "wal_status")?,
+            invalidation_reason: get(&row, "invalidation_reason")?,
+            retained_bytes: get::<Option<i64>>(&row, "retained_bytes")?
+                .map(|bytes| u64::try_from(bytes).unwrap_or(0)),
+            failover: get(&row, "failover")?,
+        })
+    })
+    .transpose()
+}
+
+/// Where the log that can have been streamed ends at this moment.
+pub async fn log_end(client: &Client) -> Result<Lsn> {
+    let sql = "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END)::text AS lsn";
+    let row = query_one(client, sql, &[], "read the end of the log").await?;
+    get_lsn(&row, "lsn")?
+        .ok_or_else(|| Error::temporary("the server does not say where its log ends"))
+}
+
+/// Makes logical slot `name` for pgoutput, with failover on Postgres 17+, and says from where it streams.
+///
+/// The server first waits until every transaction that is now open has ended.
+///
+/// # Errors
+/// Refused (SQLSTATE 42710) when it exists, refused (53400) when `max_replication_slots` are in use.
+pub async fn create_slot(client: &Client, name: &str) -> Result<Lsn> {
+    // Arguments: temporary, two-phase, failover.
+    let sql = if server_version_num(client).await? >= 170_000 {
+        "SELECT lsn::text FROM pg_create_logical_replication_slot($1, $2, false, false, true)"
+    } else {
+        "SELECT lsn::text FROM pg_create_logical_replication_slot($1, $2, false, false)"
+    };
+    let row = query_one(
+        client,
+        sql,
+        &[&name, &PLUGIN],
+        "create the replication slot",
+    )
+    .await?;
+    get_lsn(&row, "lsn")?.ok_or_else(|| Error::bug("a new slot has no position"))
+}
+
+/// The state of publication `name`; `None` when there is none.
+pub async fn publication_state(client: &Client, name: &str) -> Result<Option<PublicationState>> {
+    let failed = |error| sql_error("read the publication's state", error);
+    let row = client
+        .query_opt(
+            "SELECT pubinsert, pubviaroot, puballtables FROM pg_publication WHERE pubname = $1",
+            &[&name],
+        )
+        .await
+        .map_err(failed)?;
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    let tables = client
+        .query(
+            "SELECT schemaname::text, tablename::text FROM pg_publication_tables WHERE pubname = $1 ORDER BY 1, 2",
+            &[&name],
+        )
+        .await
+        .map_err(failed)?;
+    let table = |row: &Row| {
+        let schema: String = get(row, "schemaname")?;
+        let name: String = get(row, "tablename")?;
+        Ok(TableName::new(schema, name))
+    };
+    Ok(Some(PublicationState {
+        inserts: get(&row, "pubinsert")?,
+        via_root: get(&row, "pubviaroot")?,
+        all_tables: get(&row, "puballtables")?,
+        tables: tables.iter().map(table).collect::<Result<_>>()?,
+    }))
+}
+
+/// The server's version: 150018 for 15.18.
+pub async fn server_version_num(client: &Client) -> Result<u32> {
+    let sql = "SELECT current_setting('server_version_num')::int4 AS version";
+    let row = query_one(client, sql, &[], "read the server's version").await?;
+    let version: i32 = get(&row, "version")?;
+    Ok(u32::try_from(version).unwrap_or(0))
+}
+
+/// The setting `wal_level`; streaming needs `logical`.
+pub async fn wal_level(client: &Client) -> Result<String> {
+    let sql = "SELECT current_setting('wal_level') AS wal_level";
+    get(
+        &query_one(client, sql, &[], "read wal_level").await?,
+        "wal_level",
+    )
+}
+
+/// Runs a statement that gives exactly one row; `doing` completes "cannot …".
+pub(super) async fn query_one(
+    client: &Client,
+    sql: &str,
+    parameters: &[&(dyn ToSql + Sync)],
+    doing: &str,
+) -> Result<Row> {
+    let row = client.query_one(sql, parameters).await;
+    row.map_err(|error| sql_error(doing, error))
+}
+
+/// A column by name; a wrong type is a mistake of ours.
+pub(super) fn get<'a, T: tokio_postgres::types::FromSql<'a>>(
+    row: &'a Row,
+    column: &str,
+) -> Result<T> {
+    row.try_get(column)
+        .map_err(|error| sql_error("read a catalogue row", error))
+}
+
+fn get_lsn(row: &Row, column: &str) -> Result<Option<Lsn>> {
+    let text: Option<&str> = get(row, column)?;
+    text.map(|text| {
+        text.parse()
+            .map_err(|error| Error::bug(format!("cannot read {column}")).caused_by(error))
+    })
+    .transpose()
+}

@@ -1,0 +1,524 @@
+//! One connection to one broker: the task that owns its socket, and the handle the others hold.
+//!
+//! Input: frames and requests over the handle's channel. Output: answers to requests through their oneshot, and
+//! everything the broker says on its own (receipts, send errors, closed producers, the end of the connection) as
+//! [`Event`]s to the publisher. The task keeps no message: what must survive the connection stays with the lanes.
+//!
+//! Manners (Pulsar documentation, "Binary protocol"): CONNECT with feature flags and credentials, the broker's
+//! `max_message_size` honoured, PING answered at once, PING sent when the broker is silent, `AUTH_CHALLENGE` answered
+//! with fresh credentials, while receipts go on.
+
+use std::collections::{HashMap, VecDeque};
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use pulsar::message::proto::{BaseCommand, CommandConnected, ServerError};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
+use tracing::{debug, warn};
+
+use super::auth::{Auth, Credentials};
+pub(super) use super::command::close_producer;
+use super::command::{auth_response, connect, ping, pong, request_id};
+pub(super) use super::socket::Endpoint;
+use super::socket::{self, CONNECT_TIMEOUT, Reader, Writer, drop_written};
+use super::tls::TlsFiles;
+use super::verdict::one_line;
+use super::wire::{Incoming, NextBroker, decode_command, encode_command};
+use crate::retry::Backoff;
+use crate::{Error, Result};
+
+/// As the Java client's `operationTimeoutMs`.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a challenge may wait for an OAuth 2 server that is away, or a file that is being rotated. The broker hangs up
+/// after `authenticationRefreshCheckSeconds`, 60 by default, so there is no use in more.
+const CHALLENGE_TIMEOUT: Duration = Duration::from_secs(60);
+const CHALLENGE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// What a broker of any version accepts when it does not say (Pulsar's `maxMessageSize` default).
+pub const DEFAULT_MAX_MESSAGE_BYTES: usize = 5 * 1024 * 1024;
+/// The broker side of the socket: receipts are 30-50 bytes, so this is hundreds of them at a time.
+const READ_BUFFER_BYTES: usize = 16 * 1024;
+
+/// What a broker says, or what becomes of its connection, without being asked.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// A send receipt: the batch whose lowest id is `sequence_id` is durable.
+    Receipt {
+        connection: u64,
+        producer_id: u64,
+        sequence_id: u64,
+    },
+    /// A batch was refused.
+    SendError {
+        connection: u64,
+        producer_id: u64,
+        sequence_id: u64,
+        code: i32,
+        message: String,
+    },
+    /// The broker closed a producer (unload, bundle split, policy): look the topic up again, unless it says where it is.
+    ProducerClosed {
+        connection: u64,
+        producer_id: u64,
+        next_broker: Option<NextBroker>,
+    },
+    /// The connection ended; nothing more comes from it.
+    Disconnected { connection: u64, reason: String },
+    /// Producers are open (sent by the opener, see `opener.rs`).
+    Opened {
+        connection: Connection,
+        producers: Vec<OpenedProducer>,
+    },
+    /// How many partitions a topic has, 0 for none (sent by the opener).
+    PartitionsCounted { route: usize, partitions: u32 },
+    /// They could not be counted again; the old number stays (sent by the opener).
+    PartitionsUnknown { route: usize },
+    /// The opener has given up these producers; they are closed (sent by the opener).
+    TopicRefused {
+        topic: usize,
+        producers: Vec<u64>,
+        reason: String,
+    },
+    /// Nobody could say how many partitions a topic has (sent by the opener).
+    RouteRefused { route: usize, reason: String },
+}
+
+/// A producer as the broker confirmed it.
+#[derive(Debug)]
+pub(super) struct OpenedProducer {
+    pub producer_id: u64,
+    /// Highest sequence id the broker has *pushed* under this name; `None` when it knows none (or deduplication is off).
+    pub last_sequence_id: Option<u64>,
+    /// Names the schema that the producer was opened with.
+    pub schema_version: Option<Bytes>,
+}
+
+/// A handle on a live (or ended) connection. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct Connection {
+    id: u64,
+    max_message_bytes: usize,
+    server_version: Arc<str>,
+    /// Unbounded, and yet bounded: frames enter only under the publisher's in-flight limits, which count each frame until
+    /// its receipt, and requests only from openers, of which a topic has one.
+    outgoing: mpsc::UnboundedSender<Outgoing>,
+    next_request: Arc<AtomicU64>,
+}
+
+#[derive(Debug)]
+enum Outgoing {
+    Frame(Bytes),
+    Request {
+        id: u64,
+        frame: Bytes,
+        reply: oneshot::Sender<BaseCommand>,
+    },
+    Close(String),
+}
+
+/// How every connection is made.
+#[derive(Clone, Debug)]
+pub(super) struct Manner {
+    pub(super) auth: Auth,
+    /// `None`: without TLS.
+    pub(super) tls: Option<TlsFiles>,
+    /// Silence for one interval → PING, for two → dead.
+    pub(super) keepalive_interval: Duration,
+}
+
+impl Connection {
+    /// Connects, introduces itself, and starts the task that owns the socket.
+    pub(super) async fn open(
+        endpoint: &Endpoint,
+        id: u64,
+        manner: &Manner,
+        events: mpsc::Sender<Event>,
+    ) -> Result<Self> {
+        // Boxed, all three: they are large, short-lived, and part of every future that may connect.
+        // Before the network: credentials that cannot be had are told even when the broker is away.
+        let credentials = Box::pin(manner.auth.credentials(None)).await?;
+        let (reader, writer) = Box::pin(socket::connect(endpoint, manner.tls.as_ref())).await?;
+        let (outgoing, commands) = mpsc::unbounded_channel();
+        let mut driver = Driver {
+            id,
+            reader,
+            writer,
+            inbox: BytesMut::with_capacity(READ_BUFFER_BYTES),
+            outbox: VecDeque::new(),
+            unflushed: false,
+            requests: HashMap::new(),
+            commands,
+            events,
+            auth: manner.auth.clone(),
+            keepalive_interval: manner.keepalive_interval,
+            credentials,
+            answering: None,
+        };
+        let identified = manner.tls.as_ref().is_some_and(|tls| tls.client.is_some());
+        let handshake = Box::pin(driver.handshake(endpoint, identified));
+        let connected = timeout(CONNECT_TIMEOUT, handshake).await.map_err(|_| {
+            Error::temporary(format!(
+                "the Pulsar broker at {endpoint} does not answer CONNECT"
+            ))
+        })??;
+        let said = connected
+            .max_message_size
+            .and_then(|size| usize::try_from(size).ok());
+        let max_message_bytes = said
+            .filter(|&size| size > 0)
+            .unwrap_or(DEFAULT_MAX_MESSAGE_BYTES);
+        let server_version = connected.server_version;
+        debug!(connection = id, %endpoint, max_message_bytes, server_version, "connected to broker");
+        tokio::spawn(driver.run());
+        Ok(Self {
+            id,
+            max_message_bytes,
+            server_version: server_version.into(),
+            outgoing,
+            next_request: Arc::new(AtomicU64::new(1)),
+        })
+    }
+
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The largest entry (metadata and payload) this broker takes.
+    pub(super) fn max_message_bytes(&self) -> usize {
+        self.max_message_bytes
+    }
+
+    /// What the broker (or the proxy before it) calls itself.
+    pub(super) fn server_version(&self) -> &str {
+        &self.server_version
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.outgoing.is_closed()
+    }
+
+    /// Queues a frame. When the connection has ended the frame goes nowhere: its `Disconnected` event is on its way, and
+    /// the lane still holds the frame.
+    pub(super) fn send(&self, frame: Bytes) {
+        let _ended = self.outgoing.send(Outgoing::Frame(frame));
+    }
+
+    /// Ends the connection, as if it had broken; `reason` comes back with the `Disconnected` event.
+    pub(super) fn close(&self, reason: impl Into<String>) {
+        let _ended = self.outgoing.send(Outgoing::Close(reason.into()));
+    }
+
+    /// Closes a producer that has nothing under way, without waiting for the answer.
+    pub(super) fn close_producer(&self, producer_id: u64) {
+        let request_id = self.next_request.fetch_add(1, Ordering::Relaxed);
+        self.send(encode_command(&close_producer(producer_id, request_id)));
+    }
+
+    /// Sends the command that `build` makes for a fresh request id and waits for its answer.
+    pub(super) async fn request(
+        &self,
+        build: impl FnOnce(u64) -> BaseCommand,
+    ) -> Result<BaseCommand> {
+        let id = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = oneshot::channel();
+        // Dropped here when the connection has ended, and the reply with it: kept, it would be waited for in vain.
+        drop(self.outgoing.send(Outgoing::Request {
+            id,
+            frame: encode_command(&build(id)),
+            reply,
+        }));
+        match timeout(REQUEST_TIMEOUT, answer).await {
+            Ok(Ok(command)) => Ok(command),
+            Ok(Err(_)) => Err(Error::temporary(
+                "the connection to the Pulsar broker ended before it answered",
+            )),
+            Err(_) => Err(Error::temporary(
+                "the Pulsar broker does not answer a request",
+            )),
+        }
+    }
+}
+
+/// The answer to a challenge, in the making.
+type Answering = Pin<Box<dyn Future<Output = Result<Credentials>> + Send>>;
+
+/// Owns the socket.
+struct Driver {
+    id: u64,
+    reader: Reader,
+    writer: Writer,
+    inbox: BytesMut,
+    outbox: VecDeque<Bytes>,
+    /// TLS may hold bytes that it has encrypted and the kernel has not taken.
+    unflushed: bool,
+    requests: HashMap<u64, oneshot::Sender<BaseCommand>>,
+    commands: mpsc::UnboundedReceiver<Outgoing>,
+    events: mpsc::Sender<Event>,
+    auth: Auth,
+    keepalive_interval: Duration,
+    /// What the broker was last told.
+    credentials: Credentials,
+    answering: Option<Answering>,
+}
+
+impl Driver {
+    /// `identified`: TLS has shown a certificate of ours.
+    async fn handshake(
+        &mut self,
+        endpoint: &Endpoint,
+        identified: bool,
+    ) -> Result<CommandConnected> {
+        let broken = |error: io::Error| {
+            socket::broken(endpoint, identified, &error).unwrap_or_else(|| {
+                Error::temporary(format!(
+                    "the Pulsar broker at {endpoint} closed the connection at CONNECT"
+                ))
+                .caused_by(error)
+            })
+        };
+        let connect = encode_command(&connect(endpoint, &self.credentials));
+        self.writer.send(&connect).await.map_err(broken)?;
+        loop {
+            let command = decode_command(&mut self.inbox).map_err(|error| {
+                Error::temporary(format!("{endpoint} does not speak Pulsar: {error}"))
+                    .hint("if this is its TLS port, the URL begins with pulsar+ssl://")
+            })?;
+            let Some(Incoming { command, .. }) = command else {
+                if self
+                    .reader
+                    .read_buf(&mut self.inbox)
+                    .await
+                    .map_err(broken)?
+                    == 0
+                {
+                    return Err(broken(io::ErrorKind::UnexpectedEof.into()));
+                }
+                continue;
+            };
+            if let Some(connected) = command.connected {
+                return Ok(connected);
+            }
+            if let Some(error) = command.error {
+                return Err(self
+                    .refused_connect(endpoint, error.error, &error.message)
+                    .await);
+            }
+            if command.auth_challenge.is_some() {
+                self.credentials = Box::pin(self.auth.credentials(Some(&self.credentials))).await?;
+                let answer = auth_response(&self.credentials);
+                self.writer.send(&answer).await.map_err(broken)?;
+            }
+        }
+    }
+
+    /// What a refused CONNECT leads to. A token that was kept is dropped, and may be followed by a better one.
+    async fn refused_connect(&mut self, endpoint: &Endpoint, code: i32, message: &str) -> Error {
+        let message = one_line(message);
+        let text = format!("the Pulsar broker at {endpoint} refuses the connection: {message}");
+        match ServerError::try_from(code) {
+            Ok(ServerError::AuthenticationError | ServerError::AuthorizationError) => {
+                self.auth.forget(&self.credentials).await;
+                if self.credentials.fresh {
+                    Error::refused(text).hint(self.auth.hint())
+                } else {
+                    Error::temporary(text)
+                }
+            }
+            _ => Error::temporary(text),
+        }
+    }
+
+    async fn run(mut self) {
+        let reason = self.drive().await;
+        let id = self.id;
+        // Close the channel first: whoever sees `Disconnected` also sees `is_closed`.
+        self.commands.close();
+        self.requests.clear();
+        let _publisher_is_gone = self
+            .events
+            .send(Event::Disconnected {
+                connection: id,
+                reason,
+            })
+            .await;
+    }
+
+    /// Returns why the connection ended. Every branch is cancel safe: reads and writes report what they did before they
+    /// are polled again, channel receives lose nothing, and the answer to a challenge is kept while it is in the making.
+    async fn drive(&mut self) -> String {
+        let interval = self.keepalive_interval;
+        let mut keepalive = interval_at(Instant::now() + interval, interval);
+        keepalive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut silent_intervals = 0;
+        loop {
+            tokio::select! {
+                biased;
+                // 1. What is queued goes out first: it is what receipts wait for.
+                written = self.writer.write_some(&self.outbox), if !self.outbox.is_empty() || self.unflushed => {
+                    match written {
+                        Ok(None) => self.unflushed = false,
+                        Ok(Some(0)) => return "the broker takes no more bytes".to_owned(),
+                        Ok(Some(bytes)) => {
+                            drop_written(&mut self.outbox, bytes);
+                            self.unflushed = self.writer.is_tls();
+                        }
+                        Err(error) => return format!("write failed: {error}"),
+                    }
+                }
+                // 2. Receipts free memory and move the confirmed LSN.
+                read = self.reader.read_buf(&mut self.inbox) => {
+                    silent_intervals = 0;
+                    match read {
+                        Ok(0) => return "the broker closed the connection".to_owned(),
+                        Ok(_) => if let Err(reason) = self.dispatch().await { return reason; },
+                        Err(error) => return format!("read failed: {error}"),
+                    }
+                }
+                // 3. New work; all of it at once, so that one write carries many frames.
+                command = self.commands.recv() => {
+                    let Some(mut command) = command else { return "no longer needed".to_owned() };
+                    loop {
+                        match command {
+                            Outgoing::Frame(frame) => self.outbox.push_back(frame),
+                            Outgoing::Request { id, frame, reply } => {
+                                self.requests.retain(|_, waiting| !waiting.is_closed());
+                                self.requests.insert(id, reply);
+                                self.outbox.push_back(frame);
+                            }
+                            Outgoing::Close(reason) => return reason,
+                        }
+                        match self.commands.try_recv() {
+                            Ok(next) => command = next,
+                            Err(_) => break,
+                        }
+                    }
+                }
+                // 4. The answer to a challenge is ready.
+                answer = answered(&mut self.answering), if self.answering.is_some() => {
+                    self.answering = None;
+                    match answer {
+                        Ok(credentials) => {
+                            debug!(connection = self.id, "the broker's challenge is answered");
+                            self.outbox.push_back(auth_response(&credentials));
+                            self.credentials = credentials;
+                        }
+                        Err(error) => return error.report(),
+                    }
+                }
+                // 5. Silence.
+                _ = keepalive.tick() => {
+                    if silent_intervals >= 2 {
+                        return format!("the broker was silent for {:?}", 2 * interval);
+                    }
+                    if silent_intervals == 1 {
+                        self.outbox.push_back(ping());
+                    }
+                    silent_intervals += 1;
+                }
+            }
+        }
+    }
+
+    /// Handles every complete command in the inbox.
+    async fn dispatch(&mut self) -> std::result::Result<(), String> {
+        while let Some(incoming) =
+            decode_command(&mut self.inbox).map_err(|error| error.to_string())?
+        {
+            let Incoming {
+                command,
+                next_broker,
+            } = incoming;
+            let connection = self.id;
+            if let Some(receipt) = command.send_receipt {
+                let (producer_id, sequence_id) = (receipt.producer_id, receipt.sequence_id);
+                self.tell(Event::Receipt {
+                    connection,
+                    producer_id,
+                    sequence_id,
+                })
+                .await;
+            } else if let Some(error) = command.send_error {
+                self.tell(Event::SendError {
+                    connection,
+                    producer_id: error.producer_id,
+                    sequence_id: error.sequence_id,
+                    code: error.error,
+                    message: error.message,
+                })
+                .await;
+            } else if let Some(closed) = command.close_producer {
+                self.tell(Event::ProducerClosed {
+                    connection,
+                    producer_id: closed.producer_id,
+                    next_broker,
+                })
+                .await;
+            } else if command.ping.is_some() {
+                self.outbox.push_back(pong());
+            } else if command.auth_challenge.is_some() {
+                debug!(connection, "the broker asks for credentials again");
+                // A second challenge while the first is being answered gets the same answer.
+                if self.answering.is_none() {
+                    let (auth, stale) = (self.auth.clone(), self.credentials.clone());
+                    self.answering = Some(Box::pin(answer(auth, stale)));
+                }
+            } else if let Some(id) = request_id(&command) {
+                // A producer that must wait its turn gets a second answer later; only "ready" ends the request.
+                if command
+                    .producer_success
+                    .as_ref()
+                    .is_some_and(|p| p.producer_ready == Some(false))
+                {
+                    continue;
+                }
+                if let Some(reply) = self.requests.remove(&id) {
+                    let _gave_up = reply.send(command);
+                }
+            } else if command.pong.is_none() {
+                warn!(
+                    connection,
+                    command = command.r#type,
+                    "unexpected command from the broker, ignored"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for room in the event channel: the publisher always drains it and never waits for this task.
+    async fn tell(&mut self, event: Event) {
+        let _publisher_is_gone = self.events.send(event).await;
+    }
+}
+
+async fn answered(answering: &mut Option<Answering>) -> Result<Credentials> {
+    match answering {
+        Some(answer) => answer.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Credentials for a challenge; asked for again while what is in their way may pass.
+async fn answer(auth: Auth, stale: Credentials) -> Result<Credentials> {
+    let give_up_at = Instant::now() + CHALLENGE_TIMEOUT;
+    let mut backoff = Backoff::new(CHALLENGE_PAUSE.0, CHALLENGE_PAUSE.1);
+    loop {
+        match auth.credentials(Some(&stale)).await {
+            Err(error) if error.is_temporary() && Instant::now() < give_up_at => {
+                let delay = backoff.next_delay();
+                warn!(
+                    retry_in_ms = delay.as_millis(),
+                    "cannot answer the broker's challenge yet: {}",
+                    error.report()
+                );
+                sleep(delay).await;
+            }
+            other => return other,
+        }
+    }
+}

@@ -1,0 +1,583 @@
+//! A lane: one broker producer on one topic, with its own name, its own sequence, and the batches it has not yet been
+//! given receipts for.
+//!
+//! Input: messages in log order. Output: frames to the lane's connection, in order; batches back to the publisher when
+//! their receipt has come. The lane outlives its connections: a frame stays here until its receipt, and a new connection is
+//! sent the very same frames again.
+//!
+//! # Sequence ids
+//!
+//! `(commit LSN >> 3) << 16 | ordinal`, the ordinal counting this lane's events of the transaction. It is a pure function
+//! of the log and of the routing, so the same event has the same id after any restart. (What else it depends on, such as the
+//! number of lanes, is part of the producer's name: see `publisher`.) Commit records are at least 40 bytes apart, which
+//! leaves [`MAX_ORDINALS`] ids between two transactions. A lane that gets more events than that from one transaction would
+//! run into the next one's ids: the publisher gives what is above to a *dedicated* lane, whose producer carries the commit
+//! LSN in its name and counts from zero.
+//!
+//! # Why deduplication never eats a message
+//!
+//! A broker that deduplicates looks only at a batch's lowest id and, when it has stored that one, drops the batch whole.
+//! So no batch may hold both stored and new messages. Two rules see to that:
+//! * Within a process, a frame once written is only ever resent as it is.
+//! * A producer that opens is told the highest id ever *pushed* under its name, which is not always stored. So each message
+//!   up to that id is a **probe** of its own: it travels alone, in order, and gets its own verdict: "stored before" (a
+//!   receipt), "not known" (`PersistenceError`: a new producer, and again), or it is stored now. Batches that wait are split
+//!   for it, and what is above that id waits until every probe has its receipt: nothing newer may be stored before them.
+//!
+//! DESIGN.md has one probe only, with the highest id, and everything below withheld until its verdict. Were that one message
+//! ever stored rather than recognized (deduplication switched off in between, a topic that was deleted), all that was
+//! withheld below it would be refused as old, and lost. One probe for each message costs a restart some small frames (at
+//! most what was in flight) and cannot lose.
+//!
+//! # A damaged frame
+//!
+//! A broker that finds a frame's checksum wrong refuses that frame alone, and may have stored those behind it. Under the same
+//! name it would then take the frame for an old one. So the lane goes on under another name (`…~1`), with everything that
+//! has no receipt: what stood behind the damaged frame may come twice, nothing is lost.
+
+use std::collections::VecDeque;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio::time::Instant;
+
+use super::batch::{Batch, Producer};
+use super::compression::Codec;
+use super::connection::Connection;
+use super::rows::Row;
+use super::wire::{self, Single};
+use crate::Lsn;
+use crate::ack::TxnNo;
+
+/// Ids of one lane between two transactions: commit records are ≥ 40 bytes = 5 × 8 apart, and each 8 bytes hold 2^16.
+pub(super) const MAX_ORDINALS: u64 = 5 << 16;
+const MIN_ARENA_BYTES: usize = 4 * 1024;
+/// Batches that one allocation serves: few enough that a receipt soon frees it, enough to make it cheap.
+const BATCHES_PER_ARENA: usize = 4;
+
+/// One event on its way to the broker; everything is borrowed from the replication buffer.
+#[derive(Clone, Copy, Debug)]
+pub struct Outgoing<'a> {
+    /// Becomes `partition_key`.
+    pub key: &'a str,
+    /// `None` is a tombstone.
+    pub payload: Option<&'a [u8]>,
+    /// Unix time in milliseconds.
+    pub event_time_ms: u64,
+    /// Delayed delivery, Unix time in milliseconds.
+    pub deliver_at_ms: Option<i64>,
+    /// The event's transaction, for the receipt.
+    pub txn: TxnNo,
+    /// Start of the transaction's commit record (`final_lsn` of its Begin).
+    pub commit_lsn: Lsn,
+    /// Which of the transaction's rows it is.
+    pub row: RowTag,
+    /// The row whose id is to be told when the receipt has come ([`super::rows`]).
+    pub mark: Option<Row<'a>>,
+}
+
+/// A row's place in its transaction, and the outbox table it is of: what a straggler is known by. (In one number, since
+/// every message in flight has one.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RowTag(u64);
+
+impl RowTag {
+    const ORDINAL_BITS: u32 = 48;
+
+    /// The row number `ordinal` of its transaction, of the outbox table number `table`.
+    pub fn new(table: u16, ordinal: u64) -> Self {
+        assert!(
+            ordinal < 1 << Self::ORDINAL_BITS,
+            "a transaction of that many rows does not fit a log"
+        );
+        Self(u64::from(table) << Self::ORDINAL_BITS | ordinal)
+    }
+
+    /// The table's number.
+    pub fn table(self) -> usize {
+        usize::try_from(self.0 >> Self::ORDINAL_BITS).expect("16 bits")
+    }
+
+    /// The row's place.
+    pub fn ordinal(self) -> u64 {
+        self.0 & ((1 << Self::ORDINAL_BITS) - 1)
+    }
+}
+
+impl Outgoing<'_> {
+    /// Transaction and row.
+    fn of(&self) -> (TxnNo, Lsn, RowTag) {
+        (self.txn, self.commit_lsn, self.row)
+    }
+}
+
+/// Limits of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub batch_max_messages: u32,
+    pub batch_max_bytes: usize,
+    pub max_message_bytes: usize,
+}
+
+/// What became of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Appended {
+    /// It is in a batch and takes this many bytes until its receipt.
+    Queued { bytes: usize },
+    /// It is larger than the broker takes; nothing was changed.
+    TooLarge { bytes: usize },
+}
+
+/// Where the lane stands with its broker.
+#[derive(Debug)]
+pub(super) enum Link {
+    /// No producer, and nobody is opening one.
+    Down {
+        /// A producer of this lane may still stand on this connection.
+        close_first: Option<Connection>,
+    },
+    /// An opener is at work; holds the connection's id when the broker has closed the producer meanwhile.
+    Opening {
+        closed_on: Option<u64>,
+    },
+    Up(Connection),
+}
+
+/// The batch being filled; its bytes are the lane's arena.
+#[derive(Debug)]
+struct Open {
+    batch: Batch,
+    since: Instant,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub topic: usize,
+    pub producer: Producer,
+    /// Serves the tail of one huge transaction only.
+    dedicated: bool,
+    arena: BytesMut,
+    arena_step: usize,
+    open: Option<Open>,
+    in_flight: VecDeque<Batch>,
+    /// How many of `in_flight`, from the front, were written to the present connection.
+    written: usize,
+    pub link: Link,
+    /// The transaction whose events are being counted, and the next one's ordinal.
+    txn: (Lsn, u64),
+    /// Highest id pushed by an earlier session: up to it every message travels alone.
+    pushed: Option<u64>,
+    /// Since when the lane has had nothing to do.
+    pub idle_since: Instant,
+    /// How often a damaged frame has changed its name.
+    renamed: u32,
+    /// How many diverted events are safe.
+    stored: u64,
+}
+
+impl Lane {
+    pub(super) fn new(
+        topic: usize,
+        number: u32,
+        producer_id: u64,
+        producer_name: String,
+        compression: Codec,
+        dedicated: bool,
+        stored: u64,
+    ) -> Self {
+        let ordering_key = number.to_be_bytes();
+        let headroom = wire::headroom(&producer_name, &ordering_key);
+        Self {
+            topic,
+            producer: Producer {
+                id: producer_id,
+                name: producer_name,
+                ordering_key,
+                headroom,
+                schema_version: None,
+                compression,
+            },
+            dedicated,
+            arena: BytesMut::new(),
+            arena_step: MIN_ARENA_BYTES,
+            open: None,
+            in_flight: VecDeque::new(),
+            written: 0,
+            link: Link::Down { close_first: None },
+            txn: (Lsn::ZERO, 0),
+            pushed: None,
+            idle_since: Instant::now(),
+            renamed: 0,
+            stored,
+        }
+    }
+
+    /// The ordinal that the next event of this transaction would have.
+    pub(super) fn next_ordinal(&self, commit_lsn: Lsn) -> u64 {
+        if self.txn.0 == commit_lsn {
+            self.txn.1
+        } else {
+            0
+        }
+    }
+
+    /// The sequence id of the transaction's next event.
+    fn next_sequence_id(&self, commit_lsn: Lsn) -> u64 {
+        let base = if self.dedicated {
+            0
+        } else {
+            (commit_lsn.as_u64() >> 3) << 16
+        };
+        base + self.next_ordinal(commit_lsn)
+    }
+
+    /// An event of this transaction goes elsewhere: its sequence id is used up, and what comes behind it begins a batch.
+    pub(super) fn skip(&mut self, commit_lsn: Lsn, scratch: &mut Vec<u8>) {
+        self.seal(scratch);
+        self.txn = (commit_lsn, self.next_ordinal(commit_lsn) + 1);
+    }
+
+    /// Puts a message into the open batch, sealing before or after it as the limits ask. It is not written before `after`
+    /// diverted events are safe.
+    pub(super) fn append<'p>(
+        &mut self,
+        message: &Outgoing<'_>,
+        properties: impl Iterator<Item = (&'p str, &'p str)> + Clone,
+        after: u64,
+        limits: Limits,
+        scratch: &mut Vec<u8>,
+    ) -> Appended {
+        let ordinal = self.next_ordinal(message.commit_lsn);
+        let sequence_id = self.next_sequence_id(message.commit_lsn);
+        let single = Single {
+            key: message.key,
+            event_time_ms: message.event_time_ms,
+            sequence_id,
+            payload: message.payload,
+        };
+        let headroom = self.producer.headroom;
+        let metadata_len = single.metadata_len(properties.clone());
+        let bytes = single.entry_len(metadata_len);
+        let largest = limits.max_message_bytes - headroom;
+        if bytes > largest
+            && !self.fits_compressed(&single, metadata_len, properties.clone(), largest)
+        {
+            return Appended::TooLarge { bytes };
+        }
+        self.txn = (message.commit_lsn, ordinal + 1);
+
+        let alone = message.deliver_at_ms.is_some()
+            || self.pushed.is_some_and(|pushed| sequence_id <= pushed);
+        let batch_max_bytes = limits.batch_max_bytes.min(largest);
+        if self.open.as_ref().is_some_and(|open| {
+            alone || open.batch.bytes + bytes > batch_max_bytes || open.batch.after != after
+        }) {
+            self.seal(scratch);
+        }
+        if self.open.is_none() {
+            self.begin_batch(sequence_id, bytes, message.deliver_at_ms, after);
+        }
+        single.append(&mut self.arena, metadata_len, properties);
+        let Open { batch, .. } = self.open.as_mut().expect("a batch was just begun");
+        batch.add(sequence_id, bytes, message.of(), message.mark);
+        if alone || batch.messages >= limits.batch_max_messages || batch.bytes >= batch_max_bytes {
+            self.seal(scratch);
+        }
+        Appended::Queued { bytes }
+    }
+
+    /// Puts a message in line that is never written; returns the bytes it takes until it is taken out again.
+    pub(super) fn append_refused<'p>(
+        &mut self,
+        message: &Outgoing<'_>,
+        properties: impl Iterator<Item = (&'p str, &'p str)> + Clone,
+        reason: &str,
+        scratch: &mut Vec<u8>,
+    ) -> usize {
+        let sequence_id = self.next_sequence_id(message.commit_lsn);
+        self.skip(message.commit_lsn, scratch);
+        let single = Single {
+            key: message.key,
+            event_time_ms: message.event_time_ms,
+            sequence_id,
+            payload: message.payload,
+        };
+        let headroom = self.producer.headroom;
+        let metadata_len = single.metadata_len(properties.clone());
+        let bytes = single.entry_len(metadata_len);
+        let mut buffer = BytesMut::with_capacity(headroom + bytes);
+        buffer.put_bytes(0, headroom);
+        single.append(&mut buffer, metadata_len, properties);
+        let mut batch = Batch::new(sequence_id, message.deliver_at_ms);
+        batch.add(sequence_id, bytes, message.of(), message.mark);
+        batch.refused = Some(reason.into());
+        self.in_flight.push_back(batch.close(buffer));
+        bytes
+    }
+
+    /// Marks the batch that begins with `sequence_id` as one that is never written again.
+    pub(super) fn refuse(&mut self, sequence_id: u64, reason: String) {
+        let is_it = |batch: &&mut Batch| batch.first_sequence_id == sequence_id;
+        if let Some(batch) = self.in_flight.iter_mut().find(is_it) {
+            batch.refused = Some(reason.into());
+        }
+    }
+
+    /// Why the oldest message is refused, if it is, and no frame of this lane is under way any more.
+    pub(super) fn refused_front(&self) -> Option<String> {
+        let front = self.in_flight.front()?;
+        let reason = front.refused.as_ref()?;
+        let still = match self.link {
+            Link::Up(_) => self.written == 0,
+            // Never opened, or closed by the broker.
+            Link::Down { ref close_first } => close_first.is_none(),
+            Link::Opening { .. } => false,
+        };
+        still.then(|| reason.to_string())
+    }
+
+    /// Everything that has no receipt, from the oldest on.
+    pub(super) fn take_all(&mut self) -> VecDeque<Batch> {
+        if let Some(open) = self.open.take() {
+            let buffer = self.arena.split();
+            self.in_flight.push_back(open.batch.close(buffer));
+        }
+        self.written = 0;
+        self.idle_since = Instant::now();
+        std::mem::take(&mut self.in_flight)
+    }
+
+    /// This many diverted events are safe: what waited for them may go.
+    pub(super) fn stored(&mut self, stored: u64, scratch: &mut Vec<u8>) {
+        self.stored = stored;
+        if self.written < self.in_flight.len() {
+            self.transmit(scratch);
+        }
+    }
+
+    /// Messages without receipt, and their bytes.
+    pub(super) fn size(&self) -> (usize, usize) {
+        let open = self.open.as_ref().map(|open| &open.batch);
+        let batches = self.in_flight.iter().chain(open);
+        batches.fold((0, 0), |(messages, bytes), batch| {
+            (messages + batch.messages as usize, bytes + batch.bytes)
+        })
+    }
+
+    /// Whether a message that is larger than the broker takes becomes small enough by compression. Rare, so it may cost.
+    fn fits_compressed<'p>(
+        &self,
+        single: &Single<'_>,
+        metadata_len: usize,
+        properties: impl Iterator<Item = (&'p str, &'p str)>,
+        largest: usize,
+    ) -> bool {
+        if self.producer.compression == Codec::None {
+            return false;
+        }
+        let mut entry = BytesMut::with_capacity(single.entry_len(metadata_len));
+        single.append(&mut entry, metadata_len, properties);
+        let compressed = self.producer.compression.compress(&entry, 0);
+        compressed.is_some_and(|compressed| compressed.len() <= largest)
+    }
+
+    fn begin_batch(
+        &mut self,
+        sequence_id: u64,
+        bytes: usize,
+        deliver_at_ms: Option<i64>,
+        after: u64,
+    ) {
+        let headroom = self.producer.headroom;
+        // What is left of the arena is used while an average batch fits; otherwise the next allocation is cut for several.
+        let likely = (headroom + bytes).max(self.arena_step / BATCHES_PER_ARENA);
+        if self.arena.capacity() < likely {
+            self.arena.reserve(self.arena_step.max(headroom + bytes));
+        }
+        self.arena.put_bytes(0, headroom);
+        let mut batch = Batch::new(sequence_id, deliver_at_ms);
+        batch.after = after;
+        self.open = Some(Open {
+            batch,
+            since: Instant::now(),
+        });
+    }
+
+    /// Closes the open batch, if there is one, and sends it if the lane is up.
+    pub(super) fn seal(&mut self, scratch: &mut Vec<u8>) {
+        let Some(open) = self.open.take() else { return };
+        let buffer = self.arena.split();
+        // Follow the size of the batches up at once and down by halves.
+        let wanted = (buffer.len() * BATCHES_PER_ARENA).max(MIN_ARENA_BYTES);
+        self.arena_step = wanted.max(self.arena_step / 2);
+        self.in_flight.push_back(open.batch.close(buffer));
+        self.transmit(scratch);
+    }
+
+    /// Sends what the present connection has not been sent.
+    fn transmit(&mut self, scratch: &mut Vec<u8>) {
+        let Link::Up(connection) = &self.link else {
+            return;
+        };
+        let now = Instant::now();
+        // While the oldest is a probe, only probes go out.
+        let probing = self.pushed.filter(|&pushed| {
+            let front = self.in_flight.front();
+            front.is_some_and(|front| front.first_sequence_id <= pushed)
+        });
+        for batch in self.in_flight.iter_mut().skip(self.written) {
+            // Nothing passes a refused batch, nor events that are being stored elsewhere.
+            if batch.refused.is_some() || batch.after > self.stored {
+                return;
+            }
+            if probing.is_some_and(|pushed| batch.first_sequence_id > pushed) {
+                return;
+            }
+            connection.send(batch.send(&self.producer, now, scratch));
+            self.written += 1;
+        }
+    }
+
+    /// The producer is open: send everything that has no receipt, in order.
+    pub(super) fn opened(
+        &mut self,
+        connection: Connection,
+        last_sequence_id: Option<u64>,
+        schema_version: Option<Bytes>,
+        scratch: &mut Vec<u8>,
+    ) {
+        self.producer.schema_version = schema_version;
+        self.pushed = self.pushed.max(last_sequence_id);
+        if let Some(pushed) = self.pushed {
+            let straddles = |open: &Open| open.batch.first_sequence_id <= pushed;
+            if self.open.as_ref().is_some_and(straddles) {
+                self.link = Link::Down { close_first: None };
+                self.seal(scratch);
+            }
+            self.split_waiting(pushed);
+        }
+        self.written = 0;
+        self.link = Link::Up(connection);
+        self.transmit(scratch);
+    }
+
+    /// True when `pushed`, the highest id ever published under the lane's name, cannot be from a log that ends at `log_end`.
+    pub(super) fn is_beyond(&self, pushed: u64, log_end: Lsn) -> bool {
+        !self.dedicated && (pushed >> 16) << 3 > log_end.as_u64().max(self.txn.0.as_u64())
+    }
+
+    /// Cuts batches that were never sent and reach down to `pushed` or below into batches of one.
+    fn split_waiting(&mut self, pushed: u64) {
+        if !self.in_flight.iter().any(|batch| batch.must_split(pushed)) {
+            return;
+        }
+        for batch in std::mem::take(&mut self.in_flight) {
+            if batch.must_split(pushed) {
+                self.in_flight.extend(batch.split(self.producer.headroom));
+            } else {
+                self.in_flight.push_back(batch);
+            }
+        }
+    }
+
+    /// A receipt for the batch that begins with `sequence_id`.
+    pub(super) fn receipt(&mut self, sequence_id: u64, scratch: &mut Vec<u8>) -> Receipt {
+        match self.in_flight.front() {
+            Some(front) if front.first_sequence_id == sequence_id && front.sent_at().is_some() => {}
+            // A batch that was resent although its first receipt was already on the way gets two.
+            Some(front) if front.first_sequence_id > sequence_id => return Receipt::Repeated,
+            None => return Receipt::Repeated,
+            Some(_) => return Receipt::OutOfOrder,
+        }
+        let batch = self.in_flight.pop_front().expect("the front was just seen");
+        self.written = self.written.saturating_sub(1);
+        if self.in_flight.is_empty() {
+            self.idle_since = Instant::now();
+        } else if self.written < self.in_flight.len() {
+            // The last probe has its receipt.
+            self.transmit(scratch);
+        }
+        Receipt::Acknowledged(batch)
+    }
+
+    /// The connection or the producer is gone; frames stay, and will be sent again.
+    pub(super) fn down(&mut self, close_first: Option<Connection>) {
+        self.link = Link::Down { close_first };
+        self.written = 0;
+    }
+
+    /// The frame that begins with `sequence_id` was damaged on its way: see the module's documentation.
+    pub(super) fn damaged(&mut self, sequence_id: u64) {
+        let is_it = |batch: &Batch| batch.first_sequence_id == sequence_id;
+        let place = self.in_flight.iter().position(is_it);
+        if place.is_none_or(|place| place + 1 >= self.written) {
+            // Nothing was sent behind it.
+            return;
+        }
+        self.renamed += 1;
+        let base = self.producer.name.split('~').next().unwrap_or_default();
+        self.producer.name = format!("{base}~{}", self.renamed);
+        self.pushed = None;
+        for batch in &mut self.in_flight {
+            batch.unsend(self.producer.headroom);
+        }
+    }
+
+    /// Closes the producer of a lane that has nothing to send, and frees its memory. The lane stays, because producer ids
+    /// are its place; its next message opens the producer again (and first waits until the broker has closed this one).
+    pub(super) fn close(&mut self) {
+        assert!(
+            self.is_empty(),
+            "a lane is closed only when it has nothing to send"
+        );
+        if let Link::Up(connection) = &self.link {
+            connection.close_producer(self.producer.id);
+            self.down(Some(connection.clone()));
+        }
+        self.arena = BytesMut::new();
+        self.arena_step = MIN_ARENA_BYTES;
+        self.in_flight = VecDeque::new();
+    }
+
+    /// When the open batch was begun, if there is one.
+    pub(super) fn open_since(&self) -> Option<Instant> {
+        self.open.as_ref().map(|open| open.since)
+    }
+
+    /// True when every batch handed on has its receipt: the next one need not wait for company.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.in_flight.is_empty()
+    }
+
+    /// Neither an open batch nor one without receipt.
+    pub(super) fn is_empty(&self) -> bool {
+        self.open.is_none() && self.in_flight.is_empty()
+    }
+
+    /// When the batch that has waited longest for its receipt was written.
+    pub(super) fn waiting_since(&self) -> Option<Instant> {
+        self.in_flight
+            .front()
+            .filter(|_| self.written > 0)
+            .and_then(Batch::sent_at)
+    }
+
+    /// Ids of the rows in the batch that begins with `sequence_id`, to name them in an error.
+    pub(super) fn row_ids(&self, sequence_id: u64) -> Vec<String> {
+        let mut batches = self.in_flight.iter();
+        batches
+            .find(|batch| batch.first_sequence_id == sequence_id)
+            .map(|batch| batch.row_ids(self.producer.headroom))
+            .unwrap_or_default()
+    }
+}
+
+/// What a receipt meant.
+#[derive(Debug)]
+pub(super) enum Receipt {
+    Acknowledged(Batch),
+    /// For a batch that has its receipt already.
+    Repeated,
+    /// For a batch behind the oldest one: the two sides disagree, start over.
+    OutOfOrder,
+}

@@ -1,0 +1,55 @@
+//! The Pulsar side: our own pipelined producer over the pulsar crate's protocol types.
+//!
+//! | module | is |
+//! |---|---|
+//! | `wire` | frames, byte by byte |
+//! | `auth` | credentials |
+//! | `tls`, `socket` | whom to trust; a plain or encrypted socket |
+//! | `connection`, `command` | the task that owns one broker's socket; what it says and answers |
+//! | `opener` | lookup, connections, producer creation |
+//! | `rows` | ids of the rows behind a batch, from its receipt to whoever marks or deletes them |
+//! | `batch`, `compression` | messages of one lane from the first to the receipt; the codecs |
+//! | `lane` | one producer: sequence ids, open batch, batches without receipt |
+//! | `route`, `partition` | a topic and its partitions, and what waits until they are known; key → partition |
+//! | `schema` | what producers are opened with |
+//! | `divert` | what cannot be published: taken out, in order |
+//! | `publisher`, `events` | limits, flushing, placing; receipts and what brokers say |
+//! | `verdict` | what the broker says → what walpost does |
+//! | `admin`, `probe` | the admin interface and one look at a broker, for `init` and `check` |
+//!
+//! Why not the pulsar crate's Producer: it cannot set sequence ids, keeps one batch in flight and ignores keys in batches.
+
+mod admin;
+mod auth;
+mod batch;
+mod command;
+mod compression;
+mod connection;
+mod divert;
+mod events;
+mod lane;
+mod opener;
+mod partition;
+mod probe;
+mod publisher;
+mod route;
+pub mod rows;
+pub mod schema;
+mod socket;
+mod tls;
+mod verdict;
+mod wire;
+
+pub use admin::{Admin, Deduplication};
+pub use auth::{Auth, ClientCredentials, OAuth2};
+pub use compression::Codec;
+pub use connection::DEFAULT_MAX_MESSAGE_BYTES;
+pub use divert::{Diversion, Diverted};
+pub use events::BrokerEvent;
+pub use lane::{Outgoing, RowTag};
+pub use partition::HashingScheme;
+pub use probe::{Broker, probe};
+pub use publisher::{Flush, Publisher, PublisherConfig};
+pub use route::Held;
+pub use rows::{Row, RowQueue, Rows};
+pub use tls::TlsFiles;

@@ -1,0 +1,536 @@
+//! Frames of Pulsar's binary protocol: commands in both directions, and message batches written by hand.
+//!
+//! Everything on the wire is big-endian and one of two shapes (Pulsar documentation, "Binary protocol"):
+//!
+//! ```text
+//! command:  [u32 total][u32 command size][BaseCommand]
+//! send:     [u32 total][u32 command size][BaseCommand][u16 0x0e01][u32 crc32c][u32 metadata size][MessageMetadata][payload]
+//!                                                                             '------------ checked by the crc ----------'
+//! payload of a batch, once per message:  [u32 size][SingleMessageMetadata][message bytes]
+//! ```
+//!
+//! `total` counts what follows it. Commands are rare and go through the pulsar crate's generated types. Batches are the
+//! hot path and are written field by field into a buffer that is also the frame: the messages are appended behind a gap
+//! ([`headroom`]), and when the batch is sealed its header is written into the end of that gap, so no byte moves twice.
+//! The field numbers are those of `PulsarApi.proto`; the tests read every frame back with the generated types.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use prost::Message as _;
+use pulsar::message::proto::{
+    BaseCommand, CompressionType, MessageMetadata, SingleMessageMetadata,
+};
+
+use super::compression::Codec;
+
+/// Marks a frame that carries a checksum.
+const MAGIC: u16 = 0x0e01;
+/// No command of a broker is near this; a larger "size" is garbage, and believing it would eat the memory.
+const MAX_COMMAND_FRAME_BYTES: usize = 16 * 1024 * 1024;
+
+// Wire types of the protobuf encoding.
+const VARINT: u64 = 0;
+const LENGTH_DELIMITED: u64 = 2;
+
+const fn tag(field: u64, wire_type: u64) -> u64 {
+    field << 3 | wire_type
+}
+
+/// Bytes that `value` takes as a protobuf varint.
+const fn varint_len(value: u64) -> usize {
+    (70 - (value | 1).leading_zeros() as usize) / 7
+}
+
+fn put_varint(buffer: &mut impl BufMut, mut value: u64) {
+    while value >= 0x80 {
+        buffer.put_u8(value.to_le_bytes()[0] | 0x80);
+        value >>= 7;
+    }
+    buffer.put_u8(value.to_le_bytes()[0]);
+}
+
+fn put_number(buffer: &mut impl BufMut, field: u64, value: u64) {
+    put_varint(buffer, tag(field, VARINT));
+    put_varint(buffer, value);
+}
+
+fn put_bytes(buffer: &mut impl BufMut, field: u64, value: &[u8]) {
+    put_varint(buffer, tag(field, LENGTH_DELIMITED));
+    put_varint(buffer, value.len() as u64);
+    buffer.put_slice(value);
+}
+
+const fn number_len(field: u64, value: u64) -> usize {
+    varint_len(tag(field, VARINT)) + varint_len(value)
+}
+
+const fn bytes_len(field: u64, len: usize) -> usize {
+    varint_len(tag(field, LENGTH_DELIMITED)) + varint_len(len as u64) + len
+}
+
+/// A command frame, ready to be written.
+pub(super) fn encode_command(command: &BaseCommand) -> Bytes {
+    let size = command.encoded_len();
+    let mut frame = BytesMut::with_capacity(8 + size);
+    frame.put_u32(length(size + 4));
+    frame.put_u32(length(size));
+    command
+        .encode(&mut frame)
+        .expect("the buffer has room: its size was asked for");
+    frame.freeze()
+}
+
+/// Takes the next command off `buffer`; `None` while it is incomplete. What follows the command inside its frame (no
+/// command that a producer receives has anything there) is skipped.
+pub(super) fn decode_command(buffer: &mut BytesMut) -> Result<Option<Incoming>, FrameError> {
+    let Some(total) = buffer.first_chunk::<4>() else {
+        return Ok(None);
+    };
+    let total = u32::from_be_bytes(*total) as usize;
+    if !(4..=MAX_COMMAND_FRAME_BYTES).contains(&total) {
+        return Err(FrameError::Size(total));
+    }
+    if buffer.len() < 4 + total {
+        return Ok(None);
+    }
+    let frame = buffer.split_to(4 + total);
+    let (size, body) = frame[4..]
+        .split_first_chunk::<4>()
+        .ok_or(FrameError::Size(total))?;
+    let size = u32::from_be_bytes(*size) as usize;
+    let body = body.get(..size).ok_or(FrameError::Size(size))?;
+    let command = BaseCommand::decode(body).map_err(FrameError::Command)?;
+    // The pulsar crate's definitions are older than these two fields.
+    let next_broker = if command.close_producer.is_some() {
+        let close = WithNextBroker::decode(body).map_err(FrameError::Command)?;
+        close.close_producer
+    } else {
+        None
+    };
+    Ok(Some(Incoming {
+        command,
+        next_broker,
+    }))
+}
+
+/// A command of the broker's.
+#[derive(Debug, PartialEq)]
+pub(super) struct Incoming {
+    pub command: BaseCommand,
+    /// With a closed producer: which broker has its topic next, if the closing one knows.
+    pub next_broker: Option<NextBroker>,
+}
+
+/// `BaseCommand`, as far as `close_producer` goes.
+#[derive(Clone, PartialEq, prost::Message)]
+struct WithNextBroker {
+    #[prost(message, optional, tag = "15")]
+    close_producer: Option<NextBroker>,
+}
+
+/// The fields of `CommandCloseProducer` since Pulsar 3.1.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct NextBroker {
+    #[prost(string, optional, tag = "3")]
+    pub assigned_broker_service_url: Option<String>,
+    #[prost(string, optional, tag = "4")]
+    pub assigned_broker_service_url_tls: Option<String>,
+}
+
+/// Bytes from the broker that are no frame of the protocol.
+#[derive(Debug)]
+pub(super) enum FrameError {
+    Size(usize),
+    Command(prost::DecodeError),
+}
+
+impl std::fmt::Display for FrameError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Size(size) => write!(f, "a frame with an impossible size of {size} bytes"),
+            Self::Command(error) => write!(f, "a frame that holds no command: {error}"),
+        }
+    }
+}
+
+/// One message of a batch, without its payload.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Single<'a> {
+    pub key: &'a str,
+    pub event_time_ms: u64,
+    pub sequence_id: u64,
+    /// `None` is a tombstone: no bytes, and `null_value` set.
+    pub payload: Option<&'a [u8]>,
+}
+
+/// Bytes of one property, without its tag and length.
+fn property_len((name, value): (&str, &str)) -> usize {
+    bytes_len(1, name.len()) + bytes_len(2, value.len())
+}
+
+impl Single<'_> {
+    /// Bytes of the encoded `SingleMessageMetadata`.
+    pub(super) fn metadata_len<'p>(
+        &self,
+        properties: impl Iterator<Item = (&'p str, &'p str)>,
+    ) -> usize {
+        let null_value = if self.payload.is_none() {
+            number_len(9, 1)
+        } else {
+            0
+        };
+        properties
+            .map(|property| bytes_len(1, property_len(property)))
+            .sum::<usize>()
+            + bytes_len(2, self.key.len())
+            + number_len(3, self.payload.map_or(0, <[u8]>::len) as u64)
+            + number_len(5, self.event_time_ms)
+            + number_len(8, self.sequence_id)
+            + null_value
+    }
+
+    /// Bytes the message takes in a batch, given its [`metadata_len`](Self::metadata_len).
+    pub(super) fn entry_len(&self, metadata_len: usize) -> usize {
+        4 + metadata_len + self.payload.map_or(0, <[u8]>::len)
+    }
+
+    /// Appends the message, its properties and its payload to the batch.
+    pub(super) fn append<'p>(
+        &self,
+        buffer: &mut BytesMut,
+        metadata_len: usize,
+        properties: impl Iterator<Item = (&'p str, &'p str)>,
+    ) {
+        let payload = self.payload.unwrap_or_default();
+        buffer.put_u32(length(metadata_len));
+        for (name, value) in properties {
+            put_varint(buffer, tag(1, LENGTH_DELIMITED));
+            put_varint(buffer, property_len((name, value)) as u64);
+            put_bytes(buffer, 1, name.as_bytes());
+            put_bytes(buffer, 2, value.as_bytes());
+        }
+        put_bytes(buffer, 2, self.key.as_bytes());
+        put_number(buffer, 3, payload.len() as u64);
+        put_number(buffer, 5, self.event_time_ms);
+        put_number(buffer, 8, self.sequence_id);
+        if self.payload.is_none() {
+            put_number(buffer, 9, 1);
+        }
+        buffer.put_slice(payload);
+    }
+}
+
+/// What the header of a batch says.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BatchHeader<'a> {
+    pub producer_id: u64,
+    pub producer_name: &'a str,
+    /// The lane: dispatch key of the whole entry, so that a `Key_Shared` subscription never splits a lane.
+    pub ordering_key: &'a [u8],
+    pub lowest_sequence_id: u64,
+    pub highest_sequence_id: u64,
+    pub messages: u32,
+    pub publish_time_ms: u64,
+    /// Delayed delivery is a property of the entry, so such a message travels alone.
+    pub deliver_at_ms: Option<i64>,
+    /// The schema version that the broker gave the producer.
+    pub schema_version: Option<&'a [u8]>,
+    /// How the messages were compressed, and their size before; `None`: they are as they are.
+    pub compressed: Option<(CompressionType, usize)>,
+}
+
+/// Schema versions are 8 bytes in Pulsar (a big-endian number); there is room for twice that, and no longer one is used.
+pub(super) const MAX_SCHEMA_VERSION_BYTES: usize = 16;
+
+/// What a lane may add to its producer's name (`~` and a u32).
+const MAX_RENAME_BYTES: usize = 11;
+
+/// Room to leave in front of the messages for the largest header of this producer: sizes, magic and crc take 22 bytes,
+/// `CommandSend` at most 56, the numbers of `MessageMetadata` at most 72, and each string three more than its length.
+pub(super) fn headroom(producer_name: &str, ordering_key: &[u8]) -> usize {
+    168 + producer_name.len() + MAX_RENAME_BYTES + ordering_key.len() + MAX_SCHEMA_VERSION_BYTES
+}
+
+/// Turns `buffer` (a gap of `headroom` bytes, then the messages) into the finished frame. `scratch` is reused.
+pub(super) fn seal(
+    buffer: BytesMut,
+    headroom: usize,
+    header: &BatchHeader<'_>,
+    scratch: &mut Vec<u8>,
+) -> Bytes {
+    let payload = &buffer[headroom..];
+
+    scratch.clear();
+    put_bytes(scratch, 1, header.producer_name.as_bytes());
+    put_number(scratch, 2, header.lowest_sequence_id);
+    put_number(scratch, 3, header.publish_time_ms);
+    if let Some((compression, uncompressed_bytes)) = header.compressed {
+        put_number(scratch, 8, u64::from((compression as i32).cast_unsigned()));
+        put_number(scratch, 9, uncompressed_bytes as u64);
+    }
+    put_number(scratch, 11, u64::from(header.messages));
+    if let Some(version) = header.schema_version {
+        put_bytes(scratch, 16, version);
+    }
+    put_bytes(scratch, 18, header.ordering_key);
+    if let Some(at_ms) = header.deliver_at_ms {
+        put_number(scratch, 19, at_ms.cast_unsigned());
+    }
+    put_number(scratch, 24, header.highest_sequence_id);
+    let metadata_len = scratch.len();
+
+    let checksum = crc32c::crc32c(&length(metadata_len).to_be_bytes());
+    let checksum = crc32c::crc32c_append(checksum, scratch);
+    let checksum = crc32c::crc32c_append(checksum, payload);
+
+    let send_len = number_len(1, header.producer_id)
+        + number_len(2, header.lowest_sequence_id)
+        + number_len(3, u64::from(header.messages))
+        + number_len(6, header.highest_sequence_id);
+    let command_len = number_len(1, SEND) + bytes_len(6, send_len);
+    let header_len = 4 + 4 + command_len + 2 + 4 + 4 + metadata_len;
+    assert!(
+        header_len <= headroom,
+        "the header outgrew the room left for it"
+    );
+
+    let mut frame = buffer;
+    let start = headroom - header_len;
+    let total = frame.len() - start - 4;
+    let mut gap = &mut frame[start..headroom];
+    gap.put_u32(length(total));
+    gap.put_u32(length(command_len));
+    put_number(&mut gap, 1, SEND);
+    put_varint(&mut gap, tag(6, LENGTH_DELIMITED));
+    put_varint(&mut gap, send_len as u64);
+    put_number(&mut gap, 1, header.producer_id);
+    put_number(&mut gap, 2, header.lowest_sequence_id);
+    put_number(&mut gap, 3, u64::from(header.messages));
+    put_number(&mut gap, 6, header.highest_sequence_id);
+    gap.put_u16(MAGIC);
+    gap.put_u32(checksum);
+    gap.put_u32(length(metadata_len));
+    gap.put_slice(scratch);
+
+    let _unused_gap = frame.split_to(start);
+    frame.freeze()
+}
+
+/// `BaseCommand.Type.SEND`.
+const SEND: u64 = 6;
+
+/// Frames are far below 4 GiB: the broker's `max_message_size` is an i32, and no batch is sealed above it.
+fn length(bytes: usize) -> u32 {
+    u32::try_from(bytes).expect("frames are bounded by the broker's max_message_size")
+}
+
+/// The payload of a finished frame as it was before compression; `None` for bytes that are no frame of ours.
+pub(super) fn payload_of(frame: &Bytes) -> Option<Bytes> {
+    let command_len = u32_at(frame, 4)?;
+    let metadata_at = 8 + command_len + 2 + 4;
+    let metadata_len = u32_at(frame, metadata_at)?;
+    let payload_at = metadata_at + 4 + metadata_len;
+    let metadata = MessageMetadata::decode(frame.get(metadata_at + 4..payload_at)?).ok()?;
+    let payload = frame.slice(payload_at..);
+    Codec::of_wire(metadata.compression())
+        .decompress(payload, metadata.uncompressed_size() as usize)
+}
+
+/// The messages of a batch's (uncompressed) payload, one `(SingleMessageMetadata, whole entry)` each: for the rare paths
+/// that look into a batch again (naming its rows in an error, splitting it at a deduplication boundary).
+pub(super) fn messages(mut payload: Bytes) -> impl Iterator<Item = (SingleMessageMetadata, Bytes)> {
+    std::iter::from_fn(move || {
+        let size = u32_at(&payload, 0)?;
+        let metadata = SingleMessageMetadata::decode(payload.get(4..4 + size)?).ok()?;
+        let entry_len = 4 + size + usize::try_from(metadata.payload_size).ok()?;
+        if entry_len > payload.len() {
+            return None;
+        }
+        Some((metadata, payload.split_to(entry_len)))
+    })
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> Option<usize> {
+    let word = bytes.get(offset..)?.first_chunk::<4>()?;
+    usize::try_from(u32::from_be_bytes(*word)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use pulsar::message::proto::base_command;
+
+    #[derive(Debug, Clone)]
+    struct Event {
+        key: String,
+        time: u64,
+        sequence: u64,
+        payload: Option<Vec<u8>>,
+        properties: Vec<(String, String)>,
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        let text = || "[a-zé]{0,200}";
+        (
+            text(),
+            any::<u64>(),
+            any::<u64>(),
+            prop::option::of(prop::collection::vec(any::<u8>(), 0..300)),
+            prop::collection::vec((text(), text()), 0..4),
+        )
+            .prop_map(|(key, time, sequence, payload, properties)| Event {
+                key,
+                time,
+                sequence,
+                payload,
+                properties,
+            })
+    }
+
+    fn frame_of(events: &[Event], header: &BatchHeader<'_>) -> Bytes {
+        let room = headroom(header.producer_name, header.ordering_key);
+        let mut buffer = BytesMut::zeroed(room);
+        for event in events {
+            let single = Single {
+                key: &event.key,
+                event_time_ms: event.time,
+                sequence_id: event.sequence,
+                payload: event.payload.as_deref(),
+            };
+            let properties = event
+                .properties
+                .iter()
+                .map(|(n, v)| (n.as_str(), v.as_str()));
+            let before = buffer.len();
+            let metadata_len = single.metadata_len(properties.clone());
+            single.append(&mut buffer, metadata_len, properties);
+            assert_eq!(buffer.len() - before, single.entry_len(metadata_len));
+        }
+        seal(buffer, room, header, &mut Vec::new())
+    }
+
+    proptest! {
+        /// Every frame we write says, read by the generated types, what was put in.
+        #[test]
+        fn frames_read_back(
+            events in prop::collection::vec(event(), 1..20),
+            ids in (any::<u64>(), any::<u64>(), any::<u64>()),
+            time in any::<u64>(),
+            deliver_at in prop::option::of(any::<i64>()),
+            name in "[a-z0-9-]{1,120}",
+            lane in any::<u32>(),
+            version in prop::option::of(prop::collection::vec(any::<u8>(), 0..=MAX_SCHEMA_VERSION_BYTES)),
+        ) {
+            let header = BatchHeader {
+                producer_id: ids.0, producer_name: &name, ordering_key: &lane.to_be_bytes(),
+                lowest_sequence_id: ids.1, highest_sequence_id: ids.2,
+                messages: events.len() as u32, publish_time_ms: time, deliver_at_ms: deliver_at,
+                schema_version: version.as_deref(), compressed: None,
+            };
+            let frame = frame_of(&events, &header);
+
+            let u32_at = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().unwrap()) as usize;
+            prop_assert_eq!(u32_at(0), frame.len() - 4);
+            let command_end = 8 + u32_at(4);
+            let command = BaseCommand::decode(&frame[8..command_end]).unwrap();
+            prop_assert_eq!(command.r#type, base_command::Type::Send as i32);
+            let send = command.send.unwrap();
+            prop_assert_eq!((send.producer_id, send.sequence_id, send.highest_sequence_id.unwrap()), ids);
+            prop_assert_eq!(send.num_messages.unwrap() as usize, events.len());
+            prop_assert_eq!(&frame[command_end..command_end + 2], &[0x0e, 0x01]);
+            prop_assert_eq!(u32_at(command_end + 2), crc32c::crc32c(&frame[command_end + 6..]) as usize);
+            let metadata_at = command_end + 10;
+            let metadata = MessageMetadata::decode(&frame[metadata_at..metadata_at + u32_at(command_end + 6)]).unwrap();
+            prop_assert_eq!(&metadata.producer_name, &name);
+            prop_assert_eq!((metadata.sequence_id, metadata.highest_sequence_id.unwrap()), (ids.1, ids.2));
+            prop_assert_eq!(metadata.publish_time, time);
+            prop_assert_eq!(metadata.num_messages_in_batch.unwrap() as usize, events.len());
+            prop_assert_eq!(metadata.ordering_key.unwrap(), lane.to_be_bytes());
+            prop_assert_eq!(metadata.deliver_at_time, deliver_at);
+            prop_assert_eq!(metadata.compression, None);
+            prop_assert_eq!(metadata.schema_version, version);
+
+            let read: Vec<_> = messages(payload_of(&frame).unwrap()).collect();
+            prop_assert_eq!(read.len(), events.len());
+            for ((single, entry), event) in read.iter().zip(&events) {
+                let payload = event.payload.clone().unwrap_or_default();
+                prop_assert!(entry.ends_with(&payload));
+                prop_assert_eq!(single.payload_size as usize, payload.len());
+                prop_assert_eq!(single.null_value.unwrap_or(false), event.payload.is_none());
+                prop_assert_eq!(single.partition_key.as_ref(), Some(&event.key));
+                prop_assert_eq!(single.event_time, Some(event.time));
+                prop_assert_eq!(single.sequence_id, Some(event.sequence));
+                let properties: Vec<_> = single.properties.iter().map(|p| (p.key.clone(), p.value.clone())).collect();
+                prop_assert_eq!(&properties, &event.properties);
+            }
+        }
+
+        /// Whatever a broken peer sends: an answer or an error, no panic.
+        #[test]
+        fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let mut buffer = BytesMut::from(&bytes[..]);
+            while let Ok(Some(_)) = decode_command(&mut buffer) {}
+            let bytes = Bytes::from(bytes);
+            let _no_frame = payload_of(&bytes);
+            messages(bytes).count();
+        }
+    }
+
+    #[test]
+    fn a_command_is_read_only_when_whole() {
+        let command = BaseCommand {
+            r#type: base_command::Type::Ping as i32,
+            ping: Some(pulsar::message::proto::CommandPing {}),
+            ..BaseCommand::default()
+        };
+        let frame = encode_command(&command);
+        for cut in 0..frame.len() {
+            assert!(
+                decode_command(&mut BytesMut::from(&frame[..cut]))
+                    .unwrap()
+                    .is_none()
+            );
+        }
+        let mut twice = BytesMut::from(&[&frame[..], &frame[..]].concat()[..]);
+        for _ in 0..2 {
+            let incoming = decode_command(&mut twice).unwrap().unwrap();
+            assert_eq!(incoming.command, command);
+        }
+        assert!(twice.is_empty());
+    }
+
+    #[test]
+    fn a_closed_producer_names_the_next_broker_if_the_broker_does() {
+        let close = |urls: Option<&str>| {
+            let extended = WithNextBroker {
+                close_producer: Some(NextBroker {
+                    assigned_broker_service_url: urls.map(str::to_owned),
+                    assigned_broker_service_url_tls: None,
+                }),
+            };
+            let command = BaseCommand {
+                r#type: base_command::Type::CloseProducer as i32,
+                close_producer: Some(pulsar::message::proto::CommandCloseProducer {
+                    producer_id: 7,
+                    request_id: u64::MAX,
+                }),
+                ..BaseCommand::default()
+            };
+            // Two encodings of one message, one after the other, are merged by whoever reads them.
+            let body = [command.encode_to_vec(), extended.encode_to_vec()].concat();
+            let mut frame = BytesMut::new();
+            frame.put_u32(length(body.len() + 4));
+            frame.put_u32(length(body.len()));
+            frame.put_slice(&body);
+            decode_command(&mut frame).unwrap().unwrap()
+        };
+        let incoming = close(Some("pulsar://10.0.0.2:6650"));
+        assert_eq!(incoming.command.close_producer.unwrap().producer_id, 7);
+        let next = incoming.next_broker.unwrap();
+        assert_eq!(
+            next.assigned_broker_service_url.as_deref(),
+            Some("pulsar://10.0.0.2:6650")
+        );
+        assert_eq!(close(None).next_broker, Some(NextBroker::default()));
+    }
+}

@@ -1,0 +1,54 @@
+//! The scanner: what the table knows and the log cannot tell.
+//!
+//! | module | is |
+//! |---|---|
+//! | `progress` | the slot's row in `walpost.progress` |
+//! | `table` | an outbox table read by SQL, row by row, as the stream would bring it |
+//! | `gap` | publishes what was committed before the slot, or while there was none |
+//! | `delivered` | notes every few seconds which transactions are delivered |
+//! | `poll` | the gap scan on a timer, where there is no logical replication |
+//! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_store` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, the SQL |
+//! | `outbox` | what a table has and what the role may do: which modes it can have |
+//! | `after_publish` | marks or deletes rows whose receipt has come |
+//! | `unmarked` | finds rows that were never marked, and publishes them again |
+//! | `retention` | deletes delivered rows past their time |
+//! | `partitions` | makes the partitions of a table by time ahead |
+//! | `modes` | starts these four, and stops them |
+//! | `recovery` | what to do about a slot that is lost, gone, or somebody else's |
+//!
+//! # Snapshots
+//!
+//! A Postgres snapshot (`pg_snapshot`) says of every transaction whether it had committed when it was taken. Each row of an
+//! outbox names its transaction in `txid`. So one value says of all rows which are delivered, and the difference of two
+//! says which rows are a gap: visible in the one, and not in the other.
+//!
+//! **Delivered.** Take a snapshot, *then* ask where the log's insert position L is. A transaction writes its commit record
+//! before it becomes visible to others, so every transaction visible in the snapshot has its commit record before L. Once the
+//! confirmed LSN is at L or beyond, all of them have been received and acknowledged: the snapshot is stored as `delivered`.
+//! (That holds for asynchronous commits too: what is not flushed yet is inserted.)
+//!
+//! **The gap.** Whoever makes the slot takes a snapshot before (`scan_before`) and after (`scan_upto`). The slot streams every
+//! transaction that commits after its consistent point, which lies between the two. So rows visible in `scan_before` are
+//! never streamed, rows not visible in `scan_upto` always are. Rows visible in `scan_upto` and not in `delivered` are the gap:
+//! they are published before the stream starts. The few that are visible in `scan_upto` and not in `scan_before` may also be
+//! streamed: their ids are remembered, and skipped when the stream brings them. (By id and not by transaction: a row that a
+//! transaction inserted and deleted is only in the stream.)
+//!
+//! What a table lacks turns off what needs it: without `txid` and `seq` there is no gap scan and no status.
+
+pub mod after_publish;
+pub mod delivered;
+pub mod gap;
+pub mod modes;
+pub mod outbox;
+pub mod partitions;
+pub mod poll;
+pub mod progress;
+pub mod recovery;
+pub mod retention;
+pub mod straggler;
+mod straggler_retry;
+pub(crate) mod straggler_store;
+mod straggler_task;
+pub mod table;
+pub mod unmarked;

@@ -1,0 +1,232 @@
+//! Starts what works beside the stream on the outbox tables, and stops it.
+//!
+//! Owns the tasks of [`super::after_publish`], [`super::unmarked`], [`super::retention`] and [`super::partitions`]. Input: settings, and which cluster
+//! it is. Output: the queue that receipts put their rows into. In the mode `keep`, without retention and partitions, there is nothing here.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_postgres::Client;
+use tracing::{info, warn};
+
+use super::after_publish::AfterPublishTask;
+use super::outbox::OutboxTable;
+use super::partitions;
+use super::retention::Retention;
+use super::unmarked::Unmarked;
+use crate::config::{AfterPublish, Config};
+use crate::feedback::Progress;
+use crate::pipe::Routing;
+use crate::postgres::sql_error;
+use crate::pulsar::rows::queue;
+use crate::pulsar::{PublisherConfig, RowQueue};
+use crate::retry::Backoff;
+use crate::{Error, Result};
+
+/// The tasks; they end when this is dropped.
+#[derive(Debug, Default)]
+pub struct Modes {
+    after_publish: Option<(RowQueue, JoinHandle<()>)>,
+    /// Of one cluster: another may have taken over.
+    lookers: Vec<JoinHandle<()>>,
+}
+
+impl Drop for Modes {
+    fn drop(&mut self) {
+        self.stop_lookers();
+        if let Some((_, task)) = &self.after_publish {
+            task.abort();
+        }
+    }
+}
+
+/// Looks whether the tables can have the modes of the settings, and notes the mode in the database.
+///
+/// # Errors
+/// Refused, with the statement that mends it.
+pub async fn prepare(client: &Client, config: &Config) -> Result<Vec<OutboxTable>> {
+    let mode = config.after_publish;
+    if mode == AfterPublish::Keep && config.retention.is_none() {
+        note_keep(client, config).await?;
+        // Only to know whether there are partitions; what is wrong with a table is for others to say.
+        let tables = OutboxTable::read_all(client, config).await;
+        return Ok(tables.unwrap_or_default());
+    }
+    let tables = OutboxTable::read_all(client, config).await?;
+    for table in &tables {
+        table.check_after_publish(mode)?;
+        if config.retention.is_some() {
+            table.check_retention(mode)?;
+        }
+        if mode != AfterPublish::Keep {
+            if let Some(why) = table.unmarked_unknown() {
+                warn!("{why}");
+            }
+            if mode == AfterPublish::Mark
+                && !table.has_unmarked_index
+                && let Some(index) = table.unmarked_index()
+            {
+                warn!(table = %table.name, "looking for unmarked rows reads the whole table; better: {index}");
+            }
+            if !table.has_id_index {
+                warn!(table = %table.name, "no index begins with column {}: each batch reads the whole table", table.id.name);
+            }
+        }
+    }
+    if mode == AfterPublish::Keep {
+        note_keep(client, config).await?;
+    } else {
+        note_mode(client, config).await?;
+    }
+    Ok(tables)
+}
+
+/// Refuses what poll mode cannot have yet.
+///
+/// # Errors
+/// A configuration error.
+pub fn check_poll(config: &Config) -> Result<()> {
+    if config.after_publish == AfterPublish::Keep && config.retention.is_none() {
+        return Ok(());
+    }
+    Err(Error::config(
+        "WALPOST_AFTER_PUBLISH and WALPOST_RETENTION need WALPOST_MODE=stream; in poll mode allowed: keep and none",
+    ))
+}
+
+/// Rows are told from those of an earlier time in which nothing was marked by when the mode was turned on.
+async fn note_mode(client: &Client, config: &Config) -> Result<()> {
+    const SQL: &str = "
+        INSERT INTO walpost.after_publish AS a (slot, mode, since) VALUES ($1, $2, clock_timestamp())
+        ON CONFLICT (slot) DO UPDATE SET mode = excluded.mode,
+            since = CASE WHEN a.mode = 'keep' THEN excluded.since ELSE a.since END
+        WHERE a.mode <> excluded.mode";
+    let mode = config.after_publish.name();
+    if !has_table(client).await? {
+        return Err(no_table(config.after_publish));
+    }
+    let noted = client.execute(SQL, &[&config.slot, &mode]).await;
+    let changed = noted.map_err(|error| {
+        sql_error("note the mode in walpost.after_publish", error)
+            .hint("GRANT SELECT, INSERT, UPDATE ON walpost.after_publish TO the role that walpost runs as")
+    })?;
+    if changed > 0 {
+        info!(
+            mode,
+            "the mode is new: rows from before it stay as they are unless they are published from now on"
+        );
+    }
+    Ok(())
+}
+
+/// The error for it.
+pub(crate) fn no_table(mode: AfterPublish) -> Error {
+    let mode = mode.name();
+    Error::refused(format!(
+        "table walpost.after_publish does not exist, or the role may not use schema walpost; WALPOST_AFTER_PUBLISH={mode} needs it"
+    ))
+    .hint(format!("WALPOST_AFTER_PUBLISH={mode} walpost init"))
+}
+
+async fn note_keep(client: &Client, config: &Config) -> Result<()> {
+    if has_table(client).await? {
+        let sql =
+            "UPDATE walpost.after_publish SET mode = 'keep' WHERE slot = $1 AND mode <> 'keep'";
+        let noted = client.execute(sql, &[&config.slot]).await;
+        noted.map_err(|error| sql_error("note the mode in walpost.after_publish", error))?;
+    }
+    Ok(())
+}
+
+/// Whether there is a table to note it in; without the right to use the schema there might as well be none.
+pub(crate) async fn has_table(client: &Client) -> Result<bool> {
+    const SQL: &str = "
+        SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                       WHERE n.nspname = 'walpost' AND c.relname = 'after_publish'
+                         AND has_schema_privilege(n.oid, 'USAGE'))";
+    let row = client.query_one(SQL, &[]).await;
+    let row = row.map_err(|error| sql_error("look for walpost.after_publish", error))?;
+    Ok(row.get(0))
+}
+
+impl Modes {
+    /// Starts what the settings ask for, beside the stream of this cluster; what looked through another one's tables ends. Rows
+    /// that wait to be marked stay in their queue.
+    pub fn start(
+        &mut self,
+        config: &Config,
+        tables: &[OutboxTable],
+        system_id: &str,
+        (routing, publisher): (Routing, PublisherConfig),
+        progress: watch::Receiver<Progress>,
+    ) {
+        self.stop_lookers();
+        let partitioned = tables.iter().filter(|table| table.partitioned);
+        let partitioned: Vec<_> = partitioned.map(|table| table.name.clone()).collect();
+        if !partitioned.is_empty() {
+            let keeping = partitions::keep_ahead(config.postgres.clone(), partitioned);
+            self.lookers.push(tokio::spawn(Box::pin(keeping)));
+        }
+        let backoff = || Backoff::new(config.reconnect_initial, config.reconnect_max);
+        if config.after_publish != AfterPublish::Keep {
+            let (queue, _) = self.after_publish.get_or_insert_with(|| {
+                let (queue, receiver) = queue();
+                let (postgres, mode) = (config.postgres.clone(), config.after_publish);
+                let task = AfterPublishTask::new(postgres, tables, mode, receiver, backoff());
+                (queue, tokio::spawn(task.run()))
+            });
+            let unmarked = Unmarked {
+                postgres: config.postgres.clone(),
+                slot: config.slot.clone(),
+                tables: tables.to_vec(),
+                routing,
+                publisher,
+                interval: config.scan_interval,
+                age: config.straggler_age,
+                queue: queue.clone(),
+                progress,
+            };
+            self.lookers.push(tokio::spawn(Box::pin(unmarked.run())));
+        }
+        if let Some(age) = config.retention {
+            let retention = Retention {
+                postgres: config.postgres.clone(),
+                tables: tables.to_vec(),
+                mode: config.after_publish,
+                system_id: system_id.to_owned(),
+                interval: config.scan_interval,
+                age,
+            };
+            self.lookers.push(tokio::spawn(Box::pin(retention.run())));
+        }
+    }
+
+    /// Where receipts put their rows; `None` when nothing is done with them.
+    pub fn queue(&self) -> Option<RowQueue> {
+        self.after_publish.as_ref().map(|(queue, _)| queue.clone())
+    }
+
+    fn stop_lookers(&mut self) {
+        for task in self.lookers.drain(..) {
+            task.abort();
+        }
+    }
+
+    /// Stops looking, and waits until what was published is marked or deleted, for at most `patience`.
+    pub async fn drain(&mut self, patience: Duration) {
+        self.stop_lookers();
+        let Some(queue) = self.queue() else { return };
+        let drained = timeout(patience, async {
+            // Rows of transactions that cannot be seen yet outlast a barrier.
+            while queue.waiting() > 0 && queue.barrier().await {}
+        });
+        if drained.await.is_err() {
+            warn!(
+                rows = queue.waiting(),
+                "published rows are not marked or deleted yet: they are found after WALPOST_STRAGGLER_AGE and may come twice"
+            );
+        }
+    }
+}

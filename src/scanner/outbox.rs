@@ -1,0 +1,266 @@
+//! What an outbox table has and what the role may do with it: which of the modes it can have, and the statement that mends
+//! what is missing.
+//!
+//! Input: a SQL connection and the settings. Output: one [`OutboxTable`] for each table. Nothing is changed.
+
+use tokio_postgres::Client;
+
+use crate::config::{AfterPublish, Config};
+use crate::postgres::{TableName, quote_ident, sql_error};
+use crate::{Error, Result};
+
+/// The column that marking sets.
+pub const SENT_AT: &str = "sent_at";
+/// The column of the inserting transaction.
+pub const TXID: &str = "txid";
+
+/// A column that a mode reads or writes.
+#[derive(Clone, Debug)]
+pub struct Column {
+    /// Its name.
+    pub name: String,
+    /// Its type, as SQL has it.
+    pub sql_type: String,
+}
+
+/// See the module's documentation.
+#[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools)] // Each is a fact of the catalogue.
+pub struct OutboxTable {
+    /// Its name.
+    pub name: TableName,
+    /// Every column, in order.
+    pub columns: Vec<Column>,
+    /// The id's column.
+    pub id: Column,
+    /// The time of the event; `None` without such a column.
+    pub created_at: Option<Column>,
+    /// Whether there is a `sent_at`.
+    pub has_sent_at: bool,
+    /// Whether there is a `txid` of type `xid8`.
+    pub has_txid: bool,
+    /// Whether it is partitioned.
+    pub partitioned: bool,
+    /// Whether the role has the owner's rights.
+    owned: bool,
+    /// Whether an index begins with the id.
+    pub has_id_index: bool,
+    /// Whether an index of unmarked rows begins with the event's time.
+    pub has_unmarked_index: bool,
+    /// The role and the table's owner, for a GRANT.
+    role: String,
+    owner: String,
+    may_update: bool,
+    may_delete: bool,
+    may_select: bool,
+}
+
+impl OutboxTable {
+    /// Looks at a table.
+    ///
+    /// # Errors
+    /// Refused when there is no such table, or it has no column for the id.
+    pub async fn read(client: &Client, name: &TableName, config: &Config) -> Result<Self> {
+        const TABLE: &str = "
+            SELECT c.oid, c.relkind = 'p', current_user::text,
+                   CASE WHEN EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'sent_at')
+                        THEN has_column_privilege(c.oid, 'sent_at', 'UPDATE') ELSE false END,
+                   has_table_privilege(c.oid, 'DELETE'), has_table_privilege(c.oid, 'SELECT'),
+                   pg_has_role(c.relowner, 'USAGE'), pg_get_userbyid(c.relowner)::text
+            FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE n.nspname = $1 AND c.relname = $2";
+        const COLUMNS: &str = "
+            SELECT attname::text, format_type(atttypid, atttypmod), attnum FROM pg_attribute
+            WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
+        const INDEXES: &str = "
+            SELECT coalesce(bool_or(indkey[0] = $2 AND indpred IS NULL), false),
+                   coalesce(bool_or(indkey[0] = $3 AND pg_get_expr(indpred, indrelid) = '(sent_at IS NULL)'), false)
+            FROM pg_index WHERE indrelid = $1 AND indisvalid";
+        let failed = |error| sql_error(&format!("look at table {name}"), error);
+        let row = client
+            .query_opt(TABLE, &[&name.schema, &name.name])
+            .await
+            .map_err(failed)?
+            .ok_or_else(|| Error::refused(format!("table {name} does not exist")))?;
+        let oid: u32 = row.get(0);
+        let found = client.query(COLUMNS, &[&oid]).await.map_err(failed)?;
+        let columns: Vec<Column> = found
+            .iter()
+            .map(|column| Column {
+                name: column.get(0),
+                sql_type: column.get(1),
+            })
+            .collect();
+        let find = |name: &str| columns.iter().find(|column| column.name == name).cloned();
+        let id_name = &config.columns.id;
+        let id = find(id_name).ok_or_else(|| {
+            Error::refused(format!("table {name} has no column {id_name:?}"))
+                .hint("set WALPOST_COLUMN_ID")
+        })?;
+        let number = |name: &str| -> Option<i16> {
+            let column = found.iter().find(|column| column.get::<_, &str>(0) == name);
+            column.map(|column| column.get(2))
+        };
+        let indexed = client
+            .query_one(
+                INDEXES,
+                &[&oid, &number(&id.name), &number(&config.columns.created_at)],
+            )
+            .await
+            .map_err(failed)?;
+        let is_time = |column: &Column| column.sql_type.starts_with("timestamp");
+        Ok(Self {
+            name: name.clone(),
+            created_at: find(&config.columns.created_at).filter(is_time),
+            has_sent_at: find(SENT_AT).is_some_and(|column| is_time(&column)),
+            has_txid: find(TXID).is_some_and(|column| column.sql_type == "xid8"),
+            has_id_index: indexed.get(0),
+            has_unmarked_index: indexed.get(1),
+            id,
+            columns,
+            partitioned: row.get(1),
+            role: row.get(2),
+            may_update: row.get(3),
+            may_delete: row.get(4),
+            may_select: row.get(5),
+            owned: row.get(6),
+            owner: row.get(7),
+        })
+    }
+
+    /// The same for every table of the settings, in their order.
+    pub async fn read_all(client: &Client, config: &Config) -> Result<Vec<Self>> {
+        let mut tables = Vec::with_capacity(config.outbox_tables.len());
+        for name in &config.outbox_tables {
+            tables.push(Self::read(client, name, config).await?);
+        }
+        Ok(tables)
+    }
+
+    /// The id column, quoted.
+    pub fn id_column(&self) -> String {
+        quote_ident(&self.id.name)
+    }
+
+    /// SQL for "this long ago", comparable with `created_at`: a timestamp without time zone is UTC, as everywhere in walpost.
+    pub fn ago(&self, seconds: &str) -> String {
+        let ago = format!("(clock_timestamp() - make_interval(secs => {seconds}))");
+        match &self.created_at {
+            Some(column) if !column.sql_type.contains("with time zone") => {
+                format!("({ago} AT TIME ZONE 'UTC')")
+            }
+            _ => ago,
+        }
+    }
+
+    /// Refuses a mode that the table cannot have.
+    pub fn check_after_publish(&self, mode: AfterPublish) -> Result<()> {
+        let name = &self.name;
+        let lack = |right: &str| {
+            Error::refused(format!(
+                "role {} may not {right} table {name}, which WALPOST_AFTER_PUBLISH={} needs",
+                self.role,
+                mode.name()
+            ))
+            .hint(self.grant(mode))
+        };
+        match mode {
+            AfterPublish::Keep => return Ok(()),
+            AfterPublish::Mark if !self.has_sent_at => {
+                return Err(Error::refused(format!(
+                    "table {name} has no column sent_at, which WALPOST_AFTER_PUBLISH=mark sets"
+                ))
+                .hint(format!(
+                    "ALTER TABLE {name} ADD COLUMN sent_at timestamptz; or set WALPOST_AFTER_PUBLISH to keep or delete"
+                )));
+            }
+            AfterPublish::Mark if !self.may_update => return Err(lack("set sent_at in")),
+            AfterPublish::Delete if !self.may_delete => return Err(lack("delete from")),
+            AfterPublish::Mark | AfterPublish::Delete => {}
+        }
+        if !self.may_select {
+            return Err(lack("read"));
+        }
+        Ok(())
+    }
+
+    /// Refuses a retention that the table cannot have.
+    pub fn check_retention(&self, mode: AfterPublish) -> Result<()> {
+        let name = &self.name;
+        let missing = if !self.has_txid {
+            Some((
+                "txid of type xid8",
+                "txid xid8 NOT NULL DEFAULT pg_current_xact_id()",
+            ))
+        } else if self.created_at.is_none() {
+            Some((
+                "for the time of the event",
+                "created_at timestamptz NOT NULL DEFAULT clock_timestamp()",
+            ))
+        } else {
+            None
+        };
+        if let Some((what, column)) = missing {
+            return Err(Error::refused(format!(
+                "table {name} has no column {what}, so it cannot be told which rows WALPOST_RETENTION may delete"
+            ))
+            .hint(format!(
+                "ALTER TABLE {name} ADD COLUMN {column}; or set WALPOST_RETENTION to none"
+            )));
+        }
+        if !self.may_delete || !self.may_select {
+            return Err(Error::refused(format!(
+                "role {} may not delete from table {name}, which WALPOST_RETENTION needs",
+                self.role
+            ))
+            .hint(self.grant(AfterPublish::Delete)));
+        }
+        if self.partitioned && !self.owned {
+            return Err(Error::refused(format!(
+                "role {} does not own table {name}, so it may not drop partitions, which WALPOST_RETENTION needs",
+                self.role
+            ))
+            .hint(format!(
+                "GRANT {} TO {};",
+                quote_ident(&self.owner),
+                quote_ident(&self.role)
+            )));
+        }
+        self.check_after_publish(mode)
+    }
+
+    /// Why rows that were never marked cannot be looked for, if they cannot.
+    pub fn unmarked_unknown(&self) -> Option<String> {
+        self.created_at.is_none().then(|| {
+            format!(
+                "table {} has no column for the time of the event (WALPOST_COLUMN_CREATED_AT): rows that were never marked are \
+                 not looked for",
+                self.name
+            )
+        })
+    }
+
+    /// The index that serves the look for rows that were never marked.
+    pub fn unmarked_index(&self) -> Option<String> {
+        let created_at = self.created_at.as_ref()?;
+        Some(format!(
+            "CREATE INDEX ON {} ({}, {}) WHERE sent_at IS NULL;",
+            self.name,
+            quote_ident(&created_at.name),
+            self.id_column()
+        ))
+    }
+
+    fn grant(&self, mode: AfterPublish) -> String {
+        let right = match mode {
+            AfterPublish::Keep => "SELECT",
+            AfterPublish::Mark => "SELECT, UPDATE (sent_at)",
+            AfterPublish::Delete => "SELECT, DELETE",
+        };
+        format!(
+            "GRANT {right} ON {} TO {};",
+            self.name,
+            quote_ident(&self.role)
+        )
+    }
+}

@@ -1,0 +1,304 @@
+//! What to do about the slot before a stream begins: nothing, nearly always; make it anew where it is lost, gone, or not the
+//! one that walpost left.
+//!
+//! Input: the slot's state and its row in `walpost.progress`. Output: that row, with a gap to be closed where a slot was
+//! made. Loud: whatever is made anew is said as a warning.
+//!
+//! # When a slot is not ours any more
+//!
+//! * It does not exist (dropped, or a standby without failover slots was promoted), or Postgres has invalidated it.
+//! * It stands beyond what it was ever told. While a process runs it knows what it told; a process that stopped in good order
+//!   has written it down. (After a crash nobody knows the last seconds, and a slot that somebody made anew in just that time
+//!   is not told from our own.)
+//!
+//! In all of these a slot made by us, with snapshots before and after, plus the scan of the gap, brings every row; one that
+//! somebody else made has no such snapshots, so it is replaced.
+//!
+//! # One at a time
+//!
+//! Any number of instances may run; an advisory lock, held by the session that this module is given, lets one of them look
+//! and recover. The others wait for it.
+
+use tokio_postgres::Client;
+use tracing::warn;
+
+use super::progress::{self, Progress};
+use crate::config::{Config, SlotLost};
+use crate::postgres::slot::{self, SlotState, slot_state};
+use crate::postgres::{quote_literal, sql_error};
+use crate::{Error, Lsn, Result};
+
+/// The slot's row, and whether this process's memory of the slot still holds; `None` where the table is missing, and with it the scanner.
+#[derive(Debug)]
+pub struct Prepared {
+    /// As it is now.
+    pub progress: Progress,
+    /// The slot is not as an earlier stream of this process left it: it was made anew, or another process has streamed it.
+    /// What this process still holds of it is out of date.
+    pub out_of_date: bool,
+}
+
+/// This process, and what it knows of the slot.
+#[derive(Debug)]
+pub struct Session {
+    /// A name that no other process has.
+    pub name: String,
+    /// What it told the slot last, if it has had a stream.
+    pub told: Option<Lsn>,
+}
+
+/// Looks at the slot and makes it anew if that is called for.
+///
+/// # Errors
+/// Temporary while another instance has the slot; refused when the progress is from another cluster, or when the slot is
+/// lost and `WALPOST_SLOT_LOST` says so.
+pub async fn prepare(
+    client: &Client,
+    config: &Config,
+    session: &Session,
+) -> Result<Option<Prepared>> {
+    lock(client, &config.slot).await?;
+    let stored = match progress::read(client, &config.slot).await {
+        Ok(stored) => stored,
+        Err(error) if progress::is_missing(&error) => {
+            warn!(
+                "no delivered snapshot, no gap scan: {} (hint: walpost init makes what is missing; \
+                 GRANT SELECT, INSERT, UPDATE ON walpost.progress if it is there)",
+                error.report()
+            );
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let system_id = system_id(client).await?;
+    let state = slot_state(client, &config.slot).await?;
+    let Some(progress) = stored else {
+        if state.is_some() {
+            progress::begin(client, &config.slot, &system_id).await?;
+            progress::claim(client, &config.slot, &session.name).await?;
+        }
+        // Without a slot the preflight says what to do: nothing was ever set up here.
+        let progress = Progress {
+            system_id,
+            ..Progress::default()
+        };
+        return Ok(Some(Prepared {
+            progress,
+            out_of_date: false,
+        }));
+    };
+    check_cluster(&progress, &system_id, &config.slot)?;
+    let Some(why) = lost_because(state.as_ref(), &progress, session) else {
+        progress::claim(client, &config.slot, &session.name).await?;
+        let out_of_date = progress.session.as_ref() != Some(&session.name);
+        return Ok(Some(Prepared {
+            progress,
+            out_of_date,
+        }));
+    };
+    let slot = &config.slot;
+    if config.slot_lost == SlotLost::Fail {
+        return Err(Error::refused(format!("replication slot {slot}: {why}")).hint(
+            "WALPOST_SLOT_LOST=recover makes a new one and publishes the rows in between from the table",
+        ));
+    }
+    if let Some(pid) = state.as_ref().and_then(|state| state.active_pid) {
+        return Err(Error::temporary(format!(
+            "replication slot {slot}: {why}, and process {pid} still streams it"
+        )));
+    }
+    warn!(
+        slot,
+        "{why}: making a new slot; the rows in between are published from the table"
+    );
+    if state.is_some() {
+        let drop_slot = "SELECT pg_drop_replication_slot($1::text::name)";
+        let dropped = client.execute(drop_slot, &[slot]).await;
+        dropped.map_err(|error| sql_error(&format!("drop slot {slot}"), error))?;
+    }
+    make_slot(client, slot).await?;
+    progress::claim(client, slot, &session.name).await?;
+    let progress = progress::read(client, slot).await?;
+    let progress = progress.ok_or_else(|| Error::temporary("walpost.progress lost its row"))?;
+    Ok(Some(Prepared {
+        progress,
+        out_of_date: true,
+    }))
+}
+
+/// Makes the slot, with a snapshot before and after in `walpost.progress`.
+///
+/// What `sql/08_slot.sql` does, statement by statement: inside of a DO block the making of a slot that has to wait for other
+/// transactions fails now and then ("snapshot reference … is not owned by resource owner").
+///
+/// # Errors
+/// Refused when the progress is from another cluster, and for what [`slot::create_slot`] refuses.
+pub async fn make_slot(client: &Client, slot: &str) -> Result<()> {
+    let system_id = system_id(client).await?;
+    if let Some(progress) = progress::read(client, slot).await? {
+        check_cluster(&progress, &system_id, slot)?;
+    }
+    let before = progress::snapshot(client).await?;
+    progress::slot_making(client, slot, &system_id, &before).await?;
+    slot::create_slot(client, slot).await?;
+    let upto = progress::snapshot(client).await?;
+    progress::slot_made(client, slot, &upto).await
+}
+
+/// Held until the session ends.
+pub(super) async fn lock(client: &Client, slot: &str) -> Result<()> {
+    let sql = "SELECT pg_try_advisory_lock(hashtext('walpost'), hashtext($1))";
+    let row = client.query_one(sql, &[&slot]).await;
+    let row = row.map_err(|error| sql_error("take the lock on the slot", error))?;
+    if row.get(0) {
+        return Ok(());
+    }
+    Err(Error::temporary(format!(
+        "another walpost has slot {slot}; this one waits until that one ends"
+    ))
+    .caused_by(Busy))
+}
+
+/// Another instance has the lock.
+#[derive(Debug)]
+struct Busy;
+
+impl std::fmt::Display for Busy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("its lock is taken")
+    }
+}
+
+impl std::error::Error for Busy {}
+
+/// True for an error of [`prepare`] that says another instance has the slot.
+pub fn is_busy(error: &Error) -> bool {
+    let source = std::error::Error::source(error);
+    source
+        .and_then(|source| source.downcast_ref::<Busy>())
+        .is_some()
+}
+
+pub(super) async fn system_id(client: &Client) -> Result<String> {
+    let sql = "SELECT system_identifier::text FROM pg_control_system()";
+    let row = client.query_one(sql, &[]).await;
+    let row = row.map_err(|error| sql_error("ask which cluster this is", error))?;
+    Ok(row.get(0))
+}
+
+pub(super) fn check_cluster(progress: &Progress, system_id: &str, slot: &str) -> Result<()> {
+    if progress.system_id == system_id {
+        return Ok(());
+    }
+    Err(Error::refused(format!(
+        "walpost.progress of slot {slot} is from cluster {}, and this is {system_id}: its snapshots mean nothing here",
+        progress.system_id
+    ))
+    .hint(format!(
+        "if this is a copy whose rows the other cluster has published: UPDATE walpost.progress SET system_id = '{system_id}', \
+         delivered = pg_current_snapshot() WHERE slot = {0}; to publish every row again: DELETE FROM walpost.progress WHERE slot = {0}",
+        quote_literal(slot).trim()
+    )))
+}
+
+fn lost_because(
+    state: Option<&SlotState>,
+    progress: &Progress,
+    session: &Session,
+) -> Option<String> {
+    let Some(state) = state else {
+        return Some("it does not exist any more".to_owned());
+    };
+    if progress.scan_before.is_some() && progress.scan_upto.is_none() {
+        return Some("its making was cut short".to_owned());
+    }
+    if let Some(reason) = state.lost_because() {
+        return Some(format!("it is lost ({reason})"));
+    }
+    // What we told is out of date when another process has streamed since.
+    let ours = progress.session.as_ref() == Some(&session.name);
+    let told = session.told.filter(|_| ours);
+    let known = told.or(progress.confirmed)?;
+    let stands = state.confirmed_flush.filter(|stands| *stands > known)?;
+    Some(format!(
+        "it stands at {stands}, and walpost left it at {known}: somebody advanced it, or made it anew"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slot(confirmed: u64) -> SlotState {
+        SlotState {
+            plugin: Some("pgoutput".into()),
+            database: Some("d".into()),
+            active: false,
+            active_pid: None,
+            confirmed_flush: Some(Lsn::new(confirmed)),
+            restart_lsn: Some(Lsn::new(1)),
+            wal_status: Some("reserved".into()),
+            invalidation_reason: None,
+            retained_bytes: None,
+            failover: false,
+        }
+    }
+
+    #[test]
+    fn a_slot_is_ours_unless_it_is_gone_lost_or_beyond_what_it_was_told() {
+        let session = |told: Option<u64>| Session {
+            name: "we".to_owned(),
+            told: told.map(Lsn::new),
+        };
+        let new = session(None);
+        let unknown = Progress::default();
+        let stopped = Progress {
+            confirmed: Some(Lsn::new(100)),
+            session: Some("they".to_owned()),
+            ..Progress::default()
+        };
+        assert_eq!(lost_because(Some(&slot(500)), &unknown, &new), None);
+        assert_eq!(lost_because(Some(&slot(100)), &stopped, &new), None);
+        assert_eq!(lost_because(Some(&slot(90)), &stopped, &new), None);
+        assert!(lost_because(Some(&slot(101)), &stopped, &new).is_some());
+        // A process knows what it told, unless another has streamed since.
+        let ours = Progress {
+            session: Some("we".to_owned()),
+            ..Progress::default()
+        };
+        let theirs = Progress {
+            session: Some("they".to_owned()),
+            ..Progress::default()
+        };
+        let told = session(Some(300));
+        assert_eq!(lost_because(Some(&slot(300)), &ours, &told), None);
+        assert!(lost_because(Some(&slot(301)), &ours, &told).is_some());
+        assert_eq!(lost_because(Some(&slot(301)), &theirs, &told), None);
+        assert!(lost_because(None, &unknown, &new).is_some());
+        let cut_short = Progress {
+            scan_before: Some("1:1:".to_owned()),
+            ..Progress::default()
+        };
+        assert!(lost_because(Some(&slot(1)), &cut_short, &new).is_some());
+        let mut lost = slot(1);
+        lost.wal_status = Some("lost".into());
+        assert!(lost_because(Some(&lost), &unknown, &new).is_some());
+    }
+
+    #[test]
+    fn progress_of_another_cluster_is_refused_with_both_ways_out() {
+        let progress = Progress {
+            system_id: "1".to_owned(),
+            ..Progress::default()
+        };
+        assert!(check_cluster(&progress, "1", "s").is_ok());
+        let said = check_cluster(&progress, "2", "s").unwrap_err();
+        assert_eq!(said.exit_code(), 69);
+        let said = said.report();
+        assert!(
+            said.contains("UPDATE walpost.progress")
+                && said.contains("DELETE FROM walpost.progress"),
+            "{said}"
+        );
+    }
+}

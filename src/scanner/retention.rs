@@ -1,0 +1,304 @@
+//! Deletes delivered rows that are older than `WALPOST_RETENTION`, and drops partitions whole.
+//!
+//! A task beside the stream with a SQL connection of its own. Input: the tables, and `walpost.progress`, which says what is
+//! delivered. Output: short DELETEs, and DROP TABLE of partitions.
+//!
+//! # Which rows
+//!
+//! Older than the retention by `created_at`, and *removable*: visible in the delivered snapshot of every slot, of this very
+//! cluster; in mark mode marked; and not in `walpost.straggler`, in whatever state. No row of `walpost.progress`, or one that
+//! has not seen a delivery yet: nothing is removable. In delete mode rows go by their receipts, so nothing is left to this but
+//! empty partitions.
+//!
+//! # Cost
+//!
+//! Each statement looks at a stretch of blocks (a range of ctid), so it needs no index, is short, and holds few locks. A
+//! walk over the whole table is made once in a tenth of the retention: a row is kept at most that much longer.
+//!
+//! # Dropping a partition
+//!
+//! 1. Without a lock: is every row removable? The snapshot in which that was seen is kept.
+//! 2. In a transaction with a short `lock_timeout`: lock the table and the partition, so that no writer has rows in it that
+//!    cannot be seen. What such a writer may have added since has a transaction id at or beyond that snapshot's oldest, which
+//!    the index over `txid` finds at once. If none of that is to be kept: drop.
+//!
+//! Writers of the outbox wait for at most that timeout; if it is up, the next round tries again. (DETACH CONCURRENTLY would not
+//! wait, but a writer still in the partition would commit rows that the publication no longer knows.)
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tokio_postgres::Client;
+use tracing::{debug, info, warn};
+
+use super::outbox::OutboxTable;
+use crate::config::AfterPublish;
+use crate::postgres::{
+    PostgresConfig, TableName, connect_sql, quote_ident, quote_literal, sql_error, sqlstate,
+};
+use crate::{Error, Result};
+
+/// Blocks that one DELETE looks at: 2 MiB, some thousand rows.
+const STEP_BLOCKS: i64 = 256;
+/// A lock was not to be had in time.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+/// Nor was the second look short enough.
+const QUERY_CANCELED: &str = "57014";
+/// Walks in the time of a retention.
+const WALKS: u32 = 10;
+
+/// What the task works with.
+#[derive(Debug)]
+pub struct Retention {
+    /// Where the tables are.
+    pub postgres: PostgresConfig,
+    /// The tables.
+    pub tables: Vec<OutboxTable>,
+    /// What becomes of published rows.
+    pub mode: AfterPublish,
+    /// The cluster that snapshots must be from.
+    pub system_id: String,
+    /// `WALPOST_SCAN_INTERVAL`.
+    pub interval: Duration,
+    /// `WALPOST_RETENTION`.
+    pub age: Duration,
+}
+
+/// A table with rows of its own: the outbox table, or one of its partitions.
+#[derive(Debug)]
+struct Leaf {
+    name: TableName,
+    blocks: i64,
+    /// All its rows are older than the retention, by its bound.
+    is_past: bool,
+}
+
+/// What became of a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Dropped,
+    /// Something in it is to be kept.
+    Stays,
+    /// It could not be locked in time.
+    InUse,
+}
+
+impl Retention {
+    /// Runs until it is aborted.
+    pub async fn run(self) {
+        let mut client = None;
+        loop {
+            sleep(self.interval.max(self.age / WALKS)).await;
+            if let Err(error) = self.round(&mut client).await {
+                client = None;
+                warn!(
+                    "rows past their retention could not be deleted: {}",
+                    error.report()
+                );
+            }
+        }
+    }
+
+    async fn round(&self, client: &mut Option<Client>) -> Result<()> {
+        if client.is_none() {
+            *client = Some(open(&self.postgres).await?);
+        }
+        let Some(client) = client else {
+            return Err(Error::bug("a session was just opened"));
+        };
+        let Some(has_stragglers) = knows_deliveries(client).await? else {
+            warn!(
+                "nothing is deleted: there is no walpost.progress to say what is delivered (walpost init makes it)"
+            );
+            return Ok(());
+        };
+        for table in &self.tables {
+            let removable = self.removable(table, has_stragglers);
+            let mut in_use = false;
+            for leaf in self.leaves(client, table).await? {
+                // One wait for a lock that is not to be had is enough for a round; and what goes whole is not deleted by rows.
+                if leaf.is_past && in_use {
+                    continue;
+                }
+                let fate = if leaf.is_past {
+                    self.drop_partition(client, table, &leaf, &removable)
+                        .await?
+                } else {
+                    Fate::Stays
+                };
+                in_use |= fate == Fate::InUse;
+                if fate == Fate::Stays && self.mode != AfterPublish::Delete {
+                    self.delete_rows(client, table, &leaf, &removable).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// SQL: whether row `o` may go, apart from its age. Never true by a NULL.
+    fn removable(&self, table: &OutboxTable, has_stragglers: bool) -> String {
+        if self.mode == AfterPublish::Delete {
+            return "false".to_owned();
+        }
+        let mut sql = format!(
+            "o.txid IS NOT NULL AND EXISTS (SELECT FROM walpost.progress) AND NOT EXISTS (
+                 SELECT FROM walpost.progress p
+                 WHERE p.system_id <> {} OR p.delivered IS NULL OR NOT pg_visible_in_snapshot(o.txid, p.delivered))",
+            quote_literal(&self.system_id)
+        );
+        if self.mode == AfterPublish::Mark {
+            sql.push_str(" AND o.sent_at IS NOT NULL");
+        }
+        if has_stragglers {
+            let _infallible = write!(
+                sql,
+                " AND NOT EXISTS (SELECT FROM walpost.straggler s WHERE s.outbox = {} AND s.id = o.{}::text)",
+                quote_literal(&table.name.to_string()),
+                table.id_column()
+            );
+        }
+        sql
+    }
+
+    async fn leaves(&self, client: &Client, table: &OutboxTable) -> Result<Vec<Leaf>> {
+        // Only a bound on the event's time says how old rows are: a partition of a table by range of that one column.
+        const SQL: &str = "
+            WITH leaf AS (
+                SELECT $1::text::regclass AS oid WHERE NOT $2
+                UNION ALL
+                SELECT relid FROM pg_partition_tree($1::text::regclass) WHERE isleaf AND $2
+            ), by_time AS (
+                SELECT partrelid FROM pg_partitioned_table t
+                JOIN pg_attribute a ON a.attrelid = t.partrelid AND a.attnum = t.partattrs[0]
+                WHERE t.partstrat = 'r' AND t.partnatts = 1 AND a.attname = $3
+            )
+            SELECT n.nspname::text, c.relname::text,
+                   pg_relation_size(c.oid) / current_setting('block_size')::int8,
+                   coalesce((regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \\(''([^'']+)''\\)'))[1]::timestamptz
+                            < clock_timestamp() - make_interval(secs => $4), false)
+                       AND i.inhparent IN (SELECT partrelid FROM by_time)
+            FROM leaf JOIN pg_class c ON c.oid = leaf.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+            LEFT JOIN pg_inherits i ON i.inhrelid = c.oid
+            ORDER BY c.relname";
+        let created_at = table
+            .created_at
+            .as_ref()
+            .map_or("", |column| column.name.as_str());
+        let (name, age) = (table.name.to_string(), self.age.as_secs_f64());
+        let rows = client
+            .query(SQL, &[&name, &table.partitioned, &created_at, &age])
+            .await
+            .map_err(|error| sql_error(&format!("look at table {name}"), error))?;
+        let leaf = |row: &tokio_postgres::Row| Leaf {
+            name: TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)),
+            blocks: row.get(2),
+            is_past: row.get::<_, Option<bool>>(3).unwrap_or(false),
+        };
+        Ok(rows.iter().map(leaf).collect())
+    }
+
+    async fn delete_rows(
+        &self,
+        client: &Client,
+        table: &OutboxTable,
+        leaf: &Leaf,
+        removable: &str,
+    ) -> Result<()> {
+        let Some(created_at) = &table.created_at else {
+            return Ok(());
+        };
+        let (time, ago) = (quote_ident(&created_at.name), table.ago("$1::float8"));
+        let age = self.age.as_secs_f64();
+        let mut deleted = 0;
+        let mut from = 0;
+        while from < leaf.blocks {
+            let upto = from + STEP_BLOCKS;
+            let sql = format!(
+                "DELETE FROM ONLY {} o WHERE o.ctid >= '({from},0)'::tid AND o.ctid < '({upto},0)'::tid
+                 AND o.{time} < {ago} AND {removable}",
+                leaf.name
+            );
+            let done = client.execute(&sql, &[&age]).await;
+            deleted +=
+                done.map_err(|error| sql_error(&format!("delete from {}", leaf.name), error))?;
+            from = upto;
+        }
+        if deleted > 0 {
+            info!(table = %leaf.name, deleted, "deleted delivered rows past their retention");
+        }
+        Ok(())
+    }
+
+    async fn drop_partition(
+        &self,
+        client: &Client,
+        table: &OutboxTable,
+        leaf: &Leaf,
+        removable: &str,
+    ) -> Result<Fate> {
+        let name = &leaf.name;
+        let failed = |error| sql_error(&format!("look through partition {name}"), error);
+        let sql = format!(
+            "SELECT EXISTS (SELECT FROM ONLY {name} o WHERE ({removable}) IS NOT TRUE),
+                    pg_snapshot_xmin(pg_current_snapshot())::text"
+        );
+        let row = client.query_one(&sql, &[]).await.map_err(failed)?;
+        if row.get(0) {
+            return Ok(Fate::Stays);
+        }
+        let oldest: &str = row.get(1);
+        let lock = format!(
+            "BEGIN; SET LOCAL lock_timeout TO '200ms'; SET LOCAL statement_timeout TO '5s';
+             LOCK TABLE ONLY {} IN ACCESS EXCLUSIVE MODE; LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE",
+            table.name
+        );
+        let again = format!(
+            "SELECT EXISTS (SELECT FROM ONLY {name} o WHERE o.txid::text::bigint >= {oldest} AND ({removable}) IS NOT TRUE)"
+        );
+        let stays = async {
+            client.batch_execute(&lock).await?;
+            let must_stay: bool = client.query_one(&again, &[]).await?.get(0);
+            let end = if must_stay {
+                "ROLLBACK".to_owned()
+            } else {
+                format!("DROP TABLE {name}; COMMIT")
+            };
+            client.batch_execute(&end).await?;
+            Ok(must_stay)
+        };
+        match stays.await {
+            Ok(true) => Ok(Fate::Stays),
+            Ok(false) => {
+                info!(partition = %name, "dropped a partition past its retention");
+                Ok(Fate::Dropped)
+            }
+            Err(error) => {
+                let error = sql_error(&format!("drop partition {name}"), error);
+                if !matches!(sqlstate(&error), Some(LOCK_NOT_AVAILABLE | QUERY_CANCELED)) {
+                    return Err(error);
+                }
+                debug!(partition = %name, "somebody uses the table: the partition is dropped another time");
+                client.batch_execute("ROLLBACK").await.map_err(failed)?;
+                Ok(Fate::InUse)
+            }
+        }
+    }
+}
+
+async fn open(postgres: &PostgresConfig) -> Result<Client> {
+    let client = connect_sql(postgres, "walpost retention").await?;
+    let sql = "SET synchronous_commit TO off; SET lock_timeout TO '5s'; SET timezone TO 'UTC'; SET datestyle TO 'ISO'";
+    let set = client.batch_execute(sql).await;
+    set.map_err(|error| sql_error("set up the session", error))?;
+    Ok(client)
+}
+
+/// `None` without a `walpost.progress`, else whether there is a `walpost.straggler`.
+async fn knows_deliveries(client: &Client) -> Result<Option<bool>> {
+    let sql = "SELECT to_regclass('walpost.progress') IS NOT NULL, to_regclass('walpost.straggler') IS NOT NULL";
+    let row = client.query_one(sql, &[]).await;
+    let row = row.map_err(|error| sql_error("look for walpost.progress", error))?;
+    let (progress, stragglers): (bool, bool) = (row.get(0), row.get(1));
+    Ok(progress.then_some(stragglers))
+}

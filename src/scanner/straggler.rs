@@ -1,0 +1,303 @@
+//! Stragglers: events that cannot be published, on their way into `walpost.straggler`, and what is known of those in it.
+//!
+//! Owns the queue to the task that stores and retries them ([`super::straggler_task`]) and the count of what is in it. Input:
+//! events that the publisher has diverted, and rows that cannot be events. Output: [`Report`]s, which the pipe books.
+//!
+//! # Why the confirmed LSN never passes a straggler that is not stored
+//!
+//! To the [`AckTracker`](crate::ack::AckTracker) a straggler is an event like any other: it was tracked when its row came. It
+//! is acknowledged in one place only, where the pipe books [`Report::Stored`], and the task sends that after the COMMIT of
+//! the transaction that has inserted the row (or has found it there, from an earlier time). A process that dies in between
+//! has confirmed nothing of it, and Postgres sends the transaction again; what was stored is then found by its
+//! (slot, commit LSN, ordinal) and not stored twice.
+//!
+//! # Order
+//!
+//! The publisher diverts a key's events in order; the queue, the table's numbers and the retries keep it. From the first
+//! diverted event on until the last has its receipt the key is parked (see `pulsar::divert`). That count is kept in the publisher:
+//! one up for each event diverted, and by [`Report::Parked`] up and down with the rows of the table.
+//!
+//! # Bound
+//!
+//! The queue counts in messages and bytes with the same limits as what is in flight. (A lane that is diverted may exceed them
+//! by what it held, which was within them.) At `WALPOST_STRAGGLER_LIMIT` rows, stored and queued together, there is no room
+//! either: the connector then stops reading, and goes on when rows have gone.
+
+use std::fmt;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tracing::warn;
+
+use super::straggler_store::Store;
+use super::straggler_task;
+use crate::ack::TxnNo;
+use crate::config::Config;
+use crate::outbox::Salvaged;
+use crate::pulsar::{Diverted, PublisherConfig, RowTag};
+use crate::{Error, Lsn, Result};
+
+/// An event to be stored.
+pub(crate) struct Straggler {
+    pub(crate) outbox: String,
+    pub(crate) id: Option<String>,
+    pub(crate) topic: Option<String>,
+    pub(crate) key: Option<String>,
+    pub(crate) payload: Option<Vec<u8>>,
+    pub(crate) properties: Vec<(String, String)>,
+    pub(crate) event_time_ms: u64,
+    pub(crate) deliver_at_ms: Option<i64>,
+    pub(crate) commit_lsn: Lsn,
+    pub(crate) ordinal: u64,
+    pub(crate) reason: String,
+    /// Nothing can be attempted with it as it is.
+    pub(crate) hopeless: bool,
+    /// The publisher has diverted it, and counts it.
+    pub(crate) diverted: bool,
+    pub(crate) txn: TxnNo,
+    pub(crate) bytes: usize,
+}
+
+impl fmt::Debug for Straggler {
+    /// Without what belongs to the application.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Straggler")
+            .field("id", &self.id)
+            .field("topic", &self.topic)
+            .field("commit_lsn", &self.commit_lsn)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the task is asked for.
+#[derive(Debug)]
+pub(crate) enum Item {
+    /// Store this.
+    Store(Box<Straggler>),
+    /// Read the table anew, report, and say when that is done.
+    Refresh(oneshot::Sender<()>),
+}
+
+/// What the task has done.
+#[derive(Debug)]
+pub enum Report {
+    /// Committed. The first of those that were diverted, in order.
+    Stored {
+        /// Whose events, and how many.
+        acked: Vec<(TxnNo, u64)>,
+        /// How many of them were diverted by the publisher.
+        diverted: u64,
+        /// How many they are.
+        messages: usize,
+        /// And their bytes.
+        bytes: usize,
+    },
+    /// Topic, key, and by how much the number of its events in the table differs from what was known.
+    Parked(Vec<(String, String, i64)>),
+    /// This many rows are in the table.
+    Rows(u64),
+    /// A message was published to a topic that had been refused.
+    Healed(String),
+    /// The table cannot be used any more, and time will not mend that.
+    Failed(Error),
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Stragglers {
+    queue: mpsc::UnboundedSender<Item>,
+    reports: mpsc::UnboundedReceiver<Report>,
+    streaming: watch::Sender<bool>,
+    task: JoinHandle<()>,
+    outboxes: Vec<String>,
+    messages: usize,
+    bytes: usize,
+    max_messages: usize,
+    max_bytes: usize,
+    rows: u64,
+    limit: u64,
+    told_full: bool,
+}
+
+impl Stragglers {
+    /// Starts the task, if there is a table for it; returns what must be parked. `None`: the table is missing, or may not be
+    /// used, which is logged.
+    pub async fn start(
+        config: &Config,
+        publisher: &PublisherConfig,
+    ) -> Result<Option<(Self, Vec<Report>)>> {
+        let mut store = Store::new(config);
+        if let Some(why) = store.connect().await? {
+            warn!(
+                "{why}: an event that cannot be published stops walpost, and the events of a refused topic wait \
+                 (hint: run walpost init, or let the tables' owner grant SELECT, INSERT, UPDATE and DELETE on walpost.straggler)"
+            );
+            return Ok(None);
+        }
+        let (parked, rows) = store.reload().await?;
+        let (queue, inbox) = mpsc::unbounded_channel();
+        let (outbox, reports) = mpsc::unbounded_channel();
+        let (streaming, is_streaming) = watch::channel(false);
+        let work = straggler_task::run(config, publisher, store, inbox, outbox, is_streaming);
+        let stragglers = Self {
+            queue,
+            reports,
+            streaming,
+            task: tokio::spawn(work),
+            outboxes: config
+                .outbox_tables
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            messages: 0,
+            bytes: 0,
+            max_messages: config.max_in_flight_messages,
+            max_bytes: usize::try_from(config.max_in_flight_bytes).unwrap_or(usize::MAX),
+            rows: 0,
+            limit: u64::try_from(config.straggler_limit).unwrap_or(u64::MAX),
+            told_full: false,
+        };
+        let first = vec![Report::Parked(parked), Report::Rows(rows)];
+        Ok(Some((stragglers, first)))
+    }
+
+    /// The stream is open, or is not: only then are stragglers retried, so that of several instances one does.
+    pub fn streaming(&self, is_streaming: bool) {
+        self.streaming.send_replace(is_streaming);
+    }
+
+    /// Completes when everything taken so far is stored and the table has been read anew, and the reports of that are waiting.
+    /// To be awaited between getting the slot and the first event: while another instance had it, that one has stored.
+    pub fn refresh(&self) -> impl Future<Output = ()> + use<> {
+        let (done, refreshed) = oneshot::channel();
+        let _ended = self.queue.send(Item::Refresh(done));
+        async move {
+            // An error is the task's end, which is reported.
+            let _ended = refreshed.await;
+        }
+    }
+
+    /// Takes an event that the publisher has diverted.
+    pub fn divert(&mut self, diverted: Diverted) {
+        let Diverted {
+            topic,
+            reason,
+            event,
+        } = diverted;
+        let mut properties = event.properties.iter();
+        let id = properties.find(|(name, _)| name == "id");
+        self.push(Straggler {
+            outbox: self.outbox(event.row),
+            id: id.map(|(_, id)| id.clone()),
+            topic: Some(topic),
+            key: Some(event.key),
+            payload: event.payload,
+            properties: event.properties,
+            event_time_ms: event.event_time_ms,
+            deliver_at_ms: event.deliver_at_ms,
+            commit_lsn: event.commit_lsn,
+            ordinal: event.row.ordinal(),
+            reason,
+            hopeless: false,
+            diverted: true,
+            txn: event.txn,
+            bytes: event.bytes,
+        });
+    }
+
+    /// Takes a row that cannot be an event as it is.
+    pub fn unusable(
+        &mut self,
+        row: Salvaged,
+        (txn, commit_lsn, tag): (TxnNo, Lsn, RowTag),
+        reason: String,
+    ) {
+        let text: usize = row.properties.iter().map(|(n, v)| n.len() + v.len()).sum();
+        let bytes = size_of::<Straggler>() + text + row.payload.as_ref().map_or(0, Vec::len);
+        self.push(Straggler {
+            outbox: self.outbox(tag),
+            id: row.id,
+            topic: row.topic,
+            key: row.key,
+            payload: row.payload,
+            properties: row.properties,
+            event_time_ms: row.event_time_ms,
+            deliver_at_ms: row.deliver_at_ms,
+            commit_lsn,
+            ordinal: tag.ordinal(),
+            reason,
+            hopeless: true,
+            diverted: false,
+            txn,
+            bytes,
+        });
+    }
+
+    fn outbox(&self, row: RowTag) -> String {
+        self.outboxes.get(row.table()).cloned().unwrap_or_default()
+    }
+
+    fn push(&mut self, straggler: Straggler) {
+        self.messages += 1;
+        self.bytes += straggler.bytes;
+        // The task ends only with us, or after it has reported a failure that ends us.
+        let _ended = self.queue.send(Item::Store(Box::new(straggler)));
+    }
+
+    /// True while another event may be taken.
+    pub fn has_room(&self) -> bool {
+        self.messages < self.max_messages && self.bytes < self.max_bytes && !self.is_full()
+    }
+
+    fn is_full(&self) -> bool {
+        self.rows + self.messages as u64 >= self.limit
+    }
+
+    /// Events that are not stored yet.
+    pub fn waiting(&self) -> usize {
+        self.messages
+    }
+
+    /// Waits for the next report. Cancel safe.
+    pub async fn next_report(&mut self) -> Report {
+        let ended = || Report::Failed(Error::bug("the stragglers' task has ended"));
+        self.reports.recv().await.unwrap_or_else(ended)
+    }
+
+    /// The next report, if one is waiting.
+    pub fn try_next_report(&mut self) -> Option<Report> {
+        self.reports.try_recv().ok()
+    }
+
+    /// Books what concerns the queue and the table's size.
+    pub fn book(&mut self, report: &Report) {
+        match report {
+            Report::Stored {
+                messages, bytes, ..
+            } => {
+                self.messages -= messages;
+                self.bytes -= bytes;
+            }
+            Report::Rows(rows) => {
+                self.rows = *rows;
+                let is_full = self.is_full();
+                if is_full && !self.told_full {
+                    warn!(
+                        rows,
+                        limit = self.limit,
+                        "WALPOST_STRAGGLER_LIMIT is reached: intake pauses until stragglers have gone \
+                         (hint: mend what walpost stragglers list names, or discard what is not needed)"
+                    );
+                }
+                self.told_full = is_full;
+            }
+            Report::Parked(_) | Report::Healed(_) | Report::Failed(_) => {}
+        }
+    }
+}
+
+impl Drop for Stragglers {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}

@@ -1,0 +1,427 @@
+//! The SQL behind stragglers: one session on `walpost.straggler`. Input: events and verdicts. Output: rows, and how many of
+//! which key are in the table.
+//!
+//! Every change is one transaction, so that a process that is killed leaves the table in one of its states. Errors are
+//! temporary where another attempt may help; the session is then made anew.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
+
+use super::straggler::Straggler;
+use crate::config::Config;
+use crate::postgres::{self, PostgresConfig, sql_error};
+use crate::{Error, Result};
+
+/// `application_name` of the session.
+const APPLICATION_NAME: &str = "walpost stragglers";
+/// Heads that one scan takes, and rows behind each that follow once it was published.
+const HEADS: i64 = 500;
+const RUN: i64 = 100;
+
+/// Stores events: $1 slot, $2 to $13 their columns, $14 whether keys keep their order, $15 whether a dead one blocks, $16 the
+/// first pause in seconds.
+const INSERT: &str = "
+    with event as (
+        select * from unnest(
+            $2::text[], $3::text[], $4::text[], $5::text[], $6::bytea[], $7::text[], $8::int8[], $9::int8[],
+            $10::text[], $11::int8[], $12::text[], $13::bool[]
+        ) with ordinality
+        as e(outbox, id, topic, key, payload, properties, event_time_ms, deliver_at_ms, commit_lsn, ordinal, reason, hopeless, place)
+    )
+    insert into walpost.straggler (slot, outbox, id, topic, key, payload, properties, event_time_ms, deliver_at_ms,
+                                   commit_lsn, ordinal, reason, state, next_attempt_at)
+    select $1, outbox, id, topic, key, payload, properties::jsonb, event_time_ms, deliver_at_ms,
+           commit_lsn::pg_lsn, ordinal, reason,
+           case
+               when hopeless then 'dead'
+               when $14 and (
+                   row_number() over (partition by topic, key, hopeless order by place) > 1
+                   or exists (
+                       select from walpost.straggler s
+                       where s.slot = $1 and s.topic = event.topic and s.key = event.key and (s.state <> 'dead' or $15)
+                   )
+               ) then 'parked'
+               else 'retrying'
+           end,
+           now() + $16::float8 * interval '1 second'
+    from event order by place
+    on conflict do nothing
+    returning topic, key, state";
+
+/// A key's name: topic and key.
+pub(crate) type Key = (String, String);
+
+/// A straggler as the table has it.
+pub(crate) struct Stored {
+    pub(crate) number: i64,
+    pub(crate) id: Option<String>,
+    pub(crate) topic: Option<String>,
+    pub(crate) key: Option<String>,
+    pub(crate) payload: Option<Vec<u8>>,
+    /// `None` when it is no list of pairs of texts.
+    pub(crate) properties: Option<Vec<(String, String)>>,
+    pub(crate) event_time_ms: i64,
+    pub(crate) deliver_at_ms: Option<i64>,
+    pub(crate) reason: String,
+    pub(crate) attempts: i32,
+    pub(crate) is_dead: bool,
+    /// Its table.
+    pub(crate) outbox: String,
+}
+
+/// What a failed attempt leads to.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) number: i64,
+    pub(crate) reason: String,
+    pub(crate) attempts: i32,
+    pub(crate) next_in: Duration,
+    pub(crate) dead: bool,
+}
+
+/// See the module's documentation.
+pub(crate) struct Store {
+    postgres: PostgresConfig,
+    slot: String,
+    keep_key_order: bool,
+    dead_block: bool,
+    retry_initial: Duration,
+    client: Option<Client>,
+    /// Events of each key that hold back later ones, as last seen.
+    keys: HashMap<Key, i64>,
+    rows: i64,
+}
+
+impl Store {
+    pub(crate) fn new(config: &Config) -> Self {
+        Self {
+            postgres: config.postgres.clone(),
+            slot: config.slot.clone(),
+            keep_key_order: config.keep_key_order,
+            dead_block: config.dead_block,
+            retry_initial: config.retry_initial,
+            client: None,
+            keys: HashMap::new(),
+            rows: 0,
+        }
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        self.client
+            .as_ref()
+            .is_some_and(|client| !client.is_closed())
+    }
+
+    pub(crate) fn disconnect(&mut self) {
+        self.client = None;
+    }
+
+    /// Connects; says why the table cannot be used, if so.
+    pub(crate) async fn connect(&mut self) -> Result<Option<String>> {
+        let client = postgres::connect_sql(&self.postgres, APPLICATION_NAME).await?;
+        let sql = "
+            select coalesce(bool_and(has_table_privilege(c.oid, p)), false)
+                   and coalesce(has_schema_privilege(to_regnamespace('walpost'), 'usage'), false), count(*) > 0
+            from pg_class c, unnest(array['select', 'insert', 'update', 'delete']) p
+            where c.relname = 'straggler' and c.relnamespace = to_regnamespace('walpost')";
+        let row = client
+            .query_one(sql, &[])
+            .await
+            .map_err(|error| sql_error("look for walpost.straggler", error))?;
+        let why = match (row.get(0), row.get(1)) {
+            (true, true) => None,
+            (_, false) => Some("there is no table walpost.straggler".to_owned()),
+            _ => Some("walpost may not use the table walpost.straggler".to_owned()),
+        };
+        self.client = Some(client);
+        Ok(why)
+    }
+
+    fn client(&mut self) -> Result<&mut Client> {
+        self.client
+            .as_mut()
+            .ok_or_else(|| Error::temporary("there is no session for stragglers"))
+    }
+
+    async fn rows_of(
+        &mut self,
+        doing: &str,
+        sql: &str,
+        with: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>> {
+        self.client()?
+            .query(sql, with)
+            .await
+            .map_err(|error| sql_error(doing, error))
+    }
+
+    /// Counts all of it, and makes heads of what has lost its head (somebody deleted it). Returns how the counts of keys have
+    /// changed since they were last known, and how many rows there are.
+    pub(crate) async fn reload(&mut self) -> Result<(Vec<(String, String, i64)>, u64)> {
+        let heads = "
+            update walpost.straggler s set state = 'retrying', next_attempt_at = now()
+            from (
+                select distinct on (topic, key) number, state from walpost.straggler
+                where slot = $1 and (state <> 'dead' or $2) and topic is not null and key is not null
+                order by topic, key, number
+            ) head
+            where s.number = head.number and head.state = 'parked'";
+        let (slot, block) = (self.slot.clone(), self.dead_block);
+        self.rows_of(
+            "look for stragglers without a head",
+            heads,
+            &[&slot, &block],
+        )
+        .await?;
+        let sql = "
+            select topic, key, count(*) filter (where state <> 'dead' or $2), count(*)
+            from walpost.straggler where slot = $1 group by topic, key";
+        let rows = self
+            .rows_of("count stragglers", sql, &[&slot, &block])
+            .await?;
+        let mut keys = HashMap::new();
+        self.rows = rows.iter().map(|row| row.get::<_, i64>(3)).sum();
+        for row in &rows {
+            let count: i64 = row.get(2);
+            if let (Some(topic), Some(key)) = (row.get(0), row.get(1))
+                && count > 0
+                && self.keep_key_order
+            {
+                keys.insert((topic, key), count);
+            }
+        }
+        let before = std::mem::take(&mut self.keys);
+        let mut changes: HashMap<Key, i64> = before.into_iter().map(|(k, n)| (k, -n)).collect();
+        for (key, count) in &keys {
+            *changes.entry(key.clone()).or_default() += count;
+        }
+        self.keys = keys;
+        Ok((listed(changes), self.rows()))
+    }
+
+    pub(crate) fn rows(&self) -> u64 {
+        u64::try_from(self.rows).unwrap_or(0)
+    }
+
+    /// Stores events; returns by how much the counts of keys differ from what their diverting has added.
+    pub(crate) async fn insert(
+        &mut self,
+        events: &[Straggler],
+    ) -> Result<Vec<(String, String, i64)>> {
+        fn column<'a, T>(events: &'a [Straggler], get: impl Fn(&'a Straggler) -> T + 'a) -> Vec<T> {
+            events.iter().map(get).collect()
+        }
+        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let initial = self.retry_initial.as_secs_f64();
+        let (slot, order, block) = (self.slot.clone(), self.keep_key_order, self.dead_block);
+        let rows = self
+            .rows_of(
+                "store stragglers",
+                INSERT,
+                &[
+                    &slot,
+                    &column(events, |event| event.outbox.as_str()),
+                    &column(events, |event| event.id.as_deref()),
+                    &column(events, |event| event.topic.as_deref()),
+                    &column(events, |event| event.key.as_deref()),
+                    &column(events, |event| event.payload.as_deref()),
+                    &column(events, |event| pairs_to_json(&event.properties)),
+                    &column(events, |event| number(event.event_time_ms)),
+                    &column(events, |event| event.deliver_at_ms),
+                    &column(events, |event| event.commit_lsn.to_string()),
+                    &column(events, |event| number(event.ordinal)),
+                    &column(events, |event| event.reason.replace('\0', " ")),
+                    &column(events, |event| event.hopeless),
+                    &order,
+                    &block,
+                    &initial,
+                ],
+            )
+            .await?;
+        self.rows += i64::try_from(rows.len()).unwrap_or(0);
+        let mut changes: HashMap<Key, i64> = HashMap::new();
+        if !order {
+            return Ok(Vec::new());
+        }
+        for event in events.iter().filter(|event| event.diverted) {
+            if let (Some(topic), Some(key)) = (&event.topic, &event.key) {
+                *changes.entry((topic.clone(), key.clone())).or_default() -= 1;
+            }
+        }
+        for row in &rows {
+            let is_dead = row.get::<_, &str>(2) == "dead";
+            if let (Some(topic), Some(key)) = (row.get(0), row.get(1))
+                && (!is_dead || block)
+            {
+                let key: Key = (topic, key);
+                *self.keys.entry(key.clone()).or_default() += 1;
+                *changes.entry(key).or_default() += 1;
+            }
+        }
+        Ok(listed(changes))
+    }
+
+    /// Heads that are due, those in `busy` left out; and dead ones of which a copy is due, if copies are wanted.
+    pub(crate) async fn due(&mut self, busy: &[i64], copies: bool) -> Result<Vec<Stored>> {
+        // Rows that a command has in hand are left to it.
+        let sql = "
+            select number, id, topic, key, payload, properties::text, event_time_ms, deliver_at_ms, reason, attempts, state = 'dead', outbox
+            from walpost.straggler
+            where slot = $1 and state <> 'parked' and next_attempt_at <= now() and number <> all($2)
+                  and (state = 'retrying' or $3 and dead_letter_at is null)
+            order by next_attempt_at, number limit $4
+            for update skip locked";
+        let slot = self.slot.clone();
+        let rows = self
+            .rows_of(
+                "look for stragglers that are due",
+                sql,
+                &[&slot, &busy, &copies, &HEADS],
+            )
+            .await?;
+        rows.iter().map(stored).collect()
+    }
+
+    /// What stands behind a head that was published: each key's next ones, in order.
+    pub(crate) async fn next_of(&mut self, keys: &[Key]) -> Result<Vec<Stored>> {
+        let sql = "
+            select r.* from unnest($2::text[], $3::text[]) k(topic, key) cross join lateral (
+                select number, id, topic, key, payload, properties::text, event_time_ms, deliver_at_ms, reason, attempts, false, outbox
+                from walpost.straggler s
+                where s.slot = $1 and s.topic = k.topic and s.key = k.key and s.state <> 'dead'
+                order by number limit $4
+            ) r order by r.number";
+        let topics: Vec<&str> = keys.iter().map(|(topic, _)| topic.as_str()).collect();
+        let names: Vec<&str> = keys.iter().map(|(_, key)| key.as_str()).collect();
+        let slot = self.slot.clone();
+        let rows = self
+            .rows_of(
+                "look for a key's next stragglers",
+                sql,
+                &[&slot, &topics, &names, &RUN],
+            )
+            .await?;
+        rows.iter().map(stored).collect()
+    }
+
+    /// These have their receipts. Returns the changes of counts.
+    pub(crate) async fn delete(&mut self, numbers: &[i64]) -> Result<Vec<(String, String, i64)>> {
+        let sql =
+            "delete from walpost.straggler where number = any($1) returning topic, key, state";
+        let rows = self
+            .rows_of("delete published stragglers", sql, &[&numbers])
+            .await?;
+        self.rows -= i64::try_from(rows.len()).unwrap_or(0);
+        let mut changes = HashMap::new();
+        for row in &rows {
+            self.forget(row, &mut changes);
+        }
+        Ok(listed(changes))
+    }
+
+    /// One row holds back later ones no more.
+    fn forget(&mut self, row: &Row, changes: &mut HashMap<Key, i64>) {
+        let (Some(topic), Some(key)) = (row.get(0), row.get(1)) else {
+            return;
+        };
+        let key: Key = (topic, key);
+        if let Some(count) = self.keys.get_mut(&key) {
+            *count -= 1;
+            if *count <= 0 {
+                self.keys.remove(&key);
+            }
+            *changes.entry(key).or_default() -= 1;
+        }
+    }
+
+    /// These attempts failed. Returns the changes of counts: a dead one may let its successors go.
+    pub(crate) async fn fail(
+        &mut self,
+        failures: &[Failure],
+    ) -> Result<Vec<(String, String, i64)>> {
+        let sql = "
+            update walpost.straggler s
+            set reason = f.reason, attempts = f.attempts, next_attempt_at = now() + f.next_in * interval '1 second',
+                state = case when s.state = 'dead' or f.dead then 'dead' else 'retrying' end
+            from unnest($1::int8[], $2::text[], $3::int4[], $4::float8[], $5::bool[]) f(number, reason, attempts, next_in, dead),
+                 (select number, state from walpost.straggler where number = any($1)) before
+            where s.number = f.number and before.number = f.number
+            returning s.topic, s.key, s.state = 'dead' and before.state <> 'dead'";
+        let numbers: Vec<i64> = failures.iter().map(|failure| failure.number).collect();
+        let reasons: Vec<String> = failures
+            .iter()
+            .map(|failure| failure.reason.replace('\0', " "))
+            .collect();
+        let attempts: Vec<i32> = failures.iter().map(|failure| failure.attempts).collect();
+        let pauses: Vec<f64> = failures
+            .iter()
+            .map(|failure| failure.next_in.as_secs_f64())
+            .collect();
+        let dead: Vec<bool> = failures.iter().map(|failure| failure.dead).collect();
+        let rows = self
+            .rows_of(
+                "note failed attempts",
+                sql,
+                &[&numbers, &reasons, &attempts, &pauses, &dead],
+            )
+            .await?;
+        let mut changes = HashMap::new();
+        for row in rows.iter().filter(|row| row.get(2)) {
+            if !self.dead_block {
+                self.forget(row, &mut changes);
+            }
+        }
+        Ok(listed(changes))
+    }
+
+    /// A copy of these is in the dead-letter topic.
+    pub(crate) async fn copied(&mut self, numbers: &[i64]) -> Result<()> {
+        let sql = "update walpost.straggler set dead_letter_at = now() where number = any($1)";
+        self.rows_of("note dead letters", sql, &[&numbers]).await?;
+        Ok(())
+    }
+
+    /// A topic takes messages again: its heads need not wait for their time.
+    pub(crate) async fn hurry(&mut self, topic: &str) -> Result<()> {
+        let sql = "update walpost.straggler set next_attempt_at = now()
+                   where slot = $1 and topic = $2 and state = 'retrying' and next_attempt_at > now()";
+        let slot = self.slot.clone();
+        self.rows_of("hurry a topic's stragglers", sql, &[&slot, &topic])
+            .await?;
+        Ok(())
+    }
+}
+
+fn listed(changes: HashMap<Key, i64>) -> Vec<(String, String, i64)> {
+    let real = changes.into_iter().filter(|(_, count)| *count != 0);
+    real.map(|((topic, key), count)| (topic, key, count))
+        .collect()
+}
+
+fn pairs_to_json(pairs: &[(String, String)]) -> String {
+    let json = serde_json::to_string(pairs).unwrap_or_else(|_| "[]".to_owned());
+    // The one character that jsonb cannot hold.
+    json.replace("\\u0000", "\\ufffd")
+}
+
+fn stored(row: &Row) -> Result<Stored> {
+    let get = |error| sql_error("read a straggler", error);
+    let properties: &str = row.try_get(5).map_err(get)?;
+    Ok(Stored {
+        number: row.try_get(0).map_err(get)?,
+        id: row.try_get(1).map_err(get)?,
+        topic: row.try_get(2).map_err(get)?,
+        key: row.try_get(3).map_err(get)?,
+        payload: row.try_get(4).map_err(get)?,
+        properties: serde_json::from_str(properties).ok(),
+        event_time_ms: row.try_get(6).map_err(get)?,
+        deliver_at_ms: row.try_get(7).map_err(get)?,
+        reason: row.try_get(8).map_err(get)?,
+        attempts: row.try_get(9).map_err(get)?,
+        is_dead: row.try_get(10).map_err(get)?,
+        outbox: row.try_get(11).map_err(get)?,
+    })
+}

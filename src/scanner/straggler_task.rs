@@ -1,0 +1,397 @@
+//! The task that stores stragglers and retries them.
+//!
+//! Owns an SQL session ([`Store`]) and a [`Publisher`] of its own. Input: the queue of [`Straggler`]s. Output: [`Report`]s to the
+//! pipe, messages to the broker.
+//!
+//! One task does both, on one session, one statement after the other: so what is stored and what is deleted have an order, and
+//! "is an earlier event of this key still here?" has one answer. Publishing is not waited for: its receipts are events of
+//! the same loop.
+//!
+//! # Retrying
+//!
+//! Heads that are due are published: the first straggler of each topic and key. A head that has its receipt is deleted, and
+//! its successors follow in order, several at a time: a lane of the publisher keeps them in order, and one that fails brings
+//! all behind it back. A failed attempt counts for the head alone, and its next time is set by [`Backoff`]. A broker that is
+//! away is no attempt: the message waits in the publisher.
+//!
+//! The producers' names end in a number that no other start has, and each message has a batch of its own: neither the
+//! stream's deduplication nor that of an earlier start takes a retry for something old, and one bad message fails alone. A process killed between
+//! receipt and deletion publishes the message again: stragglers are at least once.
+//!
+//! Retries are made only while the replication stream is open, since the slot lets in one instance only.
+//!
+//! # Dead
+//!
+//! After `WALPOST_RETRY_MAX_ATTEMPTS` failed attempts a straggler is dead; one without a key or a topic, or that somebody has
+//! edited into something that is no message, is dead at once: no attempt could be made. It stays in the table, and a copy
+//! goes to `WALPOST_DEAD_LETTER_TOPIC`, tried until the broker has it.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::{debug, warn};
+
+use super::straggler::{Item, Report, Straggler};
+use super::straggler_retry::Sent;
+use super::straggler_store::{Failure, Key, Store};
+use crate::ack::TxnNo;
+use crate::config::Config;
+use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig};
+use crate::retry::Backoff;
+use crate::{Error, Result};
+
+/// How often the table is looked at.
+const SCAN_INTERVAL: Duration = Duration::from_secs(1);
+/// Of that many scans one counts the table again, for what commands and people have changed in it.
+const RELOAD_EVERY: u32 = 3;
+/// What one INSERT holds.
+const BATCH_EVENTS: usize = 1000;
+const BATCH_BYTES: usize = 8 * 1024 * 1024;
+/// How long a broker may take to say its message limit before a scan is put off.
+const BROKER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// See the module's documentation.
+pub(super) struct Task {
+    pub(super) store: Store,
+    pub(super) publisher: Publisher,
+    pub(super) reports: mpsc::UnboundedSender<Report>,
+    pub(super) reconnect: Backoff,
+    pub(super) retry: (Duration, Duration),
+    pub(super) max_attempts: i32,
+    pub(super) order: bool,
+    pub(super) dead_letter_topic: Option<String>,
+    /// The tables, in the order of the settings; none where receipts tell nobody of their rows.
+    pub(super) outboxes: Vec<String>,
+    /// By number; the publisher knows them as transactions.
+    pub(super) sent: HashMap<i64, Sent>,
+    /// How many of these are of each key, copies left out.
+    pub(super) busy: HashMap<Key, usize>,
+    /// Have their receipts and are still in the table.
+    pub(super) done: Vec<i64>,
+    pub(super) failed: Vec<Failure>,
+    /// Topics whose last attempt failed.
+    pub(super) refused: HashSet<String>,
+    /// What is being stored, until it is.
+    pub(super) batch: Vec<Straggler>,
+    /// Who waits for the table to be read anew, behind that.
+    pub(super) refresh: Vec<oneshot::Sender<()>>,
+    /// Numbers messages for the publisher.
+    pub(super) messages: u64,
+    pub(super) scans: u32,
+}
+
+/// The task; ends with the queue, or after it has reported a failure.
+async fn run_task(
+    mut task: Task,
+    mut inbox: mpsc::UnboundedReceiver<Item>,
+    mut streaming: watch::Receiver<bool>,
+) {
+    let mut scan_at = Instant::now();
+    let mut tick_at = Instant::now();
+    loop {
+        if let Err(error) = task.settle().await {
+            if !error.is_temporary() {
+                let _pipe_is_gone = task.reports.send(Report::Failed(error));
+                return;
+            }
+            task.reconnect(&error).await;
+            continue;
+        }
+        task.publisher.flush(Flush::All);
+        let may_take = task.batch.is_empty() && task.refresh.is_empty();
+        tokio::select! {
+            biased;
+            // 1. The stream waits for this.
+            taken = inbox.recv(), if may_take => match taken {
+                Some(item) => task.gather(item, &mut inbox),
+                None => return,
+            },
+            // 2. Receipts.
+            event = task.publisher.next_event() => task.heard(event),
+            // 3. What is due.
+            () = sleep_until(scan_at), if *streaming.borrow() => {
+                scan_at = Instant::now() + SCAN_INTERVAL;
+                if let Err(error) = task.scan().await {
+                    task.reconnect(&error).await;
+                }
+            }
+            changed = streaming.changed() => if changed.is_err() { return },
+            () = sleep_until(tick_at) => {
+                task.publisher.tick(Instant::now());
+                tick_at = Instant::now() + SCAN_INTERVAL;
+            }
+        }
+    }
+}
+
+/// See the module's documentation.
+pub(super) fn run(
+    config: &Config,
+    publisher: &PublisherConfig,
+    store: Store,
+    inbox: mpsc::UnboundedReceiver<Item>,
+    reports: mpsc::UnboundedSender<Report>,
+    streaming: watch::Receiver<bool>,
+) -> impl Future<Output = ()> + Send + use<> {
+    let started = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let producer_name = format!(
+        "{}-straggler-{:x}-{:x}",
+        publisher.producer_name,
+        started.as_micros(),
+        std::process::id()
+    );
+    let now = Diversion {
+        grace: Duration::ZERO,
+        age: Duration::ZERO,
+        park: false,
+        quiet: true,
+    };
+    let outboxes = match publisher.rows {
+        Some(_) => config
+            .outbox_tables
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
+        None => Vec::new(),
+    };
+    let publisher = Publisher::new(PublisherConfig {
+        producer_name,
+        batch_max_messages: 1,
+        diversion: Some(now),
+        ..publisher.clone()
+    });
+    let task = Task {
+        store,
+        outboxes,
+        publisher,
+        reports,
+        reconnect: Backoff::new(config.reconnect_initial, config.reconnect_max),
+        retry: (config.retry_initial, config.retry_max),
+        max_attempts: i32::try_from(config.retry_max_attempts).unwrap_or(i32::MAX),
+        order: config.keep_key_order,
+        dead_letter_topic: config.dead_letter_topic.clone(),
+        sent: HashMap::new(),
+        busy: HashMap::new(),
+        done: Vec::new(),
+        failed: Vec::new(),
+        refused: HashSet::new(),
+        batch: Vec::new(),
+        refresh: Vec::new(),
+        messages: 0,
+        scans: 0,
+    };
+    run_task(task, inbox, streaming)
+}
+
+impl Task {
+    fn report(&self, report: Report) {
+        let _pipe_is_gone = self.reports.send(report);
+    }
+
+    fn parked(&self, changes: Vec<(String, String, i64)>) {
+        if !changes.is_empty() {
+            self.report(Report::Parked(changes));
+        }
+    }
+
+    /// Takes what is waiting, as much as one INSERT holds.
+    fn gather(&mut self, first: Item, inbox: &mut mpsc::UnboundedReceiver<Item>) {
+        let (mut next, mut bytes) = (Some(first), 0);
+        while let Some(item) = next {
+            match item {
+                Item::Store(straggler) => {
+                    bytes += straggler.bytes;
+                    self.batch.push(*straggler);
+                }
+                Item::Refresh(done) => {
+                    self.refresh.push(done);
+                    return;
+                }
+            }
+            if self.batch.len() >= BATCH_EVENTS || bytes >= BATCH_BYTES {
+                return;
+            }
+            next = inbox.try_recv().ok();
+        }
+    }
+
+    /// Writes to the table all that is waiting for that.
+    async fn settle(&mut self) -> Result<()> {
+        while let Some(event) = self.publisher.try_next_event() {
+            self.heard(event);
+        }
+        if !self.store.is_connected() {
+            let waiting = self.batch.len() + self.done.len() + self.failed.len();
+            if waiting + self.refresh.len() == 0 {
+                return Ok(());
+            }
+            self.connect().await?;
+        }
+        self.store_batch().await?;
+        if !self.refresh.is_empty() {
+            self.reload().await?;
+            for done in self.refresh.drain(..) {
+                let _nobody_waits = done.send(());
+            }
+        }
+        self.note_failures().await?;
+        self.delete_done().await
+    }
+
+    async fn connect(&mut self) -> Result<()> {
+        if let Some(why) = self.store.connect().await? {
+            return Err(Error::refused(why).hint(
+                "run walpost init, or let the owner grant SELECT, INSERT, UPDATE and DELETE on walpost.straggler",
+            ));
+        }
+        self.reload().await?;
+        self.reconnect.reset();
+        Ok(())
+    }
+
+    async fn reload(&mut self) -> Result<()> {
+        let (changes, rows) = self.store.reload().await?;
+        self.parked(changes);
+        self.report(Report::Rows(rows));
+        Ok(())
+    }
+
+    /// The session is of no use any more; waits before the next.
+    async fn reconnect(&mut self, error: &Error) {
+        self.store.disconnect();
+        let delay = self.reconnect.next_delay();
+        warn!(
+            retry_in_ms = delay.as_millis(),
+            "stragglers wait: {}",
+            error.report()
+        );
+        tokio::time::sleep(delay).await;
+    }
+
+    async fn store_batch(&mut self) -> Result<()> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        let changes = self.store.insert(&self.batch).await?;
+        let batch = std::mem::take(&mut self.batch);
+        let mut acked: Vec<(TxnNo, u64)> = Vec::new();
+        for straggler in &batch {
+            match acked.last_mut().filter(|(txn, _)| *txn == straggler.txn) {
+                Some((_, count)) => *count += 1,
+                None => acked.push((straggler.txn, 1)),
+            }
+        }
+        let diverted = batch.iter().filter(|straggler| straggler.diverted).count();
+        self.parked(changes);
+        // Rows first: at no moment do the two together look smaller than they are.
+        self.report(Report::Rows(self.store.rows()));
+        self.report(Report::Stored {
+            acked,
+            diverted: diverted as u64,
+            messages: batch.len(),
+            bytes: batch.iter().map(|straggler| straggler.bytes).sum(),
+        });
+        Ok(())
+    }
+
+    async fn note_failures(&mut self) -> Result<()> {
+        if self.failed.is_empty() {
+            return Ok(());
+        }
+        let changes = self.store.fail(&self.failed).await?;
+        let any_dead = self.failed.iter().any(|failure| failure.dead);
+        self.failed.clear();
+        self.parked(changes);
+        if any_dead {
+            // Lets their successors go, or not.
+            self.reload().await?;
+        }
+        Ok(())
+    }
+
+    async fn delete_done(&mut self) -> Result<()> {
+        if self.done.is_empty() {
+            return Ok(());
+        }
+        let of = |number: &i64| self.sent.get(number);
+        let (copies, done): (Vec<i64>, Vec<i64>) = self
+            .done
+            .iter()
+            .partition(|number| of(number).is_some_and(|sent| sent.is_copy));
+        if !copies.is_empty() {
+            self.store.copied(&copies).await?;
+        }
+        let changes = self.store.delete(&done).await?;
+        self.parked(changes);
+        self.report(Report::Rows(self.store.rows()));
+        let mut keys: HashSet<Key> = HashSet::new();
+        for number in std::mem::take(&mut self.done) {
+            keys.extend(self.take_sent(number).and_then(|sent| sent.key));
+        }
+        for (topic, _) in &keys {
+            self.report(Report::Healed(topic.clone()));
+            if self.refused.remove(topic) {
+                self.store.hurry(topic).await?;
+            }
+        }
+        self.follow(keys).await
+    }
+
+    /// Publishes what stands behind heads that have just gone.
+    async fn follow(&mut self, mut keys: HashSet<Key>) -> Result<()> {
+        if !self.order {
+            return Ok(());
+        }
+        keys.retain(|key| !self.busy.contains_key(key));
+        if keys.is_empty() || !self.publisher.has_room() {
+            // Without a head they are found by the next reload.
+            return Ok(());
+        }
+        let keys: Vec<Key> = keys.into_iter().collect();
+        for row in self.store.next_of(&keys).await? {
+            self.publish(&row);
+        }
+        Ok(())
+    }
+
+    /// Publishes the heads that are due.
+    async fn scan(&mut self) -> Result<()> {
+        if !self.store.is_connected() {
+            self.connect().await?;
+        }
+        self.scans = self.scans.wrapping_add(1);
+        if self.scans.is_multiple_of(RELOAD_EVERY) {
+            self.reload().await?;
+        }
+        if self.store.rows() == 0 || !self.publisher.has_room() {
+            return Ok(());
+        }
+        let busy: Vec<i64> = self.sent.keys().copied().collect();
+        let copies = self.dead_letter_topic.is_some();
+        let due = self.store.due(&busy, copies).await?;
+        if due.is_empty() {
+            return Ok(());
+        }
+        // Learns the message limit, which may have been raised.
+        match timeout(BROKER_PATIENCE, self.publisher.connect()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                debug!("no retries while no broker answers: {}", error.report());
+                return Ok(());
+            }
+            Err(_) => return Ok(()),
+        }
+        for row in due {
+            let key = row.topic.clone().zip(row.key.clone());
+            let waits = key.is_some_and(|key| self.busy.contains_key(&key));
+            if row.is_dead || !self.order || !waits {
+                self.publish(&row);
+            }
+        }
+        Ok(())
+    }
+}

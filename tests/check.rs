@@ -1,0 +1,228 @@
+//! `walpost check` tells what holds and what mends it; `init --enable-deduplication` turns on what the broker must do.
+//!
+//! On the shared servers, with a namespace for each test: the default one belongs to all.
+
+mod support;
+
+use std::time::Duration;
+
+use support::{Command, Database, Proxy, admin, eventually, servers, unique};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A database, and a template in a namespace of its own that nothing else touches.
+struct Setup {
+    database: Database,
+    namespace: String,
+    topic: String,
+}
+
+impl Setup {
+    async fn new() -> Self {
+        let namespace = unique("check");
+        let path = format!("/admin/v2/namespaces/public/{namespace}");
+        admin(&servers().pulsar_admin_url, "PUT", &path, "{}").await;
+        Self {
+            database: Database::create("check").await,
+            topic: format!("persistent://public/{namespace}/{{aggregatetype}}"),
+            namespace: format!("public/{namespace}"),
+        }
+    }
+
+    /// `walpost <args>` with the admin interface known.
+    fn walpost(&self, args: &[&str], settings: &[(&str, &str)]) -> Command {
+        let admin_url = ("WALPOST_PULSAR_ADMIN_URL", &*servers().pulsar_admin_url);
+        let topic = ("WALPOST_TOPIC", &*self.topic);
+        let settings = [&[admin_url, topic], settings].concat();
+        self.database.walpost(args, &settings)
+    }
+
+    async fn run(&self, args: &[&str], settings: &[(&str, &str)]) -> (i32, String) {
+        self.walpost(args, settings).run(DEADLINE).await
+    }
+
+    async fn policy(&self) -> String {
+        let path = format!("/admin/v2/namespaces/{}/deduplication", self.namespace);
+        let policy = admin(&servers().pulsar_admin_url, "GET", &path, "").await;
+        policy.trim().to_owned()
+    }
+}
+
+#[tokio::test]
+async fn check_says_what_is_missing_and_which_guarantee_holds() {
+    let setup = Setup::new().await;
+
+    // GIVEN nothing: THEN what is missing is named with the command that makes it
+    let (code, said) = setup.run(&["check"], &[]).await;
+    assert_eq!(code, 69, "{said}");
+    assert!(
+        said.contains("fail  postgres") && said.contains("-> walpost init"),
+        "{said}"
+    );
+    assert!(said.contains("ok    broker"), "{said}");
+
+    // WHEN init has run: THEN nothing fails, and the guarantee is the weaker one
+    let (code, said) = setup.run(&["init"], &[]).await;
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = setup.run(&["check"], &[]).await;
+    assert_eq!(code, 0, "{said}");
+    for expected in [
+        "ok    postgres",
+        "ok    slot",
+        "ok    broker",
+        "5242880 bytes",
+        "at least once, because deduplication is off for namespace",
+        "-> turn it on with walpost init --enable-deduplication",
+        &setup.namespace,
+    ] {
+        assert!(said.contains(expected), "no {expected:?} in:\n{said}");
+    }
+    assert!(!said.contains("fail"), "{said}");
+
+    // WHEN it is turned on: THEN check says so; a second time changes nothing
+    let enable = ["init", "--enable-deduplication"];
+    let (code, said) = setup.run(&enable, &[]).await;
+    assert_eq!(code, 0, "{said}");
+    let namespace = &setup.namespace;
+    let enabled = format!("enabled deduplication of namespace {namespace}");
+    assert!(said.contains(&enabled), "{said}");
+    eventually(DEADLINE, "the policy", async || {
+        (setup.policy().await == "true").then_some(())
+    })
+    .await;
+    let (code, said) = setup.run(&enable, &[]).await;
+    assert_eq!(code, 0, "{said}");
+    let exists = format!("exists deduplication of namespace {namespace}");
+    assert!(
+        said.contains(&exists) && !said.contains("enabled"),
+        "{said}"
+    );
+    let (code, said) = setup.run(&["check"], &[]).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(
+        said.contains("ok    guarantee    effectively once"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn the_same_as_json() {
+    let setup = Setup::new().await;
+    setup.run(&["init"], &[]).await;
+    let quiet = ("WALPOST_LOG", "off");
+    let (code, said) = setup.run(&["check", "--json"], &[quiet]).await;
+    assert_eq!(code, 0, "{said}");
+    let json: serde_json::Value = serde_json::from_str(&said).expect("JSON and nothing else");
+    assert_eq!(json["exit_code"], 0);
+    let checks = json["checks"].as_array().expect("a list");
+    let status = |check: &str| {
+        let found = checks.iter().find(|found| found["check"] == check);
+        found.unwrap_or_else(|| panic!("no {check} in {said}"))["status"].clone()
+    };
+    for check in ["postgres", "slot", "broker", "encryption"] {
+        assert_eq!(status(check), "ok", "{said}");
+    }
+    assert_eq!(status("guarantee"), "warn", "{said}");
+}
+
+#[tokio::test]
+async fn a_guarantee_that_cannot_be_known_is_not_claimed() {
+    let setup = Setup::new().await;
+    setup.run(&["init"], &[]).await;
+
+    let (code, said) = setup
+        .run(&["check"], &[("WALPOST_PULSAR_ADMIN_URL", "")])
+        .await;
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("warn  guarantee    unknown"), "{said}");
+    assert!(said.contains("-> set WALPOST_PULSAR_ADMIN_URL"), "{said}");
+
+    let by_row = ("WALPOST_TOPIC", "persistent://public/{aggregatetype}/x");
+    let (code, said) = setup.run(&["check"], &[by_row]).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(
+        said.contains("warn  guarantee    not known: WALPOST_TOPIC has {aggregatetype}"),
+        "{said}"
+    );
+
+    let missing = ("WALPOST_TOPIC", "persistent://public/no-such-namespace/x");
+    let (code, said) = setup.run(&["check"], &[missing]).await;
+    assert_eq!(code, 69, "{said}");
+    assert!(
+        said.contains("-> pulsar-admin namespaces create public/no-such-namespace"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn a_server_that_is_away_is_exit_75_unless_something_else_is_wrong() {
+    let setup = Setup::new().await;
+    // Nothing listens where a proxy has just been.
+    let nowhere = Proxy::start(&servers().pulsar_addr).addr();
+    let (broker, web) = (format!("pulsar://{nowhere}"), format!("http://{nowhere}"));
+    let away = [
+        ("WALPOST_PULSAR_URL", &*broker),
+        ("WALPOST_PULSAR_ADMIN_URL", &*web),
+    ];
+    let (code, said) = setup.run(&["check"], &away).await;
+    assert_eq!(code, 69, "no table, and that is final: {said}");
+    setup.run(&["init"], &[]).await;
+    let (code, said) = setup.run(&["check"], &away).await;
+    assert_eq!(code, 75, "{said}");
+    assert!(
+        said.contains("fail  broker") && said.contains("fail  guarantee"),
+        "{said}"
+    );
+    assert!(said.contains("ok    postgres"), "{said}");
+    assert!(
+        said.contains(&nowhere) && said.contains("WALPOST_PULSAR_ADMIN_URL"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn deduplication_that_cannot_be_turned_on_is_told_before_anything_is_made() {
+    let setup = Setup::new().await;
+    let enable = ["init", "--enable-deduplication"];
+    for (setting, exit, words) in [
+        (
+            ("WALPOST_PULSAR_ADMIN_URL", ""),
+            64,
+            "WALPOST_PULSAR_ADMIN_URL",
+        ),
+        (
+            ("WALPOST_TOPIC", "persistent://public/{aggregatetype}/x"),
+            64,
+            "WALPOST_TOPIC has {aggregatetype} in its tenant or namespace",
+        ),
+        (
+            ("WALPOST_TOPIC", "non-persistent://public/default/x"),
+            64,
+            "persistent://",
+        ),
+        (
+            ("WALPOST_TOPIC", "persistent://public/no-such-namespace/x"),
+            69,
+            "pulsar-admin namespaces create public/no-such-namespace",
+        ),
+        (
+            (
+                "WALPOST_PULSAR_ADMIN_URL",
+                &*servers().pulsar_url.replace("pulsar", "http"),
+            ),
+            75,
+            "admin interface",
+        ),
+    ] {
+        let (code, said) = setup.run(&enable, &[setting]).await;
+        assert_eq!(code, exit, "{said}");
+        assert!(said.contains(words), "{said}");
+        let errors = said
+            .lines()
+            .filter(|line| line.contains("walpost: error: "));
+        assert_eq!(errors.count(), 1, "{said}");
+        let schema = "SELECT FROM pg_namespace WHERE nspname = 'walpost'";
+        assert!(setup.database.rows(schema, &[]).await.is_empty(), "{said}");
+    }
+    assert_ne!(setup.policy().await, "true");
+}

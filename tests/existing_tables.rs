@@ -1,0 +1,176 @@
+//! Guarantee: a table without the columns that only walpost knows streams as it is; `check` says what it cannot have, and a mode
+//! that it cannot have is refused with the statement that mends it, before anything is published.
+
+mod support;
+
+use std::time::Duration;
+
+use support::{Database, Received, consume, eventually, servers};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+/// Debezium's outbox table.
+const DEBEZIUM: &str = "
+    CREATE SCHEMA inventory;
+    CREATE TABLE inventory.outboxevent (
+        id uuid NOT NULL PRIMARY KEY, aggregatetype varchar(255) NOT NULL, aggregateid varchar(255) NOT NULL,
+        type varchar(255) NOT NULL, payload jsonb)";
+const TABLE: (&str, &str) = ("WALPOST_OUTBOX_TABLE", "inventory.outboxevent");
+const MARK: (&str, &str) = ("WALPOST_AFTER_PUBLISH", "mark");
+const DELETE: (&str, &str) = ("WALPOST_AFTER_PUBLISH", "delete");
+const RETENTION: (&str, &str) = ("WALPOST_RETENTION", "7d");
+
+async fn debezium() -> Database {
+    let database = Database::create("existing").await;
+    database.sql(DEBEZIUM).await;
+    database.init(&[], &[TABLE]).await;
+    database
+}
+
+async fn insert(database: &Database, number: u32, and: &str) {
+    database
+        .sql(&format!(
+            "BEGIN;
+             INSERT INTO inventory.outboxevent
+             VALUES (gen_random_uuid(), 't', 'k', 'e', '{number}');
+             {and};
+             COMMIT"
+        ))
+        .await;
+}
+
+async fn arrived(database: &Database, expected: usize) -> Vec<String> {
+    let received = consume(
+        &servers().pulsar_url,
+        &database.topic("t"),
+        expected,
+        DEADLINE,
+    )
+    .await;
+    let text = |message: Received| String::from_utf8(message.payload).expect("UTF-8");
+    received.into_iter().map(text).collect()
+}
+
+#[tokio::test]
+async fn debeziums_table_streams_with_rows_that_stay_and_rows_that_are_deleted_at_once() {
+    let database = debezium().await;
+    let walpost = database.start(&[TABLE]).await;
+    insert(&database, 1, "").await;
+    insert(&database, 2, "DELETE FROM inventory.outboxevent").await;
+    insert(&database, 3, "").await;
+    database.wait_all_confirmed(DEADLINE).await;
+    walpost.stop().await;
+    assert_eq!(arrived(&database, 3).await, ["1", "2", "3"]);
+}
+
+#[tokio::test]
+async fn check_says_what_a_table_cannot_have_and_what_it_says_mends_it() {
+    let database = debezium().await;
+    let check = async || database.walpost(&["check"], &[TABLE]).run(DEADLINE).await;
+    let (code, said) = check().await;
+    assert_eq!(code, 0, "it streams: {said}");
+    for lacking in [
+        "warn  table",
+        "status, gap scan and retention",
+        "seq",
+        "the mode mark",
+        "WALPOST_COLUMN_CREATED_AT",
+    ] {
+        assert!(said.contains(lacking), "no {lacking:?} in:\n{said}");
+    }
+
+    // WHEN the statements are run: THEN nothing is missing
+    let mend = said
+        .lines()
+        .skip_while(|line| !line.contains("warn  table"))
+        .nth(1)
+        .expect("a line that mends");
+    let (_, statements) = mend.split_once("-> ").expect("an arrow");
+    database.sql(statements).await;
+    let (code, said) = check().await;
+    assert_eq!(code, 0, "{said}");
+    assert!(
+        said.contains("ok    table        inventory.outboxevent has what every mode needs"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn a_mode_that_the_table_cannot_have_is_refused_with_the_statement_that_mends_it() {
+    let database = debezium().await;
+    insert(&database, 1, "").await;
+    for (setting, expected) in [
+        (
+            MARK,
+            [
+                "no column sent_at",
+                "ALTER TABLE inventory.outboxevent ADD COLUMN sent_at timestamptz;",
+            ],
+        ),
+        (
+            RETENTION,
+            [
+                "no column txid",
+                "ADD COLUMN txid xid8 NOT NULL DEFAULT pg_current_xact_id();",
+            ],
+        ),
+        (
+            DELETE,
+            [
+                "walpost.after_publish does not exist",
+                "WALPOST_AFTER_PUBLISH=delete walpost init",
+            ],
+        ),
+    ] {
+        for command in ["run", "check"] {
+            let (code, said) = database
+                .walpost(&[command], &[TABLE, setting])
+                .run(DEADLINE)
+                .await;
+            assert_eq!(code, 69, "{command} {setting:?}: {said}");
+            for words in expected {
+                assert!(said.contains(words), "no {words:?} in:\n{said}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_role_without_the_rights_is_told_the_grant_and_with_it_goes_on() {
+    // GIVEN a role that may stream, and not touch the table
+    let database = debezium().await;
+    database.init(&[], &[TABLE, DELETE]).await;
+    let role = &database.name;
+    database
+        .sql(&format!(
+            "CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'p';
+             GRANT USAGE ON SCHEMA walpost, inventory TO {role};
+             GRANT SELECT, INSERT, UPDATE ON walpost.after_publish TO {role}"
+        ))
+        .await;
+    let (_, server) = database.url.split_once('@').expect("a server");
+    let url = format!("postgres://{role}:p@{server}");
+    let settings = [TABLE, DELETE, ("WALPOST_POSTGRES_URL", &*url)];
+    let (code, said) = database.walpost(&["run"], &settings).run(DEADLINE).await;
+    assert_eq!(code, 69, "{said}");
+    let (_, grant) = said
+        .rsplit_once("GRANT ")
+        .unwrap_or_else(|| panic!("no GRANT in {said}"));
+    let (grant, _) = grant.split_once(';').expect("a whole statement");
+
+    // WHEN it is granted: THEN rows are published and deleted
+    database.sql(&format!("GRANT {grant}")).await;
+    let walpost = database.start(&settings).await;
+    insert(&database, 1, "").await;
+    eventually(DEADLINE, "the row to be deleted", async || {
+        let rows = database
+            .rows("SELECT FROM inventory.outboxevent", &[])
+            .await;
+        rows.is_empty().then_some(())
+    })
+    .await;
+    walpost.stop().await;
+    assert_eq!(arrived(&database, 1).await, ["1"]);
+    database
+        .sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}"))
+        .await;
+}

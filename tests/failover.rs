@@ -1,0 +1,254 @@
+//! Guarantee: when the primary dies and a standby without the slot is promoted, walpost follows, makes the slot anew, and every
+//! row that the new primary has reaches its topic; what was known as delivered is not sent again.
+
+mod support;
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use support::{Database, Load, Received, Servers, consume, eventually, insert_many, servers};
+use tokio_postgres::NoTls;
+
+const DEADLINE: Duration = Duration::from_secs(90);
+
+/// A streaming standby made by copying the primary's files; stopped when dropped.
+struct Standby {
+    data: String,
+    bin: String,
+    port: u16,
+    url: String,
+}
+
+/// Runs a program as the owner of `folder`, who owns the servers.
+fn as_owner(folder: &str, program: &str, args: &[&str]) -> Output {
+    let whose = |format: &str| {
+        let said = Command::new("stat")
+            .args(["-c", format, folder])
+            .output()
+            .expect("stat");
+        String::from_utf8(said.stdout)
+            .expect("UTF-8")
+            .trim()
+            .to_owned()
+    };
+    let (user, group) = (whose("--reuid=%u"), whose("--regid=%g"));
+    let mut command = if whose("%u") == whose_are_we() {
+        Command::new(program)
+    } else {
+        let mut command = Command::new("setpriv");
+        command.args([&user, &group, "--clear-groups", program]);
+        command
+    };
+    command
+        .current_dir(folder)
+        .args(args)
+        .output()
+        .expect("it can be started")
+}
+
+fn whose_are_we() -> String {
+    let said = Command::new("id").arg("-u").output().expect("id");
+    String::from_utf8(said.stdout)
+        .expect("UTF-8")
+        .trim()
+        .to_owned()
+}
+
+impl Standby {
+    async fn build(primary: &Servers, database: &Database) -> Self {
+        let data = primary.var("WALPOST_LOCAL_POSTGRES_DATA");
+        let copy = format!(
+            "{}/standby",
+            Path::new(data).parent().expect("a folder").display()
+        );
+        // Non-exclusive backup, by the book: everything between the two calls belongs to one session.
+        let session = database.connect().await;
+        session
+            .query("SELECT pg_backup_start('standby', true)", &[])
+            .await
+            .expect("a backup");
+        let done = Command::new("cp")
+            .args(["-a", data, &copy])
+            .output()
+            .expect("cp");
+        // Files may vanish while they are copied; what matters is replayed from the log.
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(
+            done.status.success() || said.contains("No such file"),
+            "{said}"
+        );
+        let row = session
+            .query_one("SELECT labelfile FROM pg_backup_stop(false)", &[])
+            .await;
+        let label: String = row.expect("the backup ends").get(0);
+        let write = |name: &str, text: &str| {
+            // Made from a file that is there, so that the owner stays.
+            let path = format!("{copy}/{name}");
+            let done = Command::new("cp")
+                .args(["-a", &format!("{copy}/PG_VERSION"), &path])
+                .status();
+            assert!(done.is_ok_and(|status| status.success()));
+            std::fs::write(&path, text).expect("a small file");
+        };
+        write("backup_label", &label);
+        write("standby.signal", "");
+        let _ = std::fs::remove_file(format!("{copy}/postmaster.pid"));
+        // As pg_basebackup does: slots are not part of a copy.
+        for slot in std::fs::read_dir(format!("{copy}/pg_replslot"))
+            .expect("a folder")
+            .flatten()
+        {
+            std::fs::remove_dir_all(slot.path()).expect("a slot's folder");
+        }
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("bound").port();
+        drop(listener);
+        let socket = primary.var("WALPOST_LOCAL_POSTGRES_SOCKET_DIR");
+        let primary_port = primary.var("WALPOST_LOCAL_POSTGRES_PORT");
+        let conf =
+            std::fs::read_to_string(format!("{copy}/postgresql.conf")).expect("a configuration");
+        let more = format!(
+            "\nport = {port}\nprimary_conninfo = 'host={socket} port={primary_port} user=postgres'\nhot_standby = on\n"
+        );
+        std::fs::write(format!("{copy}/postgresql.conf"), conf + &more).expect("a configuration");
+        let bin = primary.var("WALPOST_LOCAL_POSTGRES_BIN").to_owned();
+        let log = format!("{copy}.log");
+        let args = ["-D", &copy, "-l", &log, "-w", "-t", "60", "start"];
+        let started = as_owner(data, &format!("{bin}/pg_ctl"), &args);
+        assert!(
+            started.status.success(),
+            "{started:?}\n{:?}",
+            std::fs::read_to_string(&log)
+        );
+        let url = database.url_through(&format!("127.0.0.1:{port}"));
+        Self {
+            data: copy,
+            bin,
+            port,
+            url,
+        }
+    }
+
+    async fn client(&self) -> tokio_postgres::Client {
+        let (client, connection) = tokio_postgres::connect(&self.url, NoTls)
+            .await
+            .expect("the standby answers");
+        tokio::spawn(connection);
+        client
+    }
+
+    async fn promote(&self) {
+        let client = self.client().await;
+        client
+            .query("SELECT pg_promote(true, 60)", &[])
+            .await
+            .expect("it can be promoted");
+    }
+}
+
+impl Drop for Standby {
+    fn drop(&mut self) {
+        let args = ["-D", &self.data, "-m", "immediate", "-t", "30", "stop"];
+        as_owner(&self.data, &format!("{}/pg_ctl", self.bin), &args);
+    }
+}
+
+/// The outbox of a server: the ids of each key in order.
+async fn committed(client: &tokio_postgres::Client) -> HashMap<String, Vec<String>> {
+    let sql = "SELECT aggregateid, id::text FROM walpost.outbox ORDER BY seq";
+    let mut keys: HashMap<String, Vec<String>> = HashMap::new();
+    for row in client.query(sql, &[]).await.expect("an outbox") {
+        keys.entry(row.get(0)).or_default().push(row.get(1));
+    }
+    keys
+}
+
+/// First arrivals, by key and in order, and how often each id came.
+fn arrivals(received: &[Received]) -> (HashMap<String, Vec<String>>, HashMap<String, usize>) {
+    let (mut first, mut times) = (
+        HashMap::<String, Vec<String>>::new(),
+        HashMap::<String, usize>::new(),
+    );
+    for message in received {
+        let id = message.property("id").to_owned();
+        let times = times.entry(id.clone()).or_default();
+        *times += 1;
+        if *times == 1 {
+            let key = message.key.clone().expect("a key");
+            first.entry(key).or_default().push(id);
+        }
+    }
+    (first, times)
+}
+
+#[tokio::test]
+async fn a_promoted_standby_without_the_slot_is_followed_and_every_row_it_has_arrives() {
+    // GIVEN a stream that knows of two servers, a standby, rows that are known as delivered, and writers at work
+    let own = Servers::own("failover", &["--no-pulsar"]);
+    let database = Database::create_on(&own, "failover").await;
+    Load::prepare(&database).await;
+    insert_many(&database.client, "early", 500).await;
+    let standby = Standby::build(&own, &database).await;
+    let both = database.url_through(&format!("{},127.0.0.1:{}", own.postgres_addr, standby.port));
+    let both = format!("{both}?target_session_attrs=read-write");
+    let settings = [
+        ("WALPOST_POSTGRES_URL", &*both),
+        ("WALPOST_SCAN_INTERVAL", "100ms"),
+    ];
+    let mut walpost = database.start(&settings).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    eventually(DEADLINE, "the early rows to be known as sent, on the standby too", async || {
+        let client = standby.client().await;
+        let sql = "SELECT count(*) FILTER (WHERE status = 'sent') FROM walpost.outbox_status WHERE aggregateid = 'early'";
+        (client.query_one(sql, &[]).await.ok()?.get::<_, i64>(0) == 500).then_some(())
+    })
+    .await;
+    let load = Load::start(&database, 8);
+    load.more(300).await;
+
+    // WHEN the primary is killed in the middle of it, and the standby promoted
+    let pid = own.var("WALPOST_LOCAL_POSTGRES_PID").to_owned();
+    let killed = Command::new("sh")
+        .args(["-c", "kill -s KILL \"$1\"", "sh", &pid])
+        .status();
+    assert!(
+        killed.is_ok_and(|status| status.success()),
+        "the primary cannot be killed"
+    );
+    standby.promote().await;
+    walpost
+        .wait_for_line("it does not exist any more", DEADLINE)
+        .await;
+    load.stop_after_outage();
+
+    // THEN the slot is made anew there, new rows arrive, and so does every row that the new primary has
+    let client = standby.client().await;
+    insert_many(&client, "late", 100).await;
+    eventually(DEADLINE, "everything to be known as sent", async || {
+        let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status <> 'sent'";
+        (client.query_one(sql, &[]).await.ok()?.get::<_, i64>(0) == 0).then_some(())
+    })
+    .await;
+    walpost.stop().await;
+    let committed = committed(&client).await;
+    let rows: usize = committed.values().map(Vec::len).sum();
+    let topic = Load::topic(&database);
+    let received = consume(&servers().pulsar_url, &topic, rows, DEADLINE).await;
+    let (first, times) = arrivals(&received);
+    let known: HashSet<&String> = committed.values().flatten().collect();
+    for (key, ids) in &committed {
+        let arrived = first.get(key).cloned().unwrap_or_default();
+        // The old primary may have published rows that never reached the standby.
+        let arrived: Vec<_> = arrived
+            .into_iter()
+            .filter(|id| known.contains(id))
+            .collect();
+        assert_eq!(&arrived, ids, "{key}");
+    }
+    // AND what was known as delivered is not sent again
+    for id in &committed["early"] {
+        assert_eq!(times[id], 1, "{id} was sent again");
+    }
+}

@@ -1,0 +1,353 @@
+//! Sends that are refused, receipts that are missing or in the wrong order, messages that are too large.
+
+use std::collections::HashSet;
+
+use pulsar::message::proto::ServerError;
+
+use super::TOPIC;
+use super::sender::{Log, Sender};
+use super::support::{Asked, FakeBroker, Reaction, StoredEvent, reason};
+
+/// Events of one key in this many batches; all batches are on their way before the first receipt.
+const EVENTS: usize = 30;
+const BATCHES: usize = 3;
+
+/// An open producer, so that the next batches go out at once.
+async fn opened(broker: &FakeBroker) -> Sender {
+    let mut sender = Sender::to(broker).await;
+    sender.publish(TOPIC, "key");
+    sender.delivered().await;
+    sender
+}
+
+/// The ids of what is stored, in order.
+fn ids(stored: &[StoredEvent]) -> Vec<&str> {
+    stored.iter().map(|event| event.id.as_str()).collect()
+}
+
+#[tokio::test]
+async fn a_frame_with_a_checksum_error_is_sent_again_byte_for_byte() {
+    let log = Log::capture();
+    let broker = FakeBroker::start().await;
+    let mut sender = opened(&broker).await;
+    let fail = Reaction::Fail(ServerError::ChecksumError);
+    broker.script(Asked::Send, [fail]);
+
+    sender.publish(TOPIC, "key");
+    sender.delivered().await;
+
+    let frames = broker.frames();
+    assert_eq!(frames.len(), 3);
+    assert_eq!(frames[1], frames[2]);
+    assert!(log.warns(&[TOPIC, &reason(ServerError::ChecksumError)]));
+    sender.assert_exactly_once(&broker.stored());
+}
+
+#[tokio::test]
+async fn a_checksum_error_in_front_of_frames_that_were_stored_loses_nothing() {
+    let broker = FakeBroker::start().await;
+    let mut sender = opened(&broker).await;
+    let fail = Reaction::Fail(ServerError::ChecksumError);
+    broker.script(Asked::Send, [fail]);
+
+    sender.publish_many(TOPIC, "key", EVENTS);
+    sender.delivered().await;
+
+    // What stood behind the damaged frame is stored before it, and again after it: the last arrivals are in order.
+    let stored = broker.stored();
+    let published = (0..=EVENTS).map(|n| format!("row-{n}"));
+    let published: Vec<String> = published.collect();
+    let last = stored.len().checked_sub(EVENTS).expect("all are there");
+    assert_eq!(ids(&stored[last..]), published[1..]);
+    assert_eq!(stored.len(), 1 + 2 * EVENTS - EVENTS / BATCHES);
+}
+
+#[tokio::test]
+async fn a_checksum_error_in_front_of_frames_that_were_stored_loses_nothing_where_the_broker_deduplicates()
+ {
+    let broker = FakeBroker::start_deduplicating().await;
+    let mut sender = opened(&broker).await;
+    let fail = Reaction::Fail(ServerError::ChecksumError);
+    broker.script(Asked::Send, [fail]);
+
+    sender.publish_many(TOPIC, "key", EVENTS);
+    sender.delivered().await;
+
+    // Under the same name the broker takes the damaged frame for a duplicate: its ids are below those behind it.
+    let stored = broker.stored();
+    let arrived: HashSet<&str> = ids(&stored).into_iter().collect();
+    assert_eq!(arrived.len(), EVENTS + 1, "events are lost");
+}
+
+/// A send is refused for a reason that concerns its whole topic: fresh lookup, fresh producer, everything again in order.
+async fn is_sent_again(error: ServerError) {
+    let log = Log::capture();
+    let broker = FakeBroker::start().await;
+    let mut sender = opened(&broker).await;
+    broker.script(Asked::Send, [Reaction::Fail(error)]);
+
+    sender.publish_many(TOPIC, "key", EVENTS);
+    sender.delivered().await;
+
+    assert_eq!(broker.count(Asked::Lookup), 2, "no fresh lookup");
+    assert_eq!(broker.count(Asked::Producer), 2, "no fresh producer");
+    assert!(log.warns(&[TOPIC, &reason(error)]));
+    sender.assert_exactly_once(&broker.stored());
+}
+
+#[tokio::test]
+async fn service_not_ready_on_send_leads_to_a_fresh_lookup_and_a_resend_in_order() {
+    is_sent_again(ServerError::ServiceNotReady).await;
+}
+
+#[tokio::test]
+async fn a_persistence_error_leads_to_a_fresh_lookup_and_a_resend_in_order() {
+    is_sent_again(ServerError::PersistenceError).await;
+}
+
+#[tokio::test]
+async fn an_error_on_send_that_nobody_foresaw_leads_to_a_resend_in_order() {
+    is_sent_again(ServerError::UnknownError).await;
+}
+
+/// Three batches are handed to storage, which does not answer before the connection breaks: their fate is unknown.
+async fn a_write_pends_and_then(written: bool) {
+    // GIVEN a broker that deduplicates
+    let broker = FakeBroker::start_deduplicating().await;
+    let mut sender = opened(&broker).await;
+    broker.script(Asked::Send, vec![Reaction::Pend; BATCHES]);
+    sender.publish_many(TOPIC, "key", EVENTS);
+    let sent = || broker.count(Asked::Send) > BATCHES;
+    sender.until("the batches to be sent", sent).await;
+
+    // WHEN they come again while the broker does not know, it says PersistenceError
+    broker.disconnect();
+    let again = || broker.count(Asked::Producer) >= 4;
+    sender.until("several attempts", again).await;
+    assert_eq!(broker.stored().len(), 1);
+    assert_eq!(sender.publisher.in_flight().0, EVENTS);
+
+    // THEN whether the writes succeed in the end or fail, everything is there once
+    broker.settle(written);
+    sender.delivered().await;
+    sender.assert_exactly_once(&broker.stored());
+}
+
+#[tokio::test]
+async fn batches_pushed_but_not_known_to_be_stored_are_there_once_when_their_write_succeeds() {
+    a_write_pends_and_then(true).await;
+}
+
+#[tokio::test]
+async fn batches_pushed_but_not_known_to_be_stored_are_there_once_when_their_write_fails() {
+    a_write_pends_and_then(false).await;
+}
+
+#[tokio::test]
+async fn a_send_that_is_not_allowed_is_an_error_that_names_the_row() {
+    let broker = FakeBroker::start().await;
+    let mut sender = opened(&broker).await;
+    let fail = Reaction::Fail(ServerError::NotAllowedError);
+    broker.script(Asked::Send, [fail]);
+
+    let row = sender.publish(TOPIC, "key");
+    let error = sender
+        .serve_until("an error", |_| false)
+        .await
+        .expect_err("refused");
+
+    assert_eq!(error.exit_code(), 69);
+    let words = [&row, TOPIC, &reason(ServerError::NotAllowedError)];
+    for word in words {
+        assert!(error.report().contains(word), "{}", error.report());
+    }
+    assert_eq!(sender.publisher.in_flight().0, 1, "it was given up");
+    assert_eq!(broker.stored().len(), 1);
+}
+
+#[tokio::test]
+async fn a_message_above_the_brokers_limit_is_an_error_that_names_its_bytes_and_the_limit() {
+    const LIMIT: usize = 2000;
+    let broker = FakeBroker::start().await;
+    broker.limit(2000);
+    let mut sender = opened(&broker).await;
+
+    let taken = sender.try_publish(TOPIC, "key", &[b'x'; LIMIT]);
+    let error = taken.expect_err("too large");
+    assert_eq!(error.exit_code(), 69);
+    let text = error.to_string();
+    assert!(text.contains("accepts at most 2000"), "{text}");
+    let number = |word: &str| word.parse::<usize>().ok();
+    let bytes = text.split(' ').find_map(number).expect("a number");
+    assert!((LIMIT..LIMIT + 200).contains(&bytes), "{text}");
+
+    // Batches keep to it as well: the fake broker complains about any that does not.
+    for _ in 0..EVENTS {
+        let taken = sender.try_publish(TOPIC, "key", &[b'x'; LIMIT / 4]);
+        taken.expect("small enough");
+    }
+    sender.delivered().await;
+    let stored = broker.stored();
+    assert!(stored.iter().any(|event| event.batch > 1), "no batch");
+    sender.assert_exactly_once(&stored);
+}
+
+#[tokio::test]
+async fn a_message_above_the_limit_that_is_the_first_of_its_topic_is_an_error_too() {
+    let broker = FakeBroker::start().await;
+    broker.limit(2000);
+    let mut sender = Sender::to(&broker).await;
+
+    // Whether at once or when the topic's partitions are known.
+    let taken = sender.try_publish(TOPIC, "key", &[b'x'; 2000]);
+    let served = match taken {
+        Ok(()) => sender.serve_until("an error", |_| false).await,
+        refused => refused,
+    };
+
+    let error = served.expect_err("too large");
+    assert!(
+        error.report().contains("accepts at most 2000"),
+        "{}",
+        error.report()
+    );
+    assert_eq!(broker.stored(), []);
+}
+
+#[tokio::test]
+async fn receipts_out_of_order_end_the_connection_and_everything_is_sent_again_in_order() {
+    // GIVEN three batches whose receipts are held
+    let log = Log::capture();
+    let broker = FakeBroker::start().await;
+    let mut sender = Sender::to(&broker).await;
+    broker.script(Asked::Send, vec![Reaction::Hold; BATCHES]);
+    sender.publish_many(TOPIC, "key", EVENTS);
+    let sent = || broker.count(Asked::Send) == BATCHES;
+    sender.until("the batches to be sent", sent).await;
+
+    // WHEN the receipt for the last one comes, and none before it
+    broker.release(|held| drop(held.drain(..BATCHES - 1)));
+    sender.delivered().await;
+
+    // THEN all three were sent again over a new connection
+    assert_eq!(broker.connections(), 2);
+    assert!(log.warns(&["a receipt out of order"]));
+    let frames = broker.frames();
+    assert_eq!(frames[..BATCHES], frames[BATCHES..]);
+    let stored = broker.stored();
+    assert_eq!(sender.assert_at_least_once(&stored), EVENTS);
+    let stored = ids(&stored);
+    assert_eq!(stored[..EVENTS], stored[EVENTS..], "not in order again");
+}
+
+#[tokio::test]
+async fn receipts_in_reverse_leave_every_event_stored_once_where_the_broker_deduplicates() {
+    let broker = FakeBroker::start_deduplicating().await;
+    let mut sender = Sender::to(&broker).await;
+    broker.script(Asked::Send, vec![Reaction::Hold; BATCHES]);
+    sender.publish_many(TOPIC, "key", EVENTS);
+    let sent = || broker.count(Asked::Send) == BATCHES;
+    sender.until("the batches to be sent", sent).await;
+
+    broker.release(|held| held.reverse());
+    sender.delivered().await;
+
+    assert_eq!(broker.connections(), 2);
+    sender.assert_exactly_once(&broker.stored());
+}
+
+#[tokio::test]
+async fn a_receipt_for_a_batch_that_has_one_is_ignored() {
+    // GIVEN a batch with its receipt, and one without
+    let broker = FakeBroker::start().await;
+    let mut sender = opened(&broker).await;
+    broker.script(Asked::Send, [Reaction::Hold]);
+    sender.publish(TOPIC, "key");
+    let sent = || broker.count(Asked::Send) == 2;
+    sender.until("the second batch to be sent", sent).await;
+
+    // WHEN the first one's receipt comes again
+    let sends = broker.seen(Asked::Send);
+    let first = sends[0].send.as_ref().expect("a send");
+    broker.say_receipt(first.producer_id, first.sequence_id);
+    broker.ping();
+    let heard = || broker.count(Asked::Pong) == 1;
+    sender.until("an answer to a later ping", heard).await;
+
+    // THEN it counts for nothing
+    assert_eq!(sender.publisher.in_flight().0, 1);
+    broker.release(|_| {});
+    sender.delivered().await;
+    assert_eq!(broker.connections(), 1);
+    sender.assert_exactly_once(&broker.stored());
+}
+
+#[tokio::test]
+async fn a_receipt_that_never_comes_is_waited_for_until_the_send_deadline_and_then_asked_for_anew()
+{
+    let log = Log::capture();
+    let broker = FakeBroker::start_deduplicating().await;
+    let mut sender = opened(&broker).await;
+    broker.script(Asked::Send, vec![Reaction::Lose; BATCHES]);
+
+    sender.publish_many(TOPIC, "key", EVENTS);
+    sender.delivered().await;
+
+    assert!(log.warns(&["no receipt on", TOPIC]), "{}", log.text());
+    assert_eq!(broker.connections(), 2);
+    sender.assert_exactly_once(&broker.stored());
+}
+
+#[tokio::test]
+async fn without_deduplication_a_lost_receipt_leads_to_a_repetition_from_that_batch_on() {
+    let broker = FakeBroker::start().await;
+    let mut sender = opened(&broker).await;
+    broker.script(Asked::Send, vec![Reaction::Lose; BATCHES]);
+
+    sender.publish_many(TOPIC, "key", EVENTS);
+    sender.delivered().await;
+
+    let stored = broker.stored();
+    assert_eq!(sender.assert_at_least_once(&stored), EVENTS);
+    let stored = &ids(&stored)[1..];
+    assert_eq!(stored[..EVENTS], stored[EVENTS..], "not in order again");
+}
+
+/// The process is killed while the fate of three batches is not known to it, and starts again with batches of another size.
+async fn killed_with(reaction: Reaction, written: bool) {
+    let broker = FakeBroker::start_deduplicating().await;
+    let mut sender = opened(&broker).await;
+    broker.script(Asked::Send, vec![reaction; BATCHES]);
+    sender.publish_many(TOPIC, "key", EVENTS);
+    let sent = || broker.count(Asked::Send) > BATCHES;
+    sender.until("the batches to be sent", sent).await;
+
+    sender.restart(7);
+    sender.publish_many(TOPIC, "key", EVENTS);
+    let again = || broker.count(Asked::Producer) >= 2;
+    sender.until("a new producer", again).await;
+    broker.settle(written);
+
+    sender.delivered().await;
+    sender.assert_exactly_once(&broker.stored());
+}
+
+#[tokio::test]
+async fn after_a_restart_batches_that_were_stored_without_a_receipt_are_not_stored_again() {
+    killed_with(Reaction::Lose, true).await;
+}
+
+#[tokio::test]
+async fn after_a_restart_batches_that_were_dropped_are_stored() {
+    killed_with(Reaction::Ignore, true).await;
+}
+
+#[tokio::test]
+async fn after_a_restart_batches_whose_write_pends_are_stored_once_when_it_succeeds() {
+    killed_with(Reaction::Pend, true).await;
+}
+
+#[tokio::test]
+async fn after_a_restart_batches_whose_write_pends_are_stored_once_when_it_fails() {
+    killed_with(Reaction::Pend, false).await;
+}

@@ -1,0 +1,336 @@
+//! Guarantee: `WALPOST_RETENTION` deletes old rows, and drops old partitions, only when they are delivered, marked where marks
+//! are made, and no stragglers; nothing else is ever removed.
+//!
+//! These tests write a row of `walpost.progress` and rows of `walpost.straggler` themselves: what counts here is what retention
+//! makes of them.
+
+mod support;
+
+use std::time::Duration;
+
+use support::{Database, Walpost, eventually};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const RETENTION: (&str, &str) = ("WALPOST_RETENTION", "2s");
+const OFTEN: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "200ms");
+const MARK: (&str, &str) = ("WALPOST_AFTER_PUBLISH", "mark");
+/// A slot that this test speaks for; the connector's own row says soon that all is delivered.
+const OTHER: &str = "other";
+
+/// Looks at the rows in the outbox by their payload.
+async fn left(database: &Database) -> Vec<String> {
+    let rows = database
+        .rows("SELECT payload FROM walpost.outbox ORDER BY payload", &[])
+        .await;
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+async fn wait_left(database: &Database, expected: &[&str]) {
+    eventually(DEADLINE, &format!("{expected:?} to be left"), async || {
+        (left(database).await == expected).then_some(())
+    })
+    .await;
+}
+
+async fn insert(database: &Database, payload: &str, age: &str) {
+    database
+        .sql(&format!(
+            "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, created_at)
+             VALUES ('t', 'k', 'e', '{payload}', clock_timestamp() - interval '{age}')"
+        ))
+        .await;
+}
+
+/// Says that all that is committed by now is delivered, as far as `slot` goes.
+async fn deliver(database: &Database, slot: &str) {
+    database
+        .sql(&format!(
+            "INSERT INTO walpost.progress (slot, system_id, delivered, updated_at)
+             SELECT '{slot}', system_identifier::text, pg_current_snapshot(), clock_timestamp() FROM pg_control_system()
+             ON CONFLICT (slot) DO UPDATE SET delivered = excluded.delivered, system_id = excluded.system_id"
+        ))
+        .await;
+}
+
+/// Waits until the retention has looked through the table once more from beginning to end.
+async fn walked(database: &Database) {
+    let sql = "SELECT query_start::text FROM pg_stat_activity
+               WHERE datname = current_database() AND application_name = 'walpost retention' AND query LIKE 'DELETE%'";
+    let mut seen = std::collections::BTreeSet::new();
+    // The first may have begun before the call, the second may have passed over the block in question: the third has not.
+    eventually(DEADLINE, "the retention's walks", async || {
+        let rows = database.rows(sql, &[]).await;
+        seen.insert(rows.first()?.get::<_, String>(0));
+        (seen.len() > 3).then_some(())
+    })
+    .await;
+}
+
+async fn start(settings: &[(&str, &str)]) -> (Database, Walpost) {
+    let database = Database::create("retention").await;
+    database.init(&["--payload", "text"], settings).await;
+    database
+        .sql("INSERT INTO walpost.progress (slot, system_id) SELECT 'other', system_identifier::text FROM pg_control_system()")
+        .await;
+    let settings = [&[RETENTION, OFTEN], settings].concat();
+    let walpost = database.start(&settings).await;
+    (database, walpost)
+}
+
+#[tokio::test]
+async fn a_row_goes_when_it_is_old_and_delivered_for_every_slot_and_not_before() {
+    let (database, walpost) = start(&[]).await;
+
+    // GIVEN old rows: THEN nothing goes while nothing is delivered for one of the slots, or that is said of another cluster
+    insert(&database, "old", "2h").await;
+    insert(&database, "young", "-1h").await;
+    database.wait_all_confirmed(DEADLINE).await;
+    walked(&database).await;
+    assert_eq!(left(&database).await, ["old", "young"]);
+    database
+        .sql("UPDATE walpost.progress SET system_id = '1', delivered = pg_current_snapshot() WHERE slot = 'other'")
+        .await;
+    walked(&database).await;
+    assert_eq!(left(&database).await, ["old", "young"]);
+
+    // WHEN it is, for every slot: THEN the old one goes, and one that was committed since stays
+    insert(&database, "later", "2h").await;
+    let before = "UPDATE walpost.progress SET system_id = (SELECT system_identifier::text FROM pg_control_system()), delivered = (
+                      SELECT (min(txid::text::bigint)::text || ':' || min(txid::text::bigint)::text || ':')::pg_snapshot
+                      FROM walpost.outbox WHERE payload = 'later') WHERE slot = 'other'";
+    database.sql(before).await;
+    wait_left(&database, &["later", "young"]).await;
+    walked(&database).await;
+    assert_eq!(left(&database).await, ["later", "young"]);
+
+    // AND when all is delivered, only the young one is left
+    deliver(&database, OTHER).await;
+    wait_left(&database, &["young"]).await;
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn a_straggler_stays_in_whatever_state() {
+    let (database, walpost) = start(&[]).await;
+    for payload in ["dead", "sent", "retrying"] {
+        insert(&database, payload, "2h").await;
+    }
+    database
+        .sql(
+            "INSERT INTO walpost.straggler (slot, outbox, id, state, commit_lsn, ordinal, reason)
+             SELECT 's', 'walpost.outbox', id::text, payload, '0/1', 1, 'a test' FROM walpost.outbox
+             WHERE payload <> 'sent'",
+        )
+        .await;
+    deliver(&database, OTHER).await;
+    wait_left(&database, &["dead", "retrying"]).await;
+    walked(&database).await;
+    assert_eq!(left(&database).await, ["dead", "retrying"]);
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn in_mark_mode_only_a_marked_row_goes() {
+    let (database, walpost) = start(&[MARK]).await;
+    // GIVEN a row that is marked by its receipt, and one that a broken publication never sent
+    insert(&database, "marked", "2h").await;
+    database
+        .sql(
+            "ALTER PUBLICATION walpost DROP TABLE walpost.outbox;
+             INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, created_at)
+             VALUES ('t', 'k', 'e', 'never sent', clock_timestamp() - interval '2h');
+             ALTER PUBLICATION walpost ADD TABLE walpost.outbox",
+        )
+        .await;
+    database.wait_all_confirmed(DEADLINE).await;
+    deliver(&database, OTHER).await;
+    wait_left(&database, &["never sent"]).await;
+    walked(&database).await;
+    assert_eq!(left(&database).await, ["never sent"]);
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn many_rows_go_in_small_statements() {
+    // GIVEN rows over many blocks, a third of them young
+    let (database, walpost) = start(&[]).await;
+    database
+        .sql(
+            "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, created_at)
+             SELECT 't', 'k' || i % 10, 'e', repeat('x', 500),
+                    clock_timestamp() - interval '2h' * CASE WHEN i % 3 = 0 THEN -1 ELSE 1 END
+             FROM generate_series(1, 30000) i",
+        )
+        .await;
+    deliver(&database, OTHER).await;
+    eventually(DEADLINE, "10000 rows to be left", async || {
+        (left(&database).await.len() == 10_000).then_some(())
+    })
+    .await;
+    walked(&database).await;
+    assert_eq!(left(&database).await.len(), 10_000);
+    let lines = walpost.lines();
+    let deleted = lines
+        .iter()
+        .filter_map(|line| line.split_once("deleted=")?.1.parse::<u32>().ok());
+    assert_eq!(deleted.sum::<u32>(), 20_000, "each row was deleted once");
+    walpost.stop().await;
+}
+
+/// Names of the partitions, oldest first.
+async fn partitions(database: &Database) -> Vec<String> {
+    let sql = "SELECT relid::text FROM pg_partition_tree('walpost.outbox') WHERE isleaf ORDER BY 1";
+    database
+        .rows(sql, &[])
+        .await
+        .iter()
+        .map(|row| row.get(0))
+        .collect()
+}
+
+/// The present hour, read once: a test may run over its end.
+async fn present_hour(database: &Database) -> String {
+    let sql = "SELECT date_trunc('hour', clock_timestamp())::text";
+    database.rows(sql, &[]).await[0].get(0)
+}
+
+/// Attaches a partition of some hours ago, as if it had been made then.
+async fn attach(database: &Database, name: &str, now: &str, hours: u32) {
+    let sql = format!(
+        "SELECT ('{now}'::timestamptz - interval '{hours}h')::text, ('{now}'::timestamptz - interval '{hours}h' + interval '1h')::text"
+    );
+    let rows = database.rows(&sql, &[]).await;
+    let (from, upto): (&str, &str) = (rows[0].get(0), rows[0].get(1));
+    database
+        .sql(&format!("CREATE TABLE walpost.{name} PARTITION OF walpost.outbox FOR VALUES FROM ('{from}') TO ('{upto}')"))
+        .await;
+}
+
+fn insert_sql(payload: &str, now: &str, hours: u32) -> String {
+    format!(
+        "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, created_at)
+         VALUES ('t', 'k', 'e', '{payload}', '{now}'::timestamptz - interval '{hours}h' + interval '5min')"
+    )
+}
+
+#[tokio::test]
+async fn partitions_are_made_ahead_and_stream_and_drop_whole_once_every_row_is_delivered() {
+    // GIVEN an outbox partitioned by hour, with old partitions: an empty one, one with delivered rows, one with a straggler,
+    // and one in which a transaction is still open
+    let database = Database::create("partitions").await;
+    database
+        .init(&["--payload", "text", "--partition-by", "hour"], &[])
+        .await;
+    assert_eq!(
+        partitions(&database).await.len(),
+        49,
+        "this hour and two days"
+    );
+    database
+        .sql("INSERT INTO walpost.progress (slot, system_id) SELECT 'other', system_identifier::text FROM pg_control_system()")
+        .await;
+    let now = present_hour(&database).await;
+    for (name, hours) in [
+        ("outbox_empty", 9),
+        ("outbox_done", 8),
+        ("outbox_straggler", 7),
+        ("outbox_open", 6),
+    ] {
+        attach(&database, name, &now, hours).await;
+    }
+    for (payload, hours) in [("done", 8), ("also done", 8), ("straggler", 7), ("seen", 6)] {
+        database.sql(&insert_sql(payload, &now, hours)).await;
+    }
+    insert(&database, "young", "-1h").await;
+    let writer = database.connect().await;
+    writer.batch_execute("BEGIN").await.expect("a transaction");
+    writer
+        .batch_execute(&insert_sql("open", &now, 6))
+        .await
+        .expect("an insert");
+    database
+        .sql(
+            "INSERT INTO walpost.straggler (slot, outbox, id, state, commit_lsn, ordinal, reason)
+             SELECT 's', 'walpost.outbox', id::text, 'dead', '0/1', 1, 'a test' FROM walpost.outbox
+             WHERE payload = 'straggler'",
+        )
+        .await;
+
+    let walpost = database.start(&[RETENTION, OFTEN]).await;
+
+    // WHEN what can be seen is delivered: THEN no partition goes while a writer is at work
+    deliver(&database, OTHER).await;
+    walked(&database).await;
+    assert_eq!(partitions(&database).await.len(), 49 + 4);
+
+    // WHEN it has committed: THEN the first two go, and the delivered row beside its own
+    writer.batch_execute("COMMIT").await.expect("a commit");
+    wait_left(&database, &["open", "straggler", "young"]).await;
+    eventually(DEADLINE, "two partitions to be dropped", async || {
+        let left = partitions(&database).await;
+        (!left
+            .iter()
+            .any(|name| name.ends_with("_empty") || name.ends_with("_done")))
+        .then_some(())
+    })
+    .await;
+    walked(&database).await;
+
+    // AND what is a straggler, or is not delivered, stays
+    assert_eq!(left(&database).await, ["open", "straggler", "young"]);
+
+    // WHEN that is delivered too: THEN its partition goes
+    deliver(&database, OTHER).await;
+    wait_left(&database, &["straggler", "young"]).await;
+    eventually(DEADLINE, "the partition to be dropped", async || {
+        (!partitions(&database)
+            .await
+            .contains(&"walpost.outbox_open".to_owned()))
+        .then_some(())
+    })
+    .await;
+
+    // AND every row has been streamed under the one table's name
+    database.wait_all_confirmed(DEADLINE).await;
+    assert!(
+        !walpost.output().contains("skipped"),
+        "{}",
+        walpost.output()
+    );
+    walpost.stop().await;
+    let received = support::consume(
+        &support::servers().pulsar_url,
+        &database.topic("t"),
+        6,
+        DEADLINE,
+    )
+    .await;
+    assert_eq!(received.len(), 6);
+}
+
+#[tokio::test]
+async fn a_partition_that_is_missing_ahead_is_made_by_run() {
+    let database = Database::create("partitions").await;
+    database
+        .init(&["--payload", "text", "--partition-by", "day"], &[])
+        .await;
+    let made = partitions(&database).await;
+    assert_eq!(made.len(), 15, "today and two weeks");
+    for name in &made[1..] {
+        database.sql(&format!("DROP TABLE {name}")).await;
+    }
+    let walpost = database.start(&[]).await;
+    eventually(DEADLINE, "the partitions", async || {
+        (partitions(&database).await == made).then_some(())
+    })
+    .await;
+    walpost.stop().await;
+
+    // AND a table that is partitioned otherwise is not taken for it
+    let (code, said) = database
+        .walpost(&["init", "--partition-by", "hour"], &[])
+        .run(DEADLINE)
+        .await;
+    assert_eq!(code, 69, "{said}");
+    assert!(said.contains("not partitioned by hour"), "{said}");
+}

@@ -1,0 +1,59 @@
+//! Steps that most tests begin or end with: an outbox, a running connector, the moment when everything is confirmed.
+
+use std::time::Duration;
+
+use super::{Command, Database, Servers, Walpost};
+
+/// Far longer than any single step takes on a busy machine.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+impl Database {
+    /// `walpost <args>` for this database, with these settings besides.
+    pub(crate) fn walpost(&self, args: &[&str], settings: &[(&str, &str)]) -> Command {
+        let command = Command::walpost(args).on(self);
+        settings
+            .iter()
+            .fold(command, |command, (name, value)| command.env(name, value))
+    }
+
+    /// Runs `walpost init <args>`.
+    pub(crate) async fn init(&self, args: &[&str], settings: &[(&str, &str)]) {
+        let args: Vec<&str> = ["init"].iter().chain(args).copied().collect();
+        let (code, said) = self.walpost(&args, settings).run(DEADLINE).await;
+        assert_eq!(code, 0, "walpost init failed:\n{said}");
+    }
+
+    /// Starts `walpost run` and waits until it streams.
+    pub(crate) async fn start(&self, settings: &[(&str, &str)]) -> Walpost {
+        let mut walpost = self.walpost(&["run"], settings).spawn();
+        walpost.wait_for_line("streaming", DEADLINE).await;
+        walpost
+    }
+
+    /// Gives the test's topics a namespace of their own in which that broker deduplicates.
+    pub(crate) async fn deduplicate(&mut self, servers: &Servers) {
+        let policy = ("deduplication", "true", "true");
+        self.own_namespace(&servers.pulsar_admin_url, &[policy])
+            .await;
+    }
+
+    /// Waits until everything committed so far is confirmed: it has its receipt and is in its topic.
+    pub(crate) async fn wait_all_confirmed(&self, deadline: Duration) {
+        let now = self.current_wal_lsn().await;
+        self.wait_confirmed(&self.slot, now, deadline).await;
+    }
+
+    /// The topic that the test's template gives an aggregate type.
+    pub(crate) fn topic(&self, aggregatetype: &str) -> String {
+        format!("{}.{aggregatetype}", self.topic_prefix)
+    }
+}
+
+impl Walpost {
+    /// SIGTERM, and an end with exit code 0.
+    pub(crate) async fn stop(mut self) {
+        self.sigterm();
+        let code = self.wait_exit(DEADLINE).await;
+        assert_eq!(code, 0, "{}", self.output());
+    }
+}

@@ -1,0 +1,205 @@
+//! The program under test as a child process.
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::servers::send_signal;
+use super::{Database, eventually, servers};
+
+/// How a child is to be started; ends with [`Command::spawn`].
+pub(crate) struct Command(std::process::Command);
+
+impl Command {
+    /// `walpost <args>`, with no `WALPOST_*` or `PG*` variable of the test's own environment.
+    pub(crate) fn walpost<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Self {
+        Self::program(env!("CARGO_BIN_EXE_walpost"), args)
+    }
+
+    /// Another program, under the same rules.
+    pub(crate) fn program<A: AsRef<OsStr>>(
+        program: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> Self {
+        let mut command = std::process::Command::new(program);
+        command.args(args);
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy();
+            if name.starts_with("WALPOST_") || name.starts_with("PG") {
+                command.env_remove(&*name);
+            }
+        }
+        Self(command)
+    }
+
+    /// Sets a variable of the child's environment.
+    #[must_use]
+    pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.0.env(name, value);
+        self
+    }
+
+    /// Points the child at a test's database, slot and topics, and at the shared broker; over TCP.
+    #[must_use]
+    pub(crate) fn on(self, database: &Database) -> Self {
+        self.env("WALPOST_POSTGRES_URL", &database.url)
+            .env("WALPOST_PULSAR_URL", &servers().pulsar_url)
+            .env("WALPOST_SLOT", &database.slot)
+            .env(
+                "WALPOST_TOPIC",
+                format!("{}.{{aggregatetype}}", database.topic_prefix),
+            )
+            // Several connectors run at a time: each takes a port that is free.
+            .env("WALPOST_HTTP_ADDR", "127.0.0.1:0")
+    }
+
+    /// Starts it; its output is gathered line by line.
+    pub(crate) fn spawn(mut self) -> Walpost {
+        let program = self.0.get_program().to_owned();
+        let mut child = self
+            .0
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()));
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let readers = vec![
+            gather(child.stdout.take().expect("piped"), Arc::clone(&lines)),
+            gather(child.stderr.take().expect("piped"), Arc::clone(&lines)),
+        ];
+        Walpost {
+            child,
+            lines,
+            readers,
+        }
+    }
+
+    /// Starts it, waits for its end and returns its exit code and everything it printed.
+    pub(crate) async fn run(self, deadline: Duration) -> (i32, String) {
+        let mut child = self.spawn();
+        let code = child.wait_exit(deadline).await;
+        (code, child.output())
+    }
+}
+
+/// Reads a pipe to its end in a thread of its own, so that the child never waits for a slow test.
+fn gather(pipe: impl Read + Send + 'static, lines: Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).split(b'\n') {
+            let Ok(line) = line else { return };
+            let line = String::from_utf8_lossy(&line).into_owned();
+            lines.lock().expect("no reader panics").push(line);
+        }
+    })
+}
+
+/// A running child; killed when dropped.
+pub(crate) struct Walpost {
+    child: Child,
+    /// Shared with the two reader threads. Lines of stdout and stderr, in the order in which they were read.
+    lines: Arc<Mutex<Vec<String>>>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+impl Walpost {
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The lines it has printed so far.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        self.lines.lock().expect("no reader panics").clone()
+    }
+
+    /// The same as one text.
+    pub(crate) fn output(&self) -> String {
+        self.lines().join("\n")
+    }
+
+    /// Waits for a line that contains `text` and returns it. Fails at once when the child ends without it.
+    pub(crate) async fn wait_for_line(&mut self, text: &str, deadline: Duration) -> String {
+        let seen = Arc::clone(&self.lines);
+        let find = || {
+            let lines = seen.lock().expect("no reader panics");
+            lines.iter().find(|line| line.contains(text)).cloned()
+        };
+        let what = format!("a line with {text:?}");
+        let found = eventually(deadline, &what, async || {
+            // Asked before looking: a child that ended now has said everything it will say.
+            let ended = self.try_exit();
+            match (find(), ended) {
+                (Some(line), _) => Some(Ok(line)),
+                (None, Some(status)) => Some(Err(status)),
+                (None, None) => None,
+            }
+        });
+        match found.await {
+            Ok(line) => line,
+            Err(status) => panic!(
+                "the child ended ({status}) without {what}; it said:\n{}",
+                self.output()
+            ),
+        }
+    }
+
+    /// Waits for its end and returns the exit code; 128 + the signal's number if one ended it, as a shell shows it.
+    pub(crate) async fn wait_exit(&mut self, deadline: Duration) -> i32 {
+        use std::os::unix::process::ExitStatusExt;
+
+        let status = eventually(deadline, "the child's end", async || self.try_exit()).await;
+        status
+            .code()
+            .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+    }
+
+    /// Its exit status, if it has ended and all it said has been read.
+    fn try_exit(&mut self) -> Option<ExitStatus> {
+        let status = self.child.try_wait().expect("a child can be waited for")?;
+        for reader in self.readers.drain(..) {
+            reader.join().expect("no reader panics");
+        }
+        Some(status)
+    }
+
+    /// Asks it to stop, as an operator or a supervisor does.
+    pub(crate) fn sigterm(&self) {
+        self.signal("TERM");
+    }
+
+    /// Kills it: no destructor, no last word.
+    pub(crate) fn sigkill(&mut self) {
+        self.child.kill().expect("a child can be killed");
+    }
+
+    /// Sends a signal by its name: `STOP`, `CONT`, `INT`, …
+    pub(crate) fn signal(&self, name: &str) {
+        send_signal(&self.pid().to_string(), name);
+    }
+
+    /// The most memory it has had resident, in KiB (`VmHWM`); only while it lives.
+    pub(crate) fn peak_rss_kib(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = std::fs::read_to_string(path).expect("/proc can be read");
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .and_then(|value| value.trim().strip_suffix(" kB")?.parse().ok())
+            .expect("the child lives, so it has a peak resident size")
+    }
+}
+
+impl Drop for Walpost {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- the child said:\n{}\n---", self.output());
+        }
+    }
+}
