@@ -541,8 +541,9 @@ async fn pump<F: Future<Output = ()>>(
             }
             feedback.wanted |= reply_requested;
         }
+        let late = pipe.lateness();
         pipe.publisher().flush(if gulp.is_backlog() {
-            Flush::Backlog
+            Flush::Backlog(late)
         } else {
             Flush::Due
         });

@@ -30,6 +30,7 @@
 //! published. The pipe refuses.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use tracing::{debug, info, warn};
 
@@ -152,6 +153,9 @@ pub struct Pipe {
     scanned: HashSet<(u32, String)>,
     scratch: Scratch,
     topic: String,
+    /// Commit time of the last transaction that began, and when the last message was sent: microseconds by the server's
+    /// clock.
+    times_us: (i64, i64),
     /// The furthest position received.
     received: Lsn,
     /// WAL end of the last keepalive, for the idle rule.
@@ -182,6 +186,7 @@ impl Pipe {
             scanned: HashSet::new(),
             scratch: Scratch::new(),
             topic: String::new(),
+            times_us: (0, 0),
             received: confirmed,
             keepalive_wal_end: Lsn::ZERO,
             counters: Counters::default(),
@@ -311,6 +316,12 @@ impl Pipe {
         self.stream != Stream::Between
     }
 
+    /// How long after its commit the server has sent the last row: all of it by the server's clock.
+    pub fn lateness(&self) -> Duration {
+        let (committed, sent) = self.times_us;
+        Duration::from_micros(u64::try_from(sent.saturating_sub(committed)).unwrap_or(0))
+    }
+
     /// What passed so far.
     pub fn counters(&self) -> Counters {
         self.counters
@@ -350,9 +361,13 @@ impl Pipe {
                 Ok((Format::Fits, reply_requested))
             }
             Frame::XLogData {
-                wal_start, payload, ..
+                wal_start,
+                send_time_us,
+                payload,
+                ..
             } => {
                 self.received = self.received.max(wal_start);
+                self.times_us.1 = send_time_us;
                 Ok((self.message(payload, wal_start)?, false))
             }
         }
@@ -364,7 +379,14 @@ impl Pipe {
         })?;
         match message {
             Message::Insert { relation_id, tuple } => return self.insert(relation_id, &tuple, at),
-            Message::Begin { final_lsn, xid, .. } => self.begin(final_lsn, xid, at)?,
+            Message::Begin {
+                final_lsn,
+                commit_time_us,
+                xid,
+            } => {
+                self.times_us.0 = commit_time_us;
+                self.begin(final_lsn, xid, at)?;
+            }
             Message::Commit {
                 commit_lsn,
                 end_lsn,

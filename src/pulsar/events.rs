@@ -129,6 +129,9 @@ impl Publisher {
         };
         match lane.receipt(sequence_id, &mut self.scratch) {
             Receipt::Acknowledged(mut batch) => {
+                if let Some(at) = batch.sent_at() {
+                    self.receipt_delay = (7 * self.receipt_delay + at.elapsed()) / 8;
+                }
                 self.in_flight_messages -= batch.messages as usize;
                 self.in_flight_bytes -= batch.bytes;
                 self.acked

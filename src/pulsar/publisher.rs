@@ -33,8 +33,12 @@
 //! # When a batch is sent
 //!
 //! When it is full; when its lane has no batch without receipt (an idle pipe never waits); when it has waited for the linger
-//! time. Under load a lane always has a batch under way, so batches grow by themselves. While a backlog is being drained only
-//! the first counts, and a linger time that is several times longer.
+//! time. Under load a lane always has a batch under way, so batches grow by themselves.
+//!
+//! While rows come in numbers ([`Flush::Backlog`]) only the first counts, and a linger time that grows with how late they
+//! are: a quarter of the time that they have taken so far and that a receipt takes. Every entry costs the broker the same
+//! however many messages it holds, so fewer and larger ones end a backlog sooner; and a broker that gets slow is given
+//! fewer, by itself.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -117,15 +121,20 @@ pub struct PublisherConfig {
 pub enum Flush {
     /// Those whose lane has nothing under way, and those that have waited for the linger time.
     Due,
-    /// While a backlog is being drained: only those that have waited eight times the linger time.
-    Backlog,
+    /// While rows come in numbers, and were sent by the database this long after their commit: only those that have waited
+    /// for a part of that.
+    Backlog(Duration),
     /// All.
     All,
 }
 
-/// How much longer a batch may wait while there is a backlog. What is being drained is late anyway, and every entry costs
-/// the broker the same however many messages it holds: fewer and larger ones are what ends the backlog sooner.
-const BACKLOG_LINGER: u32 = 8;
+/// The part of an event's way so far that a batch may wait in a backlog.
+const BACKLOG_WAIT: u32 = 4;
+/// The longest wait in a backlog, in linger times: at full speed a lane's batch is full before that.
+const BACKLOG_MAX_LINGERS: u32 = 64;
+/// Events that are held while the broker is first asked about a topic: more are not worth their memory, one by one, for an
+/// answer that comes in a moment.
+const MAX_HELD_AT_FIRST: usize = 4096;
 
 /// Which side of a huge transaction's tail is being drained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -213,6 +222,8 @@ pub struct Publisher {
     pub(super) scratch: Vec<u8>,
     /// How long a batch may wait at present.
     linger: Duration,
+    /// How long receipts take: a moving average.
+    pub(super) receipt_delay: Duration,
     /// The last flush was one of a backlog: a lane that falls quiet does not send at once.
     pub(super) backlog: bool,
 }
@@ -240,6 +251,7 @@ impl Publisher {
         };
         Self {
             linger: config.batch_linger,
+            receipt_delay: Duration::ZERO,
             backlog: false,
             rows: config.rows.clone(),
             config,
@@ -290,6 +302,7 @@ impl Publisher {
             && self.in_flight_messages < self.config.max_in_flight_messages
             && self.in_flight_bytes < self.config.max_in_flight_bytes
             && self.rows.as_ref().is_none_or(RowQueue::has_room)
+            && (self.held_messages < MAX_HELD_AT_FIRST || !self.is_asking())
     }
 
     /// True when every event published has its receipt.
@@ -441,10 +454,11 @@ impl Publisher {
 
     /// Seals the open batches that are due. Call when there is nothing more to read at once, with [`Flush::Due`].
     pub fn flush(&mut self, what: Flush) {
-        self.backlog = what == Flush::Backlog;
+        let linger = self.config.batch_linger;
+        self.backlog = matches!(what, Flush::Backlog(_));
         self.linger = match what {
-            Flush::Due | Flush::All => self.config.batch_linger,
-            Flush::Backlog => self.config.batch_linger * BACKLOG_LINGER,
+            Flush::Due | Flush::All => linger,
+            Flush::Backlog(late) => backlog_linger(linger, late + self.receipt_delay),
         };
         let due = Instant::now().checked_sub(self.linger);
         for _ in 0..self.filling.len() {
@@ -561,5 +575,30 @@ impl Publisher {
 
     fn is_dedicated(&self, lane: usize) -> bool {
         self.dedicated.values().any(|&dedicated| dedicated == lane)
+    }
+}
+
+/// How long a batch may wait in a backlog, when its events' way from commit to receipt takes this long without that.
+fn backlog_linger(linger: Duration, way: Duration) -> Duration {
+    (way / BACKLOG_WAIT).clamp(linger, linger * BACKLOG_MAX_LINGERS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINGER: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_batch_waits_for_a_part_of_how_late_it_is_and_no_longer_than_it_takes_to_fill() {
+        let of = |way_ms| backlog_linger(LINGER, Duration::from_millis(way_ms));
+        assert_eq!(of(0), LINGER);
+        assert_eq!(of(2), LINGER);
+        assert_eq!(of(40), Duration::from_millis(10));
+        assert_eq!(of(60_000), Duration::from_millis(64));
+        assert_eq!(
+            backlog_linger(Duration::ZERO, Duration::from_secs(9)),
+            Duration::ZERO
+        );
     }
 }

@@ -14,6 +14,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pulsar::message::proto::SingleMessageMetadata;
 use tokio::sync::Notify;
@@ -49,6 +50,8 @@ pub(super) struct Route {
     pub last_diverted: u64,
     /// When the partitions are counted again.
     pub refresh_at: Instant,
+    /// When its first event came.
+    since: Instant,
 }
 
 /// What is known of a route's partitions.
@@ -76,6 +79,7 @@ impl Route {
             refused: None,
             last_diverted: 0,
             refresh_at: Instant::now(),
+            since: Instant::now(),
         }
     }
 
@@ -95,7 +99,17 @@ impl Route {
     }
 }
 
+/// How long a topic that is asked about for the first time may keep the others waiting.
+const FIRST_ANSWER: Duration = Duration::from_secs(2);
+
 impl Publisher {
+    /// True while the answer about a new topic may come any moment. One that cannot be had soon must not hold up the others.
+    pub(super) fn is_asking(&self) -> bool {
+        let unknown = |route: &&Route| route.state == State::Unknown && route.refused.is_none();
+        let mut routes = self.routes.iter().filter(unknown);
+        routes.any(|route| route.since.elapsed() < FIRST_ANSWER)
+    }
+
     pub(super) fn route(&mut self, name: &str) -> usize {
         let last = self.routes.get(self.last_route);
         if last.is_some_and(|route| route.name == name) {
