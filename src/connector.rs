@@ -54,6 +54,8 @@ const APPLICATION_NAME: &str = "walpost";
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a topic may be refused before its events become stragglers: a permission or a namespace that is just being made.
 const REFUSED_GRACE: Duration = Duration::from_secs(3);
+/// SQLSTATE of a slot that another process streams.
+const OBJECT_IN_USE: &str = "55006";
 /// Kept back from the grace period for the last status update and the goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
@@ -111,11 +113,7 @@ pub async fn run(
         if !error.is_temporary() {
             return Err(error);
         }
-        connector.meter.set_phase(if recovery::is_busy(&error) {
-            Phase::Standby
-        } else {
-            Phase::Connecting
-        });
+        connector.meter.set_phase(phase_after(&error));
         let delay = backoff.next_delay();
         warn!(retry_in_ms = delay.as_millis(), "{}", error.report());
         if connector
@@ -125,6 +123,15 @@ pub async fn run(
         {
             return connector.stopped_without_stream();
         }
+    }
+}
+
+/// What it is at until the next try. Without `walpost.progress` there is no lock, and the slot itself says that another has it.
+pub(crate) fn phase_after(error: &Error) -> Phase {
+    if recovery::is_busy(error) || postgres::sqlstate(error) == Some(OBJECT_IN_USE) {
+        Phase::Standby
+    } else {
+        Phase::Connecting
     }
 }
 

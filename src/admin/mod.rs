@@ -96,7 +96,11 @@ impl Admin {
             .map_err(failed)?;
         let (stop, stopped) = oneshot::channel();
         let (config, meter) = (config.clone(), Arc::clone(meter));
-        let work = move || runtime.block_on(run(listener, config, meter, warnings, stopped));
+        let work = move || {
+            runtime.block_on(run(listener, config, meter, warnings, stopped));
+            // Without waiting: a name that is still being looked up must not hold the process.
+            runtime.shutdown_background();
+        };
         let thread = std::thread::Builder::new()
             .name("http".to_owned())
             .spawn(work)

@@ -32,7 +32,7 @@ use super::progress::{self, Progress};
 use super::recovery::{self, Session};
 use super::table::ScanTable;
 use crate::config::Config;
-use crate::connector::{publisher_config, routing};
+use crate::connector::{phase_after, publisher_config, routing};
 use crate::meter::{Meter, Phase, Side};
 use crate::postgres::slot::slot_state;
 use crate::postgres::{connect_sql, sql_error};
@@ -67,11 +67,7 @@ pub async fn run(
         if looked {
             meter.lost(Side::Postgres);
         }
-        meter.set_phase(if recovery::is_busy(&error) {
-            Phase::Standby
-        } else {
-            Phase::Connecting
-        });
+        meter.set_phase(phase_after(&error));
         let delay = backoff.next_delay();
         warn!(retry_in_ms = delay.as_millis(), "{}", error.report());
         tokio::select! {

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
-use super::{DEADLINE, get, insert, insert_many, streaming};
+use super::{DEADLINE, addr_of, get, insert, insert_many, streaming};
 use crate::support::{Database, Proxy, eventually, servers, tool, unique};
 
 /// The contract.
@@ -188,7 +188,7 @@ async fn a_real_prometheus_knows_every_metric_of_the_contract_and_counts_what_wa
 }
 
 #[tokio::test]
-async fn lost_connections_and_repeated_rows_are_counted() {
+async fn lost_connections_repeated_rows_and_messages_the_broker_knew_are_counted() {
     // GIVEN a stream with one event that waits for its receipt
     let proxy = Proxy::before_broker(&servers().pulsar_addr);
     let url = format!("pulsar://{}", proxy.addr());
@@ -196,7 +196,11 @@ async fn lost_connections_and_repeated_rows_are_counted() {
         ("WALPOST_RECONNECT_MAX", "500ms"),
         ("WALPOST_PULSAR_URL", &*url),
     ];
-    let (database, walpost, addr) = streaming("lost", &settings).await;
+    let mut database = Database::create("lost").await;
+    database.deduplicate(servers()).await;
+    database.init(&["--payload", "text"], &[]).await;
+    let mut walpost = database.start(&settings).await;
+    let addr = addr_of(&mut walpost).await;
     insert(&database, "t", "k", "x").await;
     database.wait_all_confirmed(DEADLINE).await;
     proxy.hold_upstream_replies(true);
@@ -210,16 +214,19 @@ async fn lost_connections_and_repeated_rows_are_counted() {
     has_line(&addr, "walpost_reconnects_total{side=\"postgres\"} 1").await;
     has_line(&addr, "walpost_duplicates_suppressed_total 1").await;
 
-    // AND a lost broker connection too
+    // AND WHEN the broker connection is lost too, with the receipt of what the broker has stored
+    proxy.cut();
     proxy.hold_upstream_replies(false);
     database.wait_all_confirmed(DEADLINE).await;
-    proxy.cut();
+
+    // THEN that is counted, and the message that the broker's deduplication knew
     let lost = async || {
         let text = get(&addr, "/metrics").await.body;
         let zero = "walpost_reconnects_total{side=\"pulsar\"} 0\n";
         (!text.contains(zero)).then_some(())
     };
     eventually(DEADLINE, "the loss to be counted", lost).await;
+    has_line(&addr, "walpost_duplicates_suppressed_total 2").await;
     has_line(&addr, "walpost_in_flight_messages 0").await;
     walpost.stop().await;
 }
