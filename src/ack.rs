@@ -58,6 +58,8 @@ struct Txn {
     awaiting: u64,
     /// Set by the commit; `None` while rows may still come.
     end_lsn: Option<Lsn>,
+    /// When it committed, where that is known. Handed back with its receipts; decides nothing.
+    commit_time_us: Option<i64>,
 }
 
 /// See the module's documentation.
@@ -92,8 +94,16 @@ impl AckTracker {
             no,
             awaiting: 0,
             end_lsn: None,
+            commit_time_us: None,
         });
         no
+    }
+
+    /// The open transaction committed at this time, in whatever the caller measures: [`ack`](Self::ack) tells it again.
+    pub fn set_commit_time(&mut self, commit_time_us: i64) {
+        let open = self.queue.back_mut().filter(|txn| txn.end_lsn.is_none());
+        open.expect("a commit time outside of a transaction")
+            .commit_time_us = Some(commit_time_us);
     }
 
     /// One more event of the open transaction is handed to the broker's side.
@@ -126,8 +136,8 @@ impl AckTracker {
         }
     }
 
-    /// `count` events of transaction `no` have been acknowledged.
-    pub fn ack(&mut self, no: TxnNo, count: u64) {
+    /// `count` events of transaction `no` have been acknowledged; returns when it committed, if that was told.
+    pub fn ack(&mut self, no: TxnNo, count: u64) -> Option<i64> {
         // The queue is sorted by number; numbers of folded transactions are missing, so search instead of indexing.
         // Nearly always it is one of the first few.
         let index = self.queue.partition_point(|txn| txn.no < no);
@@ -135,10 +145,12 @@ impl AckTracker {
         let txn = txn.expect("a receipt for a transaction that awaits none");
         assert!(txn.awaiting >= count, "more receipts than events");
         txn.awaiting -= count;
+        let commit_time_us = txn.commit_time_us;
         self.awaiting -= count;
         if index == 0 {
             self.advance();
         }
+        commit_time_us
     }
 
     /// **The** flush position: the end of the last transaction before which everything is acknowledged; and only while

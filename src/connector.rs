@@ -19,6 +19,7 @@
 
 use std::future::Future;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -30,6 +31,7 @@ use crate::config::{AfterPublish, Config, Mode};
 use crate::feedback::Feedback;
 pub use crate::feedback::Progress;
 use crate::gulp::Gulp;
+use crate::meter::{Meter, Phase, Side};
 use crate::pipe::{Format, Pipe, Routing};
 use crate::postgres::{
     self, ReplicationConnection, ReplicationStream, StreamOptions, SystemIdentity, slot,
@@ -52,13 +54,17 @@ const APPLICATION_NAME: &str = "walpost";
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a topic may be refused before its events become stragglers: a permission or a namespace that is just being made.
 const REFUSED_GRACE: Duration = Duration::from_secs(3);
+/// SQLSTATE of a slot that another process streams.
+const OBJECT_IN_USE: &str = "55006";
 /// Kept back from the grace period for the last status update and the goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// Runs until `shutdown` resolves or an error that time cannot heal. `progress` is updated with every status update.
+/// Runs until `shutdown` resolves or an error that time cannot heal. `progress` is updated with every status update, `meter`
+/// with every receipt, and about once a second.
 pub async fn run(
     config: Config,
     progress: watch::Sender<Progress>,
+    meter: Arc<Meter>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let mut shutdown = pin!(shutdown);
@@ -68,11 +74,12 @@ pub async fn run(
     };
     if config.mode == Mode::Poll {
         modes::check_poll(&config)?;
-        return poll::run(config, session, shutdown).await;
+        return poll::run(config, session, meter, shutdown).await;
     }
     let mut connector = Connector {
         config,
         progress,
+        meter,
         pipe: None,
         binary: true,
         session,
@@ -95,7 +102,10 @@ pub async fn run(
                         connector.binary = false;
                         continue;
                     }
-                    Ended::Lost(error) => error,
+                    Ended::Lost(error) => {
+                        connector.meter.lost(Side::Postgres);
+                        error
+                    }
                 }
             }
             Err(error) => error,
@@ -103,6 +113,7 @@ pub async fn run(
         if !error.is_temporary() {
             return Err(error);
         }
+        connector.meter.set_phase(phase_after(&error));
         let delay = backoff.next_delay();
         warn!(retry_in_ms = delay.as_millis(), "{}", error.report());
         if connector
@@ -112,6 +123,15 @@ pub async fn run(
         {
             return connector.stopped_without_stream();
         }
+    }
+}
+
+/// What it is at until the next try. Without `walpost.progress` there is no lock, and the slot itself says that another has it.
+pub(crate) fn phase_after(error: &Error) -> Phase {
+    if recovery::is_busy(error) || postgres::sqlstate(error) == Some(OBJECT_IN_USE) {
+        Phase::Standby
+    } else {
+        Phase::Connecting
     }
 }
 
@@ -130,6 +150,7 @@ type Shutdown<'a, F> = Pin<&'a mut F>;
 struct Connector {
     config: Config,
     progress: watch::Sender<Progress>,
+    meter: Arc<Meter>,
     /// Made when the first connection tells which cluster this is, and anew should it be another.
     pipe: Option<(SystemIdentity, Pipe)>,
     binary: bool,
@@ -167,7 +188,7 @@ impl Connector {
         } = checked.inspect_err(|error| {
             if recovery::is_busy(error) {
                 // The other one needs the producers' names, and publishes what is in the air here.
-                self.pipe = None;
+                self.drop_pipe();
             }
         })?;
         if prepared
@@ -175,7 +196,7 @@ impl Connector {
             .is_some_and(|prepared| prepared.out_of_date)
         {
             // What was in the air is in the gap, or the slot sends it again, or another instance has published it.
-            self.pipe = None;
+            self.drop_pipe();
             self.session.told = None;
         }
         let known = self
@@ -193,7 +214,7 @@ impl Connector {
             self.start_modes(&tables, &identity);
             settings.rows = self.modes.queue();
             // The old ones end first: two tasks would answer for one table.
-            self.pipe = None;
+            self.drop_pipe();
             let started = Stragglers::start(&config, &settings);
             let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
                 return Ok(None);
@@ -245,6 +266,7 @@ impl Connector {
             return Ok(None);
         }
         self.pipe().streaming(true);
+        self.meter.set_phase(Phase::Streaming);
         info!(slot = self.config.slot, from = %start, "streaming");
         self.scanner = Some(client);
         Ok(Some(stream))
@@ -253,6 +275,7 @@ impl Connector {
     fn publishing_for(&self, identity: &SystemIdentity) -> PublisherConfig {
         publisher_config(
             &self.config,
+            &self.meter,
             &identity.system_id.to_string(),
             identity.timeline,
         )
@@ -279,6 +302,7 @@ impl Connector {
         };
         let routing = routing(&self.config);
         if progress.gap().is_some() {
+            self.meter.set_phase(Phase::Scanning);
             let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
             let gap = Gap {
                 client,
@@ -287,16 +311,18 @@ impl Connector {
                 routing: &routing,
                 publisher: PublisherConfig {
                     rows: self.modes.queue(),
-                    ..publisher_config(
-                        &self.config,
-                        &identity.system_id.to_string(),
-                        identity.timeline,
-                    )
+                    ..self.publishing_for(identity)
                 },
             };
             gap::close(gap, &mut progress).await?;
         }
         gap::overlap(client, &routing, &progress).await
+    }
+
+    /// What is in the air is not ours to wait for any more.
+    fn drop_pipe(&mut self) {
+        self.pipe = None;
+        self.meter.set_in_flight((0, 0), 0);
     }
 
     fn pipe(&mut self) -> &mut Pipe {
@@ -331,6 +357,7 @@ impl Connector {
                 event = pipe.next_event() => pipe.event(event)?,
                 () = sleep_until(tick_at) => {
                     pipe.publisher().tick(Instant::now());
+                    pipe.metering();
                     tick_at = Instant::now() + TICK_INTERVAL;
                 }
             }
@@ -372,6 +399,7 @@ impl Connector {
         self.pipe().streaming(false);
         match ended {
             Ok(Stopped::Shutdown { told_at }) => {
+                self.meter.set_phase(Phase::Stopping);
                 info!("stopping: no more intake, waiting for receipts");
                 self.stop(stream, feedback, told_at + grace).await?;
                 self.note_stop().await;
@@ -464,7 +492,12 @@ pub(crate) fn routing(config: &Config) -> Routing {
 }
 
 /// How events of this cluster and timeline are published.
-pub(crate) fn publisher_config(config: &Config, system_id: &str, timeline: u32) -> PublisherConfig {
+pub(crate) fn publisher_config(
+    config: &Config,
+    meter: &Arc<Meter>,
+    system_id: &str,
+    timeline: u32,
+) -> PublisherConfig {
     PublisherConfig {
         service: config.pulsar_url.hosts.clone(),
         auth: config.pulsar_auth.clone(),
@@ -488,6 +521,7 @@ pub(crate) fn publisher_config(config: &Config, system_id: &str, timeline: u32) 
         max_in_flight_messages: config.max_in_flight_messages,
         max_in_flight_bytes: usize::try_from(config.max_in_flight_bytes).unwrap_or(usize::MAX),
         send_timeout: config.send_timeout,
+        meter: Arc::clone(meter),
         reconnect: (config.reconnect_initial, config.reconnect_max),
     }
 }
@@ -554,6 +588,7 @@ async fn pump<F: Future<Output = ()>>(
         }
         if now >= tick_at {
             pipe.publisher().tick(now);
+            pipe.metering();
             tick_at = now + TICK_INTERVAL;
         }
 

@@ -90,6 +90,7 @@ impl Feedback {
         self.last = Instant::now();
         self.next = self.last + self.interval;
         self.wanted = false;
+        pipe.metering();
         let (in_flight_messages, in_flight_bytes) = pipe.publisher().in_flight();
         self.progress.send_replace(Progress {
             streaming: true,

@@ -23,7 +23,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use crate::config::Secret;
-use crate::{Error, Result, tls};
+use crate::{Error, Result};
 
 /// To connect, and for the TLS handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -137,8 +137,8 @@ pub(crate) struct Request<'a> {
     pub(crate) authorization: Option<&'a Secret>,
     /// Content type and body.
     pub(crate) body: Option<(&'static str, String)>,
-    /// Used only for `https`.
-    pub(crate) tls: Arc<ClientConfig>,
+    /// For `https`.
+    pub(crate) tls: Option<Arc<ClientConfig>>,
     /// Who is asked, for errors: "the admin interface of Pulsar".
     pub(crate) peer: &'a str,
 }
@@ -167,15 +167,19 @@ pub(crate) async fn send(request: Request<'_>) -> Result<Response> {
         let answer = timeout(ANSWER_TIMEOUT, exchange(stream, &request, &peer));
         return answer.await.map_err(|_| late())?;
     }
+    let tls = request
+        .tls
+        .as_ref()
+        .ok_or_else(|| Error::bug("a request over https without settings for TLS"))?;
     let name = ServerName::try_from(url.host.clone())
         .map_err(|_| Error::config(format!("{} is no name of a certificate", url.host)))?;
-    let identified = request.tls.client_auth_cert_resolver.has_certs();
-    let handshake = TlsConnector::from(Arc::clone(&request.tls)).connect(name, stream);
+    let identified = tls.client_auth_cert_resolver.has_certs();
+    let handshake = TlsConnector::from(Arc::clone(tls)).connect(name, stream);
     let stream = timeout(CONNECT_TIMEOUT, handshake)
         .await
         .map_err(|_| late())?
         .map_err(|error| {
-            tls::explain(&peer, &url.host, identified, &error)
+            crate::tls::explain(&peer, &url.host, identified, &error)
                 .unwrap_or_else(|| away(error).hint("is this the server's port for https?"))
         })?;
     let answer = timeout(ANSWER_TIMEOUT, exchange(stream, &request, &peer));

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! One task ([`connector`]) owns the replication socket and everything up to the sealed batch; each broker connection is a
-//! task of its own that owns that socket. Between them are channels, no locks. A row is copied once: from the read buffer
+//! task of its own that owns that socket. Between them are channels, no locks. Whoever watches reads the [`meter`] on another
+//! thread ([`admin`]). A row is copied once: from the read buffer
 //! into its lane's batch, which is also the frame that goes to the broker.
 //!
 //! # What is guaranteed, and where the argument stands
@@ -31,6 +32,7 @@
 //! | an event that cannot be published is not lost | it is stored before the LSN passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`pipe`]) | `tests/stragglers.rs`, `tests/unpublishable.rs` |
 //! | a row is marked or deleted only behind its receipt, and every such row in the end | ids come from receipts alone; what was lost is found ([`scanner::after_publish`], [`scanner::unmarked`]) | `tests/after_publish.rs` |
 //! | nothing undelivered goes by retention | one condition for rows and partitions, looked at under a lock ([`scanner::retention`]) | `tests/retention.rs` |
+//! | readiness follows progress, and whoever watches costs the pipe nothing | judged by receipts, on a thread that shares only atomics ([`admin`], [`meter`]) | `tests/http.rs` |
 //! | no secret is printed, at any log level | secrets are of a type without `Display`, answers of servers are not repeated ([`config`], [`http`]) | `tests/security.rs` |
 //!
 //! # Reading order
@@ -43,7 +45,8 @@
 //! 5. [`outbox`]: from a row to an event and its topic.
 //! 6. [`pulsar`]: lanes, batches, receipts, brokers.
 //! 7. [`scanner`]: what comes from the table, and what happens to rows once they are published.
-//! 8. [`config`], [`cli`]: settings and commands. [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
+//! 8. [`meter`], [`admin`]: what people, probes and Prometheus are told.
+//! 9. [`config`], [`cli`]: settings and commands. [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
 
 // A test that unwraps fails, which is what it is for; its casts are of numbers it chose.
 #![cfg_attr(
@@ -56,6 +59,7 @@
 )]
 
 pub mod ack;
+pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod connector;
@@ -65,6 +69,7 @@ pub mod gulp;
 pub mod http;
 pub mod logging;
 pub mod lsn;
+pub mod meter;
 pub mod outbox;
 pub mod pgoutput;
 pub mod pipe;

@@ -29,7 +29,7 @@ fn main() -> ExitCode {
 }
 
 fn start(invocation: Invocation) -> Result<u8> {
-    logging::init(&invocation.config)?;
+    let warnings = logging::init(&invocation.config)?;
     let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     for name in config::unknown_env_vars(names) {
         tracing::warn!("the env var {name} means nothing to this version of walpost");
@@ -39,7 +39,7 @@ fn start(invocation: Invocation) -> Result<u8> {
         .enable_all()
         .build()
         .map_err(|error| Error::temporary("cannot start the runtime").caused_by(error))?
-        .block_on(cli::dispatch(invocation))
+        .block_on(cli::dispatch(invocation, warnings))
 }
 
 /// Says what went wrong, a line for each of several wrong settings.

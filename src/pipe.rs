@@ -59,6 +59,20 @@ pub struct Counters {
     pub skipped: u64,
 }
 
+impl Counters {
+    /// What came since an earlier reading of the same counters.
+    fn since(&self, earlier: &Self) -> Self {
+        Self {
+            events: self.events - earlier.events,
+            acknowledged: self.acknowledged - earlier.acknowledged,
+            stragglers: self.stragglers - earlier.stragglers,
+            suppressed: self.suppressed - earlier.suppressed,
+            transactions: self.transactions - earlier.transactions,
+            skipped: self.skipped - earlier.skipped,
+        }
+    }
+}
+
 /// Which tables and columns are read, and where their rows go.
 #[derive(Clone, Debug)]
 pub struct Routing {
@@ -161,6 +175,8 @@ pub struct Pipe {
     /// WAL end of the last keepalive, for the idle rule.
     keepalive_wal_end: Lsn,
     counters: Counters,
+    /// What of these the meter knows.
+    metered: Counters,
 }
 
 impl Pipe {
@@ -190,6 +206,7 @@ impl Pipe {
             received: confirmed,
             keepalive_wal_end: Lsn::ZERO,
             counters: Counters::default(),
+            metered: Counters::default(),
         }
     }
 
@@ -327,6 +344,16 @@ impl Pipe {
         self.counters
     }
 
+    /// Tells the meter where everything stands; to be called about once a second, and with every status update.
+    pub fn metering(&mut self) {
+        let confirmed = self.flush_lsn();
+        let meter = self.publisher.meter();
+        meter.count(&self.counters.since(&self.metered));
+        meter.set_positions(self.received.max(confirmed), confirmed);
+        meter.set_in_flight(self.publisher.in_flight(), self.unfinished());
+        self.metered = self.counters;
+    }
+
     /// Everything before this was received.
     pub fn received(&self) -> Lsn {
         self.received
@@ -340,9 +367,16 @@ impl Pipe {
     /// Applies what a broker said, and books the receipts.
     pub fn broker_event(&mut self, event: BrokerEvent) -> Result<()> {
         let result = self.publisher.handle(event);
+        let mut oldest: Option<i64> = None;
+        let mut acknowledged = 0;
         for (txn, count) in self.publisher.take_acked() {
-            self.tracker.ack(txn, count);
-            self.counters.acknowledged += count;
+            let committed = self.tracker.ack(txn, count);
+            oldest = oldest.or(committed);
+            acknowledged += count;
+        }
+        self.counters.acknowledged += acknowledged;
+        if let Some(oldest) = oldest {
+            self.publisher.meter().latency(oldest, acknowledged);
         }
         self.hand_on_diverted();
         result
@@ -385,7 +419,7 @@ impl Pipe {
                 xid,
             } => {
                 self.times_us.0 = commit_time_us;
-                self.begin(final_lsn, xid, at)?;
+                self.begin(final_lsn, commit_time_us, xid, at)?;
             }
             Message::Commit {
                 commit_lsn,
@@ -422,7 +456,7 @@ impl Pipe {
         Ok(Format::Fits)
     }
 
-    fn begin(&mut self, commit_lsn: Lsn, xid: u32, at: Lsn) -> Result<()> {
+    fn begin(&mut self, commit_lsn: Lsn, commit_time_us: i64, xid: u32, at: Lsn) -> Result<()> {
         if self.stream != Stream::Between {
             return Err(Error::bug(format!(
                 "a transaction begins inside another at {at}"
@@ -442,12 +476,16 @@ impl Pipe {
                 ))
                 .hint("rows between the two may never have been published: compare the table with the topics, then start walpost again"));
             }
-            None => OpenTxn {
-                no: self.tracker.begin(),
-                commit_lsn,
-                xid,
-                rows: 0,
-            },
+            None => {
+                let no = self.tracker.begin();
+                self.tracker.set_commit_time(commit_time_us);
+                OpenTxn {
+                    no,
+                    commit_lsn,
+                    xid,
+                    rows: 0,
+                }
+            }
         };
         self.open = Some(open);
         self.stream = Stream::Open {

@@ -10,6 +10,7 @@ pub mod demo;
 pub mod init;
 pub mod run;
 pub mod sql;
+pub mod status;
 pub mod stragglers;
 
 use std::ffi::OsString;
@@ -20,6 +21,7 @@ use clap::{Arg, ArgMatches};
 
 use crate::config::settings::{self, Kind, Setting};
 use crate::config::{Config, Lookup};
+use crate::logging::Warnings;
 use crate::scanner::partitions::Span;
 use crate::{Error, Result};
 use ddl::Payload;
@@ -43,6 +45,8 @@ pub enum Command {
         /// As JSON.
         json: bool,
     },
+    /// Say how a running walpost is.
+    Status(status::Options),
     /// Show it all at work.
     Demo(demo::Options),
     /// List, retry or discard stragglers.
@@ -108,18 +112,22 @@ pub fn parse(
             partition_by: partition_by(matches),
         },
         "stragglers" => stragglers_command(action, matches),
+        "status" => Command::Status(status::Options {
+            json: matches.get_flag("json"),
+            watch: matches.get_flag("watch"),
+        }),
         "demo" => Command::Demo(demo_options(matches)),
         _ => Command::Run,
     };
     Ok(Invocation { command, config })
 }
 
-/// Runs the command to its end and gives its exit code.
-pub async fn dispatch(invocation: Invocation) -> Result<u8> {
+/// Runs the command to its end and gives its exit code. `warnings` are what is logged meanwhile.
+pub async fn dispatch(invocation: Invocation, warnings: Warnings) -> Result<u8> {
     let Invocation { command, config } = invocation;
     let out = &mut io::stdout();
     match command {
-        Command::Run => run::run(config).await?,
+        Command::Run => run::run(config, warnings).await?,
         Command::Init {
             payload,
             partition_by,
@@ -144,6 +152,7 @@ pub async fn dispatch(invocation: Invocation) -> Result<u8> {
         Command::Stragglers { action, chosen } => {
             return stragglers::run(&config, action, &chosen, out).await;
         }
+        Command::Status(options) => status::run(&config, options, out).await?,
         Command::Demo(options) => return Box::pin(demo::run(&config, options, out)).await,
     }
     Ok(0)
@@ -289,7 +298,7 @@ pub fn command() -> clap::Command {
         .version(env!("CARGO_PKG_VERSION"))
         .about("Tails a Postgres outbox by logical replication and publishes every committed row to Apache Pulsar.")
         .after_help(
-            "Every setting is a flag and an env var; the flag wins, and an empty env var counts as not set.\n\
+            "Every setting is a flag and an env var; the flag wins, and an empty env var counts as not set (an empty WALPOST_HTTP_ADDR as none).\n\
              Exit codes: 0 done; 64 wrong configuration; 69 a server refuses for good; 70 a bug; 75 try again later.",
         )
         .subcommand_required(true)
@@ -320,6 +329,12 @@ pub fn command() -> clap::Command {
                 .subcommand_required(true)
                 .arg_required_else_help(true)
                 .subcommands(stragglers_subcommands()),
+        )
+        .subcommand(
+            clap::Command::new("status")
+                .about("Say how the walpost is that runs on this machine, as it tells at WALPOST_HTTP_ADDR")
+                .arg(switch("json").help("print what /status says, one JSON object"))
+                .arg(switch("watch").help("again every two seconds, until Ctrl-C")),
         )
         .subcommand(
             clap::Command::new("demo")

@@ -1,22 +1,42 @@
 //! `walpost run`: the connector, until a signal ends it.
 
 use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
+use tokio::time::sleep;
 
+use crate::admin::Admin;
 use crate::config::Config;
+use crate::logging::Warnings;
+use crate::meter::Meter;
 use crate::{Error, Result, connector};
 
 /// Exit code of a second signal: nothing was lost, but not everything was confirmed either.
 const EXIT_UNFINISHED: i32 = 75;
 
-/// Streams until SIGTERM or SIGINT, then drains.
-pub async fn run(config: Config) -> Result<()> {
+/// How often the connector's thread shows that it lives.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// Streams until SIGTERM or SIGINT, then drains. `warnings` are for the status page.
+pub async fn run(config: Config, warnings: Warnings) -> Result<()> {
+    let meter = Arc::new(Meter::new());
+    // Before anything else is touched: who cannot be watched does not start.
+    let _admin = Admin::start(&config, &meter, warnings)?;
+    let beating = Arc::clone(&meter);
+    tokio::spawn(async move {
+        loop {
+            beating.beat();
+            sleep(BEAT).await;
+        }
+    });
     // Boxed: the whole connector's state is in this future.
     Box::pin(connector::run(
         config,
         watch::Sender::default(),
+        meter,
         shutdown_signal()?,
     ))
     .await

@@ -9,6 +9,7 @@ mod reader;
 pub mod settings;
 mod values;
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
@@ -109,6 +110,8 @@ pub struct Config {
     pub after_publish: AfterPublish,
     /// How long delivered rows are kept; `None` is for ever.
     pub retention: Option<Duration>,
+    /// Where status page, metrics and health are served, if anywhere.
+    pub http_addr: Option<SocketAddr>,
     /// A tracing filter that has been checked.
     pub log: String,
     /// Form of the log lines.
@@ -191,6 +194,7 @@ fn read(reader: &mut Reader<'_>, env: Lookup<'_>) -> Option<Config> {
     let dead_letter_topic = reader.text(&s::DEAD_LETTER_TOPIC, full_topic);
     let after_publish = reader.text(&s::AFTER_PUBLISH, AfterPublish::parse);
     let retention = reader.text(&s::RETENTION, values::retention);
+    let http_addr = reader.text_or_nothing(&s::HTTP_ADDR, values::http_addr);
     let log = reader.text(&s::LOG, log_filter);
     let log_format = reader.text(&s::LOG_FORMAT, LogFormat::parse);
     let shutdown_grace = reader.duration(&s::SHUTDOWN_GRACE);
@@ -258,6 +262,7 @@ fn read(reader: &mut Reader<'_>, env: Lookup<'_>) -> Option<Config> {
         dead_letter_topic,
         after_publish: after_publish?,
         retention: retention?,
+        http_addr: http_addr?,
         log: log?,
         log_format: log_format?,
         shutdown_grace: shutdown_grace?,

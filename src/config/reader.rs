@@ -64,6 +64,11 @@ impl<'a> Reader<'a> {
     }
 
     fn given(&mut self, setting: &Setting) -> Option<Given> {
+        self.given_if(setting, |text| !text.is_empty())
+    }
+
+    /// The value, an env var only if its text `counts`.
+    fn given_if(&mut self, setting: &Setting, counts: impl Fn(&String) -> bool) -> Option<Given> {
         #[cfg(test)]
         self.read.push(setting.env);
         if let Some(text) = (self.flags)(&setting.flag()) {
@@ -71,7 +76,7 @@ impl<'a> Reader<'a> {
             return Some(Given { text, origin });
         }
         // Templates of orchestrators set variables to nothing when they mean "not set".
-        if let Some(text) = (self.env)(setting.env).filter(|text| !text.is_empty()) {
+        if let Some(text) = (self.env)(setting.env).filter(counts) {
             let origin = Origin::Env;
             return Some(Given { text, origin });
         }
@@ -112,6 +117,16 @@ impl<'a> Reader<'a> {
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Option<T> {
         let given = self.given(setting)?;
+        self.parsed(setting, &given, parse)
+    }
+
+    /// The same for a setting that an empty env var switches off.
+    pub(super) fn text_or_nothing<T>(
+        &mut self,
+        setting: &Setting,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Option<T> {
+        let given = self.given_if(setting, |_| true)?;
         self.parsed(setting, &given, parse)
     }
 

@@ -412,6 +412,11 @@ settings! {
         "WALPOST_DEAD_LETTER_TOPIC", Described("none"), Kind::Text("a full topic name, or a name in public/default"),
         "where a copy of each dead straggler goes",
     );
+    HTTP_ADDR = Setting::new(
+        "WALPOST_HTTP_ADDR", Value("127.0.0.1:9464"),
+        Kind::Text("an IP address and a port, such as 127.0.0.1:9464 or [::]:9464, or none"),
+        "where run serves its status page, metrics and health, and status asks for them; none or nothing: nowhere",
+    );
     LOG = Setting::new(
         "WALPOST_LOG", Value("info"),
         Kind::Text("off, error, warn, info, debug, trace, or a tracing filter such as info,walpost=debug"),

@@ -3,6 +3,7 @@
 //! Each parser returns the reason in words and never repeats the value: the caller knows whether it may be shown.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -236,6 +237,17 @@ fn host_and_port(text: &str, default_port: u16) -> Result<(String, u16), String>
         Some(_) => return Err("a port is not a number".to_owned()),
     };
     Ok((host.to_owned(), port))
+}
+
+/// Where to serve HTTP: an IP address and a port (0: any that is free), or nowhere.
+pub(super) fn http_addr(text: &str) -> Result<Option<SocketAddr>, String> {
+    match text {
+        "" | "none" => Ok(None),
+        _ => text
+            .parse()
+            .map(Some)
+            .map_err(|_| "it is no IP address with a port".to_owned()),
+    }
 }
 
 /// How log lines look.

@@ -86,7 +86,7 @@ impl Admin {
             url: &url,
             authorization: authorization.as_ref(),
             body: body.map(|body| ("application/json", body.to_owned())),
-            tls: self.tls.client_config()?,
+            tls: Some(self.tls.client_config()?),
             peer: "Pulsar's admin interface",
         })
         .await

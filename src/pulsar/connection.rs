@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use pulsar::message::proto::{BaseCommand, CommandConnected, ServerError};
+use pulsar::message::proto::{BaseCommand, CommandConnected, MessageIdData, ServerError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 use tracing::{debug, warn};
@@ -52,6 +52,8 @@ pub(super) enum Event {
         connection: u64,
         producer_id: u64,
         sequence_id: u64,
+        /// The broker's deduplication knew it: nothing was stored now.
+        stored_before: bool,
     },
     /// A batch was refused.
     SendError {
@@ -436,10 +438,14 @@ impl Driver {
             let connection = self.id;
             if let Some(receipt) = command.send_receipt {
                 let (producer_id, sequence_id) = (receipt.producer_id, receipt.sequence_id);
+                // (-1, -1) says so (`PulsarCommandSender.sendSendReceiptResponse` after a duplicate).
+                let none = |id: &MessageIdData| (id.ledger_id, id.entry_id) == (u64::MAX, u64::MAX);
+                let stored_before = receipt.message_id.as_ref().is_some_and(none);
                 self.tell(Event::Receipt {
                     connection,
                     producer_id,
                     sequence_id,
+                    stored_before,
                 })
                 .await;
             } else if let Some(error) = command.send_error {

@@ -15,6 +15,7 @@ use super::publisher::{Opener, Publisher};
 use super::verdict::{self, SendVerdict};
 use super::wire::NextBroker;
 use crate::ack::TxnNo;
+use crate::meter::Side;
 use crate::{Error, Result};
 
 /// A thing a broker said, the end of a connection, or room for more rows (`None`), for [`Publisher::handle`].
@@ -65,8 +66,9 @@ impl Publisher {
                 connection,
                 producer_id,
                 sequence_id,
+                stored_before,
             } => {
-                self.receipt(connection, producer_id, sequence_id);
+                self.receipt(connection, producer_id, sequence_id, stored_before);
                 Ok(())
             }
             Event::SendError {
@@ -123,7 +125,13 @@ impl Publisher {
         self.acked.drain(..)
     }
 
-    fn receipt(&mut self, connection: u64, producer_id: u64, sequence_id: u64) {
+    fn receipt(
+        &mut self,
+        connection: u64,
+        producer_id: u64,
+        sequence_id: u64,
+        stored_before: bool,
+    ) {
         let Some(lane) = self.lanes.get_mut(slot(producer_id)) else {
             return;
         };
@@ -140,6 +148,13 @@ impl Publisher {
                     queue.push(*marks);
                 }
                 let topic = lane.topic;
+                let route = self.topics[topic].route;
+                let metered = self.routes[route].metered;
+                let messages = u64::from(batch.messages);
+                self.config.meter.published(metered, messages);
+                if stored_before {
+                    self.config.meter.recognized(messages);
+                }
                 if lane.is_quiet() && !self.backlog {
                     lane.seal(&mut self.scratch);
                 }
@@ -248,6 +263,7 @@ impl Publisher {
                 }
             }
         }
+        self.config.meter.lost(Side::Pulsar);
         warn!(connection, lanes, "broker connection ended: {reason}");
         for topic in topics {
             self.reopen_topic(topic);

@@ -62,6 +62,7 @@ use super::schema::SchemaConfig;
 use super::tls::TlsFiles;
 use super::wire::NextBroker;
 use crate::ack::TxnNo;
+use crate::meter::Meter;
 use crate::retry::Backoff;
 use crate::{Error, Lsn, Result};
 
@@ -112,6 +113,8 @@ pub struct PublisherConfig {
     pub send_timeout: Duration,
     /// Where the rows of acknowledged events (`Outgoing::mark`) go, if anywhere; a full queue stops the intake.
     pub rows: Option<RowQueue>,
+    /// Told of receipts and of lost connections.
+    pub meter: Arc<Meter>,
     /// First and longest pause between attempts to reach a broker.
     pub reconnect: (Duration, Duration),
 }
@@ -294,6 +297,11 @@ impl Publisher {
     /// lie behind that, or the database was put back to an older state (see the module's documentation).
     pub fn set_log_end(&mut self, log_end: Lsn) {
         self.log_end = log_end;
+    }
+
+    /// Where this publisher counts.
+    pub fn meter(&self) -> &Meter {
+        &self.config.meter
     }
 
     /// True while another event may be published.

@@ -27,6 +27,7 @@ use super::opener;
 use super::publisher::{Placed, Publisher, Topic};
 use super::rows::{Row, Rows};
 use crate::ack::TxnNo;
+use crate::meter::TopicId;
 use crate::outbox::key_hash;
 use crate::retry::Backoff;
 use crate::{Error, Lsn, Result};
@@ -52,6 +53,8 @@ pub(super) struct Route {
     pub refresh_at: Instant,
     /// When its first event came.
     since: Instant,
+    /// Its place in the meter.
+    pub metered: TopicId,
 }
 
 /// What is known of a route's partitions.
@@ -67,7 +70,7 @@ pub(super) enum State {
 }
 
 impl Route {
-    pub(super) fn new(name: String) -> Self {
+    pub(super) fn new(name: String, metered: TopicId) -> Self {
         Self {
             name,
             state: State::Unknown,
@@ -80,6 +83,7 @@ impl Route {
             last_diverted: 0,
             refresh_at: Instant::now(),
             since: Instant::now(),
+            metered,
         }
     }
 
@@ -119,7 +123,8 @@ impl Publisher {
             index
         } else {
             let index = self.routes.len();
-            self.routes.push(Route::new(name.to_owned()));
+            let metered = self.config.meter.topic(name);
+            self.routes.push(Route::new(name.to_owned(), metered));
             self.route_index.insert(name.to_owned(), index);
             let hurry = Arc::clone(&self.routes[index].hurry);
             let directory = self.directory.clone();

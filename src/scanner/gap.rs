@@ -67,8 +67,13 @@ pub async fn close(gap: Gap<'_>, progress: &mut Progress) -> Result<()> {
             info!(table = %name, "the table has no columns txid and seq: rows from before the slot are not looked for");
             continue;
         };
-        let scan = Scan::new(&gap, &table, &upto, progress).await?;
-        scan.run(&gap, progress, &upto).await?;
+        let mut scan = Scan::new(&gap, &table, &upto, progress).await?;
+        scan.metering();
+        let scanned = scan.run(&gap, progress, &upto).await;
+        // Also where it failed: what was in the air is published again by the next one.
+        scan.publisher.meter().end_scan();
+        scan.publisher.meter().set_in_flight((0, 0), 0);
+        scanned?;
     }
     progress.position.done = true;
     progress.delivered = Some(upto);
@@ -84,7 +89,9 @@ struct Scan<'a> {
     tracker: AckTracker,
     scratch: Scratch,
     topic: String,
-    /// The table's place in the settings, where receipts are to tell of their rows.
+    /// The table's place in the settings.
+    place: usize,
+    /// The same, where receipts are to tell of their rows.
     mark: Option<u32>,
     after: i64,
     published: u64,
@@ -107,6 +114,13 @@ impl<'a> Scan<'a> {
             ..gap.publisher.clone()
         });
         publisher.connect().await?;
+        let place = gap
+            .routing
+            .tables
+            .iter()
+            .position(|known| *known == table.name);
+        let place =
+            place.ok_or_else(|| Error::bug("a table is scanned that is not in the settings"))?;
         let now = Instant::now();
         Ok(Self {
             table,
@@ -119,13 +133,12 @@ impl<'a> Scan<'a> {
             tracker: AckTracker::new(position(after)?),
             scratch: Scratch::new(),
             topic: String::new(),
+            place,
             mark: gap
                 .routing
-                .tables
-                .iter()
-                .position(|known| *known == table.name)
-                .filter(|_| gap.routing.report_rows)
-                .and_then(|place| u32::try_from(place).ok()),
+                .report_rows
+                .then(|| u32::try_from(place).ok())
+                .flatten(),
             after,
             published: 0,
             stored_at: now,
@@ -133,7 +146,7 @@ impl<'a> Scan<'a> {
         })
     }
 
-    async fn run(mut self, gap: &Gap<'_>, progress: &mut Progress, upto: &Snapshot) -> Result<()> {
+    async fn run(&mut self, gap: &Gap<'_>, progress: &mut Progress, upto: &Snapshot) -> Result<()> {
         let table = &self.table.name;
         debug!(%table, after_seq = self.after, "reading rows from the table");
         let except = progress.delivered.as_ref();
@@ -202,12 +215,21 @@ impl<'a> Scan<'a> {
         }
         self.stored_at = now;
         self.publisher.tick(now);
+        self.metering();
         self.store(gap, progress).await?;
         if now - self.told_at >= TELL {
             self.told_at = now;
             info!(table = %self.table.name, published = self.published, "publishing rows from the table");
         }
         Ok(())
+    }
+
+    fn metering(&mut self) {
+        let position = self.tracker.flush_lsn(Lsn::ZERO).as_u64() >> 3;
+        let meter = self.publisher.meter();
+        meter.set_scan(self.place, self.published, position);
+        let in_flight = self.publisher.in_flight();
+        meter.set_in_flight(in_flight, in_flight.0);
     }
 
     async fn store(&mut self, gap: &Gap<'_>, progress: &mut Progress) -> Result<()> {

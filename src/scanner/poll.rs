@@ -21,6 +21,7 @@
 
 use std::future::Future;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_postgres::Client;
@@ -31,7 +32,8 @@ use super::progress::{self, Progress};
 use super::recovery::{self, Session};
 use super::table::ScanTable;
 use crate::config::Config;
-use crate::connector::{publisher_config, routing};
+use crate::connector::{phase_after, publisher_config, routing};
+use crate::meter::{Meter, Phase, Side};
 use crate::postgres::slot::slot_state;
 use crate::postgres::{connect_sql, sql_error};
 use crate::retry::Backoff;
@@ -45,13 +47,14 @@ const APPLICATION_NAME: &str = "walpost poll";
 pub async fn run(
     config: Config,
     session: Session,
+    meter: Arc<Meter>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let mut shutdown = pin!(shutdown);
     let mut backoff = Backoff::new(config.reconnect_initial, config.reconnect_max);
     loop {
         let mut looked = false;
-        let polled = poll(&config, &session, shutdown.as_mut(), &mut looked).await;
+        let polled = poll(&config, &session, &meter, shutdown.as_mut(), &mut looked).await;
         let Err(error) = polled else {
             return Ok(());
         };
@@ -61,6 +64,10 @@ pub async fn run(
         if looked {
             backoff.reset();
         }
+        if looked {
+            meter.lost(Side::Postgres);
+        }
+        meter.set_phase(phase_after(&error));
         let delay = backoff.next_delay();
         warn!(retry_in_ms = delay.as_millis(), "{}", error.report());
         tokio::select! {
@@ -75,21 +82,24 @@ pub async fn run(
 async fn poll<F: Future<Output = ()>>(
     config: &Config,
     session: &Session,
+    meter: &Arc<Meter>,
     mut shutdown: Pin<&mut F>,
     looked: &mut bool,
 ) -> Result<()> {
     let client = connect_sql(&config.postgres, APPLICATION_NAME).await?;
     let rows = connect_sql(&config.postgres, APPLICATION_NAME).await?;
     let (mut progress, timeline) = prepare(&client, config, session).await?;
+    meter.set_phase(Phase::Polling);
     info!(interval_ms = config.scan_interval.as_millis(), "polling");
     loop {
         let next = Instant::now() + config.scan_interval;
-        let look = look(config, &client, &rows, &mut progress, timeline);
+        let look = look(config, meter, &client, &rows, &mut progress, timeline);
         tokio::pin!(look);
         tokio::select! {
             biased;
             done = &mut look => done?,
             () = shutdown.as_mut() => {
+                meter.set_phase(Phase::Stopping);
                 info!("stopping: the look that is under way may end");
                 return match tokio::time::timeout(config.shutdown_grace, look).await {
                     Ok(done) => done,
@@ -161,6 +171,7 @@ async fn prepare(client: &Client, config: &Config, session: &Session) -> Result<
 /// Publishes what was committed since the last look.
 async fn look(
     config: &Config,
+    meter: &Arc<Meter>,
     client: &Client,
     rows: &Client,
     progress: &mut Progress,
@@ -190,7 +201,7 @@ async fn look(
         rows,
         slot: &config.slot,
         routing: &routing,
-        publisher: publisher_config(config, &progress.system_id, timeline),
+        publisher: publisher_config(config, meter, &progress.system_id, timeline),
     };
     gap::close(gap, progress).await
 }

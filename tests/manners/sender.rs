@@ -31,6 +31,7 @@ pub(crate) fn config(service: Vec<(String, u16)>) -> PublisherConfig {
         auth: Auth::default(),
         tls: None,
         rows: None,
+        meter: Arc::default(),
         keepalive_interval: Duration::from_secs(30),
         producer_name: "manners".to_owned(),
         routing: String::new(),

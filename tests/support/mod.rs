@@ -12,6 +12,7 @@
 //! * [`consume`]: what is in a topic, read by the pulsar crate's consumer, which shares nothing with our producer.
 //! * [`read_entries`]: the same on the wire's level: batch metadata, sequence ids, tombstones.
 //! * [`Python`]: Pulsar's C++ client, an independent judge, driven by the `*.py` programs of this folder.
+//! * [`tool`]: Debian's Prometheus, promtool and Chromium, as `deploy/local/tool` has them.
 //! * [`java_partitions`]: the partitions that Pulsar's Java client chooses.
 //! * [`eventually`]: waits for a condition with a deadline; no test sleeps instead of waiting.
 //!
@@ -49,7 +50,7 @@ pub(crate) use process::{Command, Walpost};
 pub(crate) use proxy::Proxy;
 pub(crate) use python::{Judged, Python, hex};
 pub(crate) use random::Random;
-pub(crate) use servers::{OwnServers, Servers, servers};
+pub(crate) use servers::{OwnServers, Servers, servers, tool};
 pub(crate) use wire::{Entry, EntryMessage, read_entries};
 
 /// A name no other test, and no earlier run on the same servers, has: `<prefix>_<time>_<pid>_<count>`.

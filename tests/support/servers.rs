@@ -136,6 +136,12 @@ impl Servers {
     }
 }
 
+/// The path of a program that judges what walpost serves: `prometheus`, `promtool` or `chromium`; installed if missing.
+pub(crate) fn tool(name: &str) -> String {
+    let dir = servers().var("WALPOST_LOCAL_DIR");
+    run_script("tool", &[name], Some(dir)).trim().to_owned()
+}
+
 /// Servers of one test; see [`Servers::own`].
 pub(crate) struct OwnServers {
     servers: Servers,

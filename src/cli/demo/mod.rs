@@ -10,6 +10,7 @@ mod system_a;
 mod system_b;
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -283,7 +284,7 @@ impl Connector {
                 // A sender that is gone means the same: the demo is over.
                 let _ = stopped.await;
             };
-            let result = runtime.block_on(connector::run(config, sender, shutdown));
+            let result = runtime.block_on(connector::run(config, sender, Arc::default(), shutdown));
             // Nobody listens when the demo ended first.
             let _ = end.send(result);
         };

@@ -206,7 +206,7 @@ impl OAuth2 {
             url,
             authorization: None,
             body,
-            tls: self.tls.config_for_others()?,
+            tls: Some(self.tls.config_for_others()?),
             peer: PEER,
         })
         .await?;

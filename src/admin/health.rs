@@ -1,0 +1,240 @@
+//! When walpost is ready, and when it is alive; pure, from one reading a second.
+//!
+//! # Ready
+//!
+//! By progress, not by the state of connections:
+//! * events are in flight and for [`PATIENCE`] none of them got its receipt: not ready. A frozen broker keeps its connections;
+//!   only this shows it. Nothing in flight is no trouble: an idle outbox stays ready;
+//! * for [`PATIENCE`] there was no stream, or since the start there never was one: not ready;
+//! * the log has grown and for [`SILENCE`] the walsender has brought nothing new of it, not even in a keepalive: not ready.
+//!   That also holds while intake is paused, say by too many stragglers, and while one huge transaction of somebody else's is
+//!   decoded: nothing is delivered meanwhile, whatever the cause;
+//! * it is stopping: not ready.
+//!
+//! **A standby is ready**: it waits for the slot and can take over, which is all that is asked of it. Were it not, a rolling
+//! update that waits for the new instance before it ends the old one would wait for ever. Who wants to know which instance
+//! works asks `walpost_role` or the word in the answer.
+//!
+//! # Alive
+//!
+//! The connector's thread has a timer that fires each second; when it has not for [`HEARTBEAT`], the thread is stuck and only
+//! a restart helps. Servers that are away are nothing a restart would mend, so they never count here.
+
+use std::time::{Duration, Instant};
+
+use crate::Lsn;
+use crate::meter::Phase;
+
+/// Without progress for this long it is not ready. Shorter than what a supervisor gives, longer than a reconnect or a pause
+/// of a healthy broker.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// A walsender that has caught up sends keepalives at half of `wal_sender_timeout` (30 s by default).
+pub(super) const SILENCE: Duration = Duration::from_secs(60);
+/// Thirty beats.
+pub(super) const HEARTBEAT: Duration = Duration::from_secs(30);
+
+/// One reading.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reading {
+    pub(super) at: Instant,
+    pub(super) phase: Phase,
+    /// Rises with each event that is published or stored as a straggler.
+    pub(super) delivered: u64,
+    /// Events that are neither.
+    pub(super) unfinished: u64,
+    /// How far the stream has come.
+    pub(super) received: Lsn,
+    /// Where the log ends, if Postgres said so lately.
+    pub(super) log_end: Option<Lsn>,
+}
+
+/// The answer of `/readyz`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Readiness {
+    pub(super) ready: bool,
+    /// What it is at, or why it is not ready.
+    pub(super) reason: String,
+}
+
+impl Default for Readiness {
+    fn default() -> Self {
+        not("starting: there was no stream yet".to_owned())
+    }
+}
+
+/// What readings showed so far.
+#[derive(Debug, Default)]
+pub(super) struct Health {
+    delivered: u64,
+    received: Lsn,
+    /// When there last was progress, or nothing to be done.
+    moved_at: Option<Instant>,
+    /// When there last was a stream, or its place was waited for.
+    placed_at: Option<Instant>,
+    /// When the walsender last brought something new, or had nothing to bring.
+    heard_at: Option<Instant>,
+}
+
+impl Health {
+    /// Takes the next reading.
+    pub(super) fn judge(&mut self, now: Reading) -> Readiness {
+        let at_work = matches!(
+            now.phase,
+            Phase::Scanning | Phase::Streaming | Phase::Polling
+        );
+        if now.unfinished == 0 || now.delivered != self.delivered || !at_work {
+            self.moved_at = Some(now.at);
+        }
+        let at_end = now.log_end.is_none_or(|end| end <= now.received);
+        if at_end || now.received != self.received || now.phase != Phase::Streaming {
+            self.heard_at = Some(now.at);
+        }
+        if at_work || now.phase == Phase::Standby {
+            self.placed_at = Some(now.at);
+        }
+        self.delivered = now.delivered;
+        self.received = now.received;
+        let since = |then: Option<Instant>| then.map_or(Duration::ZERO, |then| now.at - then);
+        match now.phase {
+            Phase::Stopping => not("stopping: no more intake, waiting for receipts".to_owned()),
+            Phase::Standby => yes(
+                "standby: another instance has the slot, this one takes over when that one ends",
+            ),
+            Phase::Connecting => match self.placed_at {
+                None => Readiness::default(),
+                Some(_) if since(self.placed_at) < PATIENCE => yes("connecting again"),
+                Some(_) => not(format!(
+                    "no stream for {} s: Postgres is away, or refuses; the last warnings say why",
+                    since(self.placed_at).as_secs()
+                )),
+            },
+            _ if since(self.moved_at) >= PATIENCE => not(format!(
+                "{} events are in flight and none got its receipt for {} s: the broker does not answer",
+                now.unfinished,
+                since(self.moved_at).as_secs()
+            )),
+            _ if since(self.heard_at) >= SILENCE => not(format!(
+                "the log has grown to {} and nothing beyond {} was received for {} s",
+                now.log_end.unwrap_or_default(),
+                now.received,
+                since(self.heard_at).as_secs()
+            )),
+            phase => yes(phase.name()),
+        }
+    }
+}
+
+fn yes(what: &str) -> Readiness {
+    Readiness {
+        ready: true,
+        reason: what.to_owned(),
+    }
+}
+
+fn not(reason: String) -> Readiness {
+    Readiness {
+        ready: false,
+        reason,
+    }
+}
+
+/// Why the process is taken for stuck, if so.
+pub(super) fn stuck(since_beat: Duration) -> Option<String> {
+    (since_beat >= HEARTBEAT).then(|| {
+        format!(
+            "the connector's thread has been stuck for {} s",
+            since_beat.as_secs()
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Clock {
+        health: Health,
+        now: Reading,
+    }
+
+    impl Clock {
+        fn new(phase: Phase) -> Self {
+            let now = Reading {
+                at: Instant::now(),
+                phase,
+                delivered: 0,
+                unfinished: 0,
+                received: Lsn::new(100),
+                log_end: Some(Lsn::new(100)),
+            };
+            Self {
+                health: Health::default(),
+                now,
+            }
+        }
+
+        /// So many readings, a second apart; the last answer.
+        fn seconds(&mut self, count: u64, change: impl Fn(&mut Reading)) -> Readiness {
+            let mut last = Readiness::default();
+            for _ in 0..count {
+                self.now.at += Duration::from_secs(1);
+                change(&mut self.now);
+                last = self.health.judge(self.now);
+            }
+            last
+        }
+    }
+
+    #[test]
+    fn an_idle_stream_is_ready_for_ever() {
+        let mut clock = Clock::new(Phase::Streaming);
+        assert!(clock.seconds(3600, |_| {}).ready);
+    }
+
+    #[test]
+    fn events_without_a_receipt_for_ten_seconds_are_not_ready_until_one_comes() {
+        let mut clock = Clock::new(Phase::Streaming);
+        clock.seconds(100, |_| {});
+        assert!(clock.seconds(9, |now| now.unfinished = 5).ready);
+        let said = clock.seconds(2, |_| {});
+        assert!(!said.ready && said.reason.contains("5 events"), "{said:?}");
+        // One of five is progress.
+        assert!(clock.seconds(1, |now| now.delivered += 1).ready);
+        assert!(clock.seconds(60, |now| now.delivered += 1).ready);
+    }
+
+    #[test]
+    fn a_log_that_grows_unheard_is_not_ready_after_a_minute() {
+        let mut clock = Clock::new(Phase::Streaming);
+        clock.seconds(10, |_| {});
+        let grow =
+            |now: &mut Reading| now.log_end = now.log_end.map(|end| Lsn::new(end.as_u64() + 8));
+        assert!(clock.seconds(59, grow).ready);
+        let said = clock.seconds(3, grow);
+        assert!(
+            !said.ready && said.reason.contains("nothing beyond"),
+            "{said:?}"
+        );
+        let follow = |now: &mut Reading| now.received = Lsn::new(now.received.as_u64() + 1);
+        assert!(clock.seconds(1, follow).ready);
+        // A Postgres that says nothing is judged by the stream alone.
+        assert!(clock.seconds(100, |now| now.log_end = None).ready);
+    }
+
+    #[test]
+    fn it_is_not_ready_before_the_first_stream_and_a_lost_one_has_ten_seconds() {
+        let mut clock = Clock::new(Phase::Connecting);
+        assert!(!clock.seconds(1, |_| {}).ready);
+        assert!(clock.seconds(1, |now| now.phase = Phase::Scanning).ready);
+        assert!(clock.seconds(9, |now| now.phase = Phase::Connecting).ready);
+        assert!(!clock.seconds(2, |_| {}).ready);
+        assert!(clock.seconds(1, |now| now.phase = Phase::Standby).ready);
+        assert!(!clock.seconds(1, |now| now.phase = Phase::Stopping).ready);
+    }
+
+    #[test]
+    fn only_a_thread_without_heartbeat_is_stuck() {
+        assert_eq!(stuck(Duration::from_secs(29)), None);
+        assert!(stuck(Duration::from_secs(30)).is_some());
+    }
+}

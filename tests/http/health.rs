@@ -1,0 +1,131 @@
+//! `/livez` and `/readyz`.
+
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+
+use super::{DEADLINE, addr_of, get, insert, streaming};
+use crate::support::{Command, Database, Load, Servers, eventually};
+
+/// The promise for a broker that stops answering.
+const NOT_READY_WITHIN: Duration = Duration::from_secs(15);
+/// Longer than that: an idle walpost that were judged by silence would have shown it.
+const IDLE: Duration = Duration::from_secs(20);
+
+async fn wait_ready(addr: &str, ready: bool, deadline: Duration) -> (Duration, String) {
+    let began = Instant::now();
+    let expected = if ready { 200 } else { 503 };
+    let what = format!("/readyz to answer {expected}");
+    let body = eventually(deadline, &what, async || {
+        let answer = get(addr, "/readyz").await;
+        (answer.status == expected).then_some(answer.body)
+    });
+    let body = body.await;
+    (began.elapsed(), body)
+}
+
+#[tokio::test]
+async fn a_frozen_broker_under_load_is_not_ready_within_15_seconds_and_ready_again_when_it_wakes() {
+    // GIVEN a stream under load
+    let own = Servers::own("http", &[]);
+    let database = Database::create("frozenhttp").await;
+    Load::prepare(&database).await;
+    let settings = [("WALPOST_PULSAR_URL", &*own.pulsar_url)];
+    let mut walpost = database.start(&settings).await;
+    let addr = addr_of(&mut walpost).await;
+    let load = Load::start(&database, 2);
+    load.more(50).await;
+    wait_ready(&addr, true, DEADLINE).await;
+
+    // WHEN the broker is frozen: its connections stay
+    own.signal_pulsar("STOP");
+
+    // THEN it is not ready in time, says why, and is alive: a restart would not help
+    let (after, why) = wait_ready(&addr, false, DEADLINE).await;
+    assert!(after <= NOT_READY_WITHIN, "after {after:?}");
+    assert!(
+        why.starts_with("not ready: ") && why.contains("the broker does not answer"),
+        "{why}"
+    );
+    assert_eq!(get(&addr, "/livez").await.status, 200);
+    let metrics = get(&addr, "/metrics").await.body;
+    assert!(metrics.contains("\nwalpost_ready 0\n"), "{metrics}");
+    println!("not ready after {after:?}: {why}");
+
+    // AND when it wakes up, it is ready again
+    own.signal_pulsar("CONT");
+    wait_ready(&addr, true, DEADLINE).await;
+    load.stop();
+    database.wait_all_confirmed(DEADLINE).await;
+    assert_eq!(get(&addr, "/readyz").await.status, 200);
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn an_idle_stream_stays_ready_and_so_does_a_standby_which_says_what_it_is() {
+    // GIVEN a stream that has published, and an instance that waits for it
+    let (database, active, addr) = streaming("idlehttp", &[]).await;
+    insert(&database, "t", "k", "x").await;
+    database.wait_all_confirmed(DEADLINE).await;
+    let settings = [("WALPOST_RECONNECT_MAX", "500ms")];
+    let mut standby = database.walpost(&["run"], &settings).spawn();
+    let waiting = addr_of(&mut standby).await;
+    standby
+        .wait_for_line("another walpost has slot", DEADLINE)
+        .await;
+    wait_ready(&waiting, true, DEADLINE).await;
+
+    // WHEN nothing happens for longer than trouble would need to show
+    let end = Instant::now() + IDLE;
+    while Instant::now() < end {
+        // THEN both are ready all the time
+        for (addr, says) in [(&addr, "ready: streaming"), (&waiting, "ready: standby")] {
+            let answer = get(addr, "/readyz").await;
+            assert_eq!(answer.status, 200, "{answer:?}");
+            assert!(answer.body.starts_with(says), "{answer:?}");
+        }
+        // A pause between two looks; what is waited for is the end of the time.
+        sleep(Duration::from_millis(200)).await;
+    }
+    let role =
+        |text: &str, role: &str| text.contains(&format!("\nwalpost_role{{role=\"{role}\"}} 1\n"));
+    assert!(role(&get(&addr, "/metrics").await.body, "active"));
+    assert!(role(&get(&waiting, "/metrics").await.body, "standby"));
+
+    // AND when the first one ends, the standby is the active one
+    active.stop().await;
+    standby.wait_for_line("streaming", DEADLINE).await;
+    eventually(DEADLINE, "the role to change", async || {
+        role(&get(&waiting, "/metrics").await.body, "active").then_some(())
+    })
+    .await;
+    standby.stop().await;
+}
+
+#[tokio::test]
+async fn without_postgres_it_is_alive_and_not_ready() {
+    let database = Database::create("nopg").await;
+    // A port of loopback on which nobody listens: this one's listener is gone again.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = database.url_through(&free.local_addr().expect("bound").to_string());
+    drop(free);
+    let mut walpost = Command::walpost(["run"])
+        .on(&database)
+        .env("WALPOST_POSTGRES_URL", url)
+        .spawn();
+    let addr = addr_of(&mut walpost).await;
+    assert_eq!(get(&addr, "/livez").await.status, 200);
+    let answer = get(&addr, "/readyz").await;
+    assert_eq!(
+        (answer.status, &*answer.body),
+        (503, "not ready: starting: there was no stream yet\n")
+    );
+    // What Postgres alone knows is left out, not told as zero.
+    let metrics = get(&addr, "/metrics").await.body;
+    assert!(!metrics.contains("walpost_replication_lag"), "{metrics}");
+    eventually(DEADLINE, "the reason on /status", async || {
+        let body = get(&addr, "/status").await.body;
+        body.contains("retry_in_ms").then_some(())
+    })
+    .await;
+}
