@@ -66,6 +66,7 @@ pub mod http;
 pub mod logging;
 pub mod lsn;
 pub mod outbox;
+pub mod outlet;
 pub mod pgoutput;
 pub mod pipe;
 pub mod postgres;
