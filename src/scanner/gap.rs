@@ -103,6 +103,8 @@ struct Scan<'a> {
     /// Its tracker counts by `seq` in place of log positions.
     outlet: Outlet,
     after: i64,
+    /// The last row's `seq`.
+    last: i64,
     stored_at: Instant,
     told_at: Instant,
 }
@@ -145,6 +147,7 @@ impl<'a> Scan<'a> {
                 position(after)?,
             ),
             after,
+            last: after,
             stored_at: now,
             told_at: now,
         })
@@ -247,6 +250,14 @@ impl<'a> Scan<'a> {
     }
 
     fn take(&mut self, row: &ScanRow) -> Result<()> {
+        if row.seq <= self.last {
+            return Err(Error::refused(format!(
+                "two rows of table {} have the seq {}, by which a scan knows where it is",
+                self.table.name, row.seq
+            ))
+            .hint("give one of them a seq that no other row has"));
+        }
+        self.last = row.seq;
         let position = position(row.seq)?;
         let tag = RowTag::new(self.place, position.as_u64() >> 3);
         self.outlet

@@ -59,14 +59,34 @@ pub async fn run(
     session: Session,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
+    let mut modes = Modes::default();
+    let ended = keep_polling(&config, &session, &mut modes, shutdown).await;
+    let now = Instant::now();
+    let by = ended.as_ref().map_or(now + GOODBYE, |stopped| stopped.by);
+    modes
+        .drain(by.saturating_duration_since(now).max(GOODBYE))
+        .await;
+    ended.and_then(|stopped| stopped.result)
+}
+
+/// Connects, polls, and connects again.
+async fn keep_polling(
+    config: &Config,
+    session: &Session,
+    modes: &mut Modes,
+    shutdown: impl Future<Output = ()>,
+) -> Result<Stopped> {
     let mut shutdown = pin!(shutdown);
     let mut backoff = Backoff::new(config.reconnect_initial, config.reconnect_max);
-    let mut modes = Modes::default();
+    let stopped = || Stopped {
+        by: Instant::now() + config.shutdown_grace,
+        result: Ok(()),
+    };
     loop {
         let opened = tokio::select! {
             biased;
-            () = shutdown.as_mut() => return Ok(()),
-            opened = Poller::open(&config, &session, &mut modes) => opened,
+            () = shutdown.as_mut() => return Ok(stopped()),
+            opened = Poller::open(config, session, modes) => opened,
         };
         let error = match opened {
             Ok(mut poller) => {
@@ -75,11 +95,7 @@ pub async fn run(
                     backoff.reset();
                 }
                 match ended {
-                    Ok(stopped) => {
-                        let left = stopped.by.saturating_duration_since(Instant::now());
-                        modes.drain(left.max(GOODBYE)).await;
-                        return stopped.result;
-                    }
+                    Ok(stopped) => return Ok(stopped),
                     Err(error) => error,
                 }
             }
@@ -92,7 +108,7 @@ pub async fn run(
         warn!(retry_in_ms = delay.as_millis(), "{}", error.report());
         tokio::select! {
             biased;
-            () = shutdown.as_mut() => return Ok(()),
+            () = shutdown.as_mut() => return Ok(stopped()),
             () = sleep(delay) => {}
         }
     }

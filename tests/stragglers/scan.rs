@@ -427,3 +427,47 @@ async fn rows_of_the_scan_and_of_retried_stragglers_are_marked_or_deleted_and_no
         assert_eq!(payloads(&database.topic("t"), 501).await.len(), 501);
     }
 }
+
+#[tokio::test]
+async fn a_row_that_cannot_be_published_nor_stored_is_named_and_ends_the_scan() {
+    // GIVEN no table for stragglers, and an old row that can be no event
+    let database = without_slot("oldend", &[]).await;
+    insert(&database, "t", "k", "before").await;
+    insert(&database, "a/b", "k", SECRET).await;
+    database.init(&[], &[]).await;
+    database.sql("DROP TABLE walpost.straggler CASCADE").await;
+    let query = "SELECT id::text FROM walpost.outbox WHERE aggregatetype = 'a/b'";
+    let id: String = database.rows(query, &[]).await[0].get(0);
+
+    // THEN both kinds of run end with its id, and what can be done
+    for mode in [("WALPOST_MODE", "stream"), POLL] {
+        let (code, said) = database.walpost(&["run"], &[mode]).run(DEADLINE).await;
+        assert_eq!(code, 69, "{said}");
+        assert!(
+            said.contains(&id) && said.contains("walpost init"),
+            "{said}"
+        );
+        assert!(!said.contains(SECRET), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn two_rows_with_one_seq_are_refused_and_nothing_of_them_is_lost() {
+    let database = without_slot("oneseq", &[]).await;
+    insert_numbers(&database, "t", 5, 1, 100).await;
+    database
+        .sql("ALTER TABLE walpost.outbox ALTER seq DROP IDENTITY; UPDATE walpost.outbox SET seq = 50 WHERE seq = 51")
+        .await;
+    database.init(&[], &[]).await;
+    let (code, said) = database.walpost(&["run"], &[]).run(DEADLINE).await;
+    assert_eq!(code, 69, "{said}");
+    assert!(said.contains("have the seq 50"), "{said}");
+
+    // WHEN one has another: THEN all arrive
+    database
+        .sql("UPDATE walpost.outbox SET seq = 51 WHERE payload = '51'")
+        .await;
+    let walpost = database.start(&QUICK).await;
+    assert_numbers(&database.topic("t"), 5, 100).await;
+    walpost.stop().await;
+}
