@@ -1,7 +1,8 @@
 -- walpost 6/8: stragglers: events that could not be published when their turn came, whole, until they can.
--- Needs: CREATE on schema walpost. May be applied again. Whoever runs walpost needs SELECT, INSERT, UPDATE and DELETE on it.
+-- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again. Whoever runs walpost needs SELECT, INSERT, UPDATE and DELETE on it.
 --
--- A row is written before the replication slot moves past its event, and deleted when the broker has the message.
+-- A row is written before the replication slot (or the scan of the table) moves past its event, and deleted when the broker has
+-- the message.
 --   retrying  the first of its topic and key (or without order): tried when next_attempt_at has come
 --   parked    waits behind an earlier one of the same topic and key
 --   dead      no attempt is made any more; walpost stragglers retry and discard decide about it
@@ -17,8 +18,8 @@ create table if not exists walpost.straggler (
     properties        jsonb not null default '[]',    -- [["name", "value"], …]: an array keeps the order
     event_time_ms     bigint not null default 0,      -- milliseconds since 1970, 0 = none
     deliver_at_ms     bigint,                 -- delayed delivery
-    commit_lsn        pg_lsn not null,        -- its transaction
-    ordinal           bigint not null,        -- its place among the transaction's rows
+    commit_lsn        pg_lsn not null,        -- its transaction; 0/0: it was read from the table
+    ordinal           bigint not null,        -- its place among the transaction's rows; read from the table: its seq
     state             text not null check (state in ('retrying', 'parked', 'dead')),
     reason            text not null,          -- why it is here, or why the last attempt failed
     attempts          integer not null default 0,
@@ -27,9 +28,11 @@ create table if not exists walpost.straggler (
     created_at        timestamptz not null default clock_timestamp()
 );
 
--- A transaction that Postgres sends again stores nothing twice. (With the id: another timeline may use the same positions.)
-create unique index if not exists straggler_once
-    on walpost.straggler (slot, commit_lsn, ordinal, coalesce(id, ''));
+-- A transaction that Postgres sends again, or a scan that goes on after a crash, stores nothing twice. (With the id: another
+-- timeline may use the same positions. With the table: each counts its seq from 1.)
+drop index if exists walpost.straggler_once;
+create unique index if not exists straggler_identity
+    on walpost.straggler (slot, outbox, commit_lsn, ordinal, coalesce(id, ''));
 
 -- What is due.
 create index if not exists straggler_due on walpost.straggler (slot, next_attempt_at) where state <> 'parked';

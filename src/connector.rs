@@ -46,6 +46,7 @@ use crate::scanner::poll;
 use crate::scanner::progress;
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
+use crate::scanner::unmarked::Way;
 use crate::{Error, Lsn, Result};
 
 /// `application_name` of our sessions.
@@ -57,7 +58,7 @@ const REFUSED_GRACE: Duration = Duration::from_secs(3);
 /// SQLSTATE of a slot that another process streams.
 const OBJECT_IN_USE: &str = "55006";
 /// Kept back from the grace period for the last status update and the goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
+pub(crate) const GOODBYE: Duration = Duration::from_secs(1);
 
 /// Runs until `shutdown` resolves or an error that time cannot heal. `progress` is updated with every status update, `meter`
 /// with every receipt, and about once a second.
@@ -73,7 +74,6 @@ pub async fn run(
         told: None,
     };
     if config.mode == Mode::Poll {
-        modes::check_poll(&config)?;
         return poll::run(config, session, meter, shutdown).await;
     }
     let mut connector = Connector {
@@ -219,31 +219,23 @@ impl Connector {
             let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
                 return Ok(None);
             };
-            let (stragglers, known) = started?.unzip();
-            settings.diversion = stragglers.is_some().then_some(Diversion {
-                grace: REFUSED_GRACE,
-                age: config.straggler_age,
-                park: config.keep_key_order,
-                quiet: false,
-            });
+            let stragglers = started?;
+            settings.diversion = diversion(&config, stragglers.as_ref());
+            let closing = self.close_gap(&client, &settings, prepared, stragglers);
+            let (scanned, stragglers) = tokio::select! {
+                biased;
+                () = shutdown.as_mut() => return Ok(None),
+                closed = closing => closed?,
+            };
             let mut publisher = Publisher::new(settings);
             tokio::select! {
                 biased;
                 () = shutdown.as_mut() => return Ok(None),
                 connected = publisher.connect() => connected?,
             }
-            let closing = self.close_gap(&client, &identity, prepared);
-            let scanned = tokio::select! {
-                biased;
-                () = shutdown.as_mut() => return Ok(None),
-                scanned = closing => scanned?,
-            };
             // Only now: without a pipe the next try closes what is left of the gap.
             let mut pipe = Pipe::new(routing(&self.config), publisher, stragglers, confirmed);
             pipe.skip_scanned(scanned);
-            for report in known.into_iter().flatten() {
-                pipe.report(report)?;
-            }
             self.pipe = Some((identity, pipe));
         }
         let binary = self.binary;
@@ -285,20 +277,21 @@ impl Connector {
         let system_id = identity.system_id.to_string();
         let publisher = self.publishing_for(identity);
         let routes = (routing(&self.config), publisher);
-        let progress = self.progress.subscribe();
+        let way = Way::Stream(self.progress.subscribe());
         self.modes
-            .start(&self.config, tables, &system_id, routes, progress);
+            .start(&self.config, tables, &system_id, routes, way);
     }
 
-    /// Publishes what the stream will not bring, and returns what it may bring although it is published now.
+    /// Publishes or stores what the stream will not bring, and returns what it may bring although that is done.
     async fn close_gap(
         &self,
         client: &Client,
-        identity: &SystemIdentity,
+        publisher: &PublisherConfig,
         prepared: Option<Prepared>,
-    ) -> Result<Vec<(u32, String)>> {
+        mut stragglers: Option<Stragglers>,
+    ) -> Result<(Vec<(u32, String)>, Option<Stragglers>)> {
         let Some(Prepared { mut progress, .. }) = prepared else {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), stragglers));
         };
         let routing = routing(&self.config);
         if progress.gap().is_some() {
@@ -309,14 +302,20 @@ impl Connector {
                 rows: &rows,
                 slot: &self.config.slot,
                 routing: &routing,
-                publisher: PublisherConfig {
-                    rows: self.modes.queue(),
-                    ..self.publishing_for(identity)
-                },
+                publisher,
             };
-            gap::close(gap, &mut progress).await?;
+            let retry = |stragglers: &Option<Stragglers>, may_retry| {
+                if let Some(stragglers) = stragglers {
+                    stragglers.retry(may_retry);
+                }
+            };
+            // The lock is held, so nobody else does.
+            retry(&stragglers, true);
+            stragglers = gap::close(&gap, &mut progress, stragglers).await?;
+            retry(&stragglers, false);
         }
-        gap::overlap(client, &routing, &progress).await
+        let scanned = gap::overlap(client, &routing, &progress).await?;
+        Ok((scanned, stragglers))
     }
 
     /// What is in the air is not ours to wait for any more.
@@ -524,6 +523,16 @@ pub(crate) fn publisher_config(
         meter: Arc::clone(meter),
         reconnect: (config.reconnect_initial, config.reconnect_max),
     }
+}
+
+/// When events become stragglers: never, where there is no table for them.
+pub(crate) fn diversion(config: &Config, stragglers: Option<&Stragglers>) -> Option<Diversion> {
+    stragglers.map(|_| Diversion {
+        grace: REFUSED_GRACE,
+        age: config.straggler_age,
+        park: config.keep_key_order,
+        quiet: false,
+    })
 }
 
 fn unfinished(missing: usize) -> Error {

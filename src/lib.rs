@@ -9,6 +9,8 @@
 //!      └── StandbyStatusUpdate ◄── confirmed LSN ◄── AckTracker ◄────────────────────────────────────────┘
 //! ```
 //!
+//! Rows from the log and rows that are read from the table go through the same room ([`outlet`]): there a row becomes an event.
+//!
 //! One task ([`connector`]) owns the replication socket and everything up to the sealed batch; each broker connection is a
 //! task of its own that owns that socket. Between them are channels, no locks. Whoever watches reads the [`meter`] on another
 //! thread ([`admin`]). A row is copied once: from the read buffer
@@ -24,14 +26,14 @@
 //! | what the log cannot bring comes from the table | snapshots around the slot's making and of what is delivered ([`scanner`]) | `tests/gap.rs`, `tests/failover.rs`, `tests/poll.rs` |
 //! | a row shown as sent is in its topic | the delivered snapshot is stored behind the confirmed LSN ([`scanner`]) | `tests/delivered.rs` |
 //! | one instance at a time, another takes over | the slot, and an advisory lock around it ([`scanner::recovery`]) | `tests/ha.rs` |
-//! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]) | `tests/stragglers.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs` |
+//! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]); in the stream, in a scan, and in poll mode | `tests/stragglers.rs`, `tests/stragglers/scan.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs` |
 //! | the confirmed LSN passes no unacknowledged event | one function decides it ([`ack`]) | `tests/confirmed_lsn.rs` |
 //! | memory is bounded | in-flight limits in messages and bytes pause the intake ([`pulsar`], [`pipe`]) | `tests/memory.rs` |
 //! | an idle outbox pins no WAL | the keepalive's WAL end counts while nothing is in flight ([`ack`]) | `tests/idle_slot.rs` |
 //! | a rolled-back transaction is never published | Postgres sends only committed ones ([`pgoutput`]) | `tests/delivery.rs` |
-//! | an event that cannot be published is not lost | it is stored before the LSN passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`pipe`]) | `tests/stragglers.rs`, `tests/unpublishable.rs` |
-//! | a row is marked or deleted only behind its receipt, and every such row in the end | ids come from receipts alone; what was lost is found ([`scanner::after_publish`], [`scanner::unmarked`]) | `tests/after_publish.rs` |
-//! | nothing undelivered goes by retention | one condition for rows and partitions, looked at under a lock ([`scanner::retention`]) | `tests/retention.rs` |
+//! | an event that cannot be published is not lost | it is stored before the LSN, or the scan, passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`outlet`]) | `tests/stragglers.rs`, `tests/stragglers/scan.rs`, `tests/unpublishable.rs` |
+//! | a row is marked or deleted only behind its receipt, and every such row in the end | ids come from receipts alone; what was lost is found ([`scanner::after_publish`], [`scanner::unmarked`]) | `tests/after_publish.rs`, `tests/poll/modes.rs` |
+//! | nothing undelivered goes by retention | one condition for rows and partitions, looked at under a lock ([`scanner::retention`]) | `tests/retention.rs`, `tests/poll/modes.rs` |
 //! | readiness follows progress, and whoever watches costs the pipe nothing | judged by receipts, on a thread that shares only atomics ([`admin`], [`meter`]) | `tests/http.rs` |
 //! | no secret is printed, at any log level | secrets are of a type without `Display`, answers of servers are not repeated ([`config`], [`http`]) | `tests/security.rs` |
 //!
@@ -39,7 +41,7 @@
 //!
 //! 1. [`connector`]: what is opened, the one loop, restarting and stopping; [`feedback`] and [`gulp`], when it writes to and
 //!    reads from the walsender.
-//! 2. [`pipe`]: one message in, one event out.
+//! 2. [`pipe`]: one message in, one row out; [`outlet`]: one row in, one event out, and what became of it.
 //! 3. [`ack`]: which LSN may be confirmed.
 //! 4. [`postgres`], [`pgoutput`]: the replication connection, its messages.
 //! 5. [`outbox`]: from a row to an event and its topic.
@@ -71,6 +73,7 @@ pub mod logging;
 pub mod lsn;
 pub mod meter;
 pub mod outbox;
+pub mod outlet;
 pub mod pgoutput;
 pub mod pipe;
 pub mod postgres;

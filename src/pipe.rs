@@ -1,7 +1,7 @@
 //! The pipe: one replication message in, one event into the publisher, and the book kept of what may be confirmed.
 //!
-//! Owns the decoder's state (relations, the open transaction), the router, the publisher and the [`AckTracker`]. It does no
-//! I/O of its own and never waits: the connector reads frames and hands them in, and asks for the flush LSN.
+//! Owns the decoder's state (relations, the open transaction) and the [`Outlet`] that its rows go into. It does no I/O of its
+//! own and never waits: the connector reads frames and hands them in, and asks for the flush LSN.
 //!
 //! One row's way, without an allocation or a task of its own:
 //!
@@ -12,7 +12,7 @@
 //! # What Postgres repeats
 //!
 //! A replication connection that is made anew starts at the confirmed LSN: Postgres sends again what was received and not
-//! confirmed. All of that is in the publisher's hands or has its receipt, and the [`AckTracker`] knows it, so it is skipped:
+//! confirmed. All of that is in the publisher's hands or has its receipt, and the [`AckTracker`](crate::ack::AckTracker) knows it, so it is skipped:
 //! whole transactions up to the last one that was received whole, by their commit LSN (two never share one); and of the one
 //! that was cut, as many rows as were taken of it (a log that is decoded again gives the same rows in the same order). No
 //! row is ever told by its own LSN: all rows of one COPY may share one. So a lost connection neither waits for the broker
@@ -20,9 +20,7 @@
 //!
 //! # What cannot be published
 //!
-//! Events that the publisher gives back, and rows that are no events, go to the stragglers
-//! ([`crate::scanner::straggler`]); they are acknowledged when they are in their table. Where there is no such table the first of them
-//! is an error, and nothing passes it.
+//! [`Outlet`] sees to it, as it does for rows that are read from the table.
 //!
 //! # A slot that was changed
 //!
@@ -34,12 +32,13 @@ use std::time::Duration;
 
 use tracing::{debug, info, warn};
 
-use crate::ack::{AckTracker, TxnNo};
-use crate::outbox::{Columns, EventError, Extractor, Scratch, TopicTemplate, key_hash};
+use crate::ack::TxnNo;
+use crate::outbox::{Columns, Extractor, TopicTemplate};
+use crate::outlet::{Counts, Event, Origin, Outlet, Source};
 use crate::pgoutput::{self, Message, RelationCache, Tuple};
 use crate::postgres::{Frame, TableName};
-use crate::pulsar::{BrokerEvent, Outgoing, Publisher, Row, RowTag};
-use crate::scanner::straggler::{Report, Stragglers};
+use crate::pulsar::{Publisher, RowTag};
+use crate::scanner::straggler::Stragglers;
 use crate::{Error, Lsn, Result};
 
 /// What passed through, since the start of the process.
@@ -101,15 +100,6 @@ impl std::fmt::Display for Routing {
     }
 }
 
-/// Something the pipe hears.
-#[derive(Debug)]
-pub enum Event {
-    /// From a broker.
-    Broker(BrokerEvent),
-    /// From the stragglers' task.
-    Stragglers(Report),
-}
-
 /// Whether the stream can go on as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -147,10 +137,7 @@ enum Stream {
 #[derive(Debug)]
 pub struct Pipe {
     routing: Routing,
-    publisher: Publisher,
-    /// `None`: there is no table for them.
-    stragglers: Option<Stragglers>,
-    tracker: AckTracker,
+    outlet: Outlet,
     relations: RelationCache,
     /// One per relation seen, with the table's place in the settings; `None` for a table that is no outbox.
     extractors: Vec<(u32, Option<(Extractor, u16)>)>,
@@ -165,8 +152,6 @@ pub struct Pipe {
     /// Table OID and id of rows that the gap scan published and that the stream may bring as well: a handful, and only while
     /// a slot is new.
     scanned: HashSet<(u32, String)>,
-    scratch: Scratch,
-    topic: String,
     /// Commit time of the last transaction that began, and when the last message was sent: microseconds by the server's
     /// clock.
     times_us: (i64, i64),
@@ -174,8 +159,11 @@ pub struct Pipe {
     received: Lsn,
     /// WAL end of the last keepalive, for the idle rule.
     keepalive_wal_end: Lsn,
-    counters: Counters,
-    /// What of these the meter knows.
+    /// See [`Counters`].
+    suppressed: u64,
+    transactions: u64,
+    skipped: u64,
+    /// What the meter knows of all that was counted.
     metered: Counters,
 }
 
@@ -187,11 +175,10 @@ impl Pipe {
         stragglers: Option<Stragglers>,
         confirmed: Lsn,
     ) -> Self {
+        let report_rows = routing.report_rows;
         Self {
             routing,
-            publisher,
-            stragglers,
-            tracker: AckTracker::new(confirmed),
+            outlet: Outlet::new(publisher, stragglers, Source::Log, report_rows, confirmed),
             relations: RelationCache::new(),
             extractors: Vec::new(),
             foreign: Vec::new(),
@@ -200,12 +187,12 @@ impl Pipe {
             stream: Stream::Between,
             received_whole: Lsn::ZERO,
             scanned: HashSet::new(),
-            scratch: Scratch::new(),
-            topic: String::new(),
             times_us: (0, 0),
             received: confirmed,
             keepalive_wal_end: Lsn::ZERO,
-            counters: Counters::default(),
+            suppressed: 0,
+            transactions: 0,
+            skipped: 0,
             metered: Counters::default(),
         }
     }
@@ -226,25 +213,23 @@ impl Pipe {
 
     /// The publisher, to wait on.
     pub fn publisher(&mut self) -> &mut Publisher {
-        &mut self.publisher
+        self.outlet.publisher()
     }
 
     /// True while another frame may be taken.
     pub fn has_room(&self) -> bool {
-        let stragglers = self.stragglers.as_ref();
-        self.publisher.has_room() && stragglers.is_none_or(Stragglers::has_room)
+        self.outlet.has_room()
     }
 
     /// Events without receipt, and not stored as stragglers either.
     pub fn unfinished(&self) -> usize {
-        let waiting = self.stragglers.as_ref().map_or(0, Stragglers::waiting);
-        self.publisher.in_flight().0 + waiting
+        self.outlet.unfinished()
     }
 
     /// Completes when all is known of the stragglers that another instance may have stored; to be awaited before the first
     /// frame of a new stream.
     pub fn refresh(&self) -> impl Future<Output = ()> + use<> {
-        let refreshed = self.stragglers.as_ref().map(Stragglers::refresh);
+        let refreshed = self.outlet.stragglers().map(Stragglers::refresh);
         async move {
             if let Some(refreshed) = refreshed {
                 refreshed.await;
@@ -254,78 +239,24 @@ impl Pipe {
 
     /// Tells whether the replication stream is open: only then are stragglers retried.
     pub fn streaming(&self, is_streaming: bool) {
-        if let Some(stragglers) = &self.stragglers {
-            stragglers.streaming(is_streaming);
+        if let Some(stragglers) = self.outlet.stragglers() {
+            stragglers.retry(is_streaming);
         }
     }
 
-    /// Waits for what a broker says, or what became of stragglers. Cancel safe: both are channels.
+    /// Waits for what a broker says, or what became of stragglers. Cancel safe.
     pub async fn next_event(&mut self) -> Event {
-        let Some(stragglers) = &mut self.stragglers else {
-            return Event::Broker(self.publisher.next_event().await);
-        };
-        tokio::select! {
-            biased;
-            report = stragglers.next_report() => Event::Stragglers(report),
-            event = self.publisher.next_event() => Event::Broker(event),
-        }
+        self.outlet.next_event().await
     }
 
     /// The next of these, if one is waiting.
     pub fn try_next_event(&mut self) -> Option<Event> {
-        let report = self
-            .stragglers
-            .as_mut()
-            .and_then(Stragglers::try_next_report);
-        report
-            .map(Event::Stragglers)
-            .or_else(|| self.publisher.try_next_event().map(Event::Broker))
+        self.outlet.try_next_event()
     }
 
     /// Applies what was said.
     pub fn event(&mut self, event: Event) -> Result<()> {
-        match event {
-            Event::Broker(event) => self.broker_event(event),
-            Event::Stragglers(report) => self.report(report),
-        }
-    }
-
-    /// Books what became of stragglers. The only place where one is acknowledged: it is in the table.
-    pub fn report(&mut self, report: Report) -> Result<()> {
-        if let Some(stragglers) = &mut self.stragglers {
-            stragglers.book(&report);
-        }
-        match report {
-            Report::Stored {
-                acked, diverted, ..
-            } => {
-                for (txn, count) in acked {
-                    self.tracker.ack(txn, count);
-                    self.counters.stragglers += count;
-                }
-                self.publisher.stored(diverted);
-            }
-            Report::Parked(changes) => {
-                for (topic, key, count) in changes {
-                    self.publisher.park(&topic, &key, count);
-                }
-            }
-            Report::Healed(topic) => self.publisher.healed(&topic),
-            Report::Rows(_) => {}
-            Report::Failed(error) => return Err(error),
-        }
-        self.hand_on_diverted();
-        Ok(())
-    }
-
-    fn hand_on_diverted(&mut self) {
-        if self.publisher.has_diverted()
-            && let Some(stragglers) = &mut self.stragglers
-        {
-            for diverted in self.publisher.take_diverted() {
-                stragglers.divert(diverted);
-            }
-        }
+        self.outlet.event(event)
     }
 
     /// True while a transaction has begun and not committed.
@@ -341,17 +272,30 @@ impl Pipe {
 
     /// What passed so far.
     pub fn counters(&self) -> Counters {
-        self.counters
+        let Counts {
+            events,
+            acknowledged,
+            stragglers,
+        } = self.outlet.counts();
+        Counters {
+            events,
+            acknowledged,
+            stragglers,
+            suppressed: self.suppressed,
+            transactions: self.transactions,
+            skipped: self.skipped,
+        }
     }
 
     /// Tells the meter where everything stands; to be called about once a second, and with every status update.
     pub fn metering(&mut self) {
         let confirmed = self.flush_lsn();
-        let meter = self.publisher.meter();
-        meter.count(&self.counters.since(&self.metered));
-        meter.set_positions(self.received.max(confirmed), confirmed);
-        meter.set_in_flight(self.publisher.in_flight(), self.unfinished());
-        self.metered = self.counters;
+        let counters = self.counters();
+        let received = self.received.max(confirmed);
+        let meter = self.outlet.metering();
+        meter.count(&counters.since(&self.metered));
+        meter.set_positions(received, confirmed);
+        self.metered = counters;
     }
 
     /// Everything before this was received.
@@ -359,27 +303,9 @@ impl Pipe {
         self.received
     }
 
-    /// The position to confirm; the only place it comes from is [`AckTracker::flush_lsn`].
+    /// The position to confirm; the only place it comes from is [`AckTracker::flush_lsn`](crate::ack::AckTracker::flush_lsn).
     pub fn flush_lsn(&mut self) -> Lsn {
-        self.tracker.flush_lsn(self.keepalive_wal_end)
-    }
-
-    /// Applies what a broker said, and books the receipts.
-    pub fn broker_event(&mut self, event: BrokerEvent) -> Result<()> {
-        let result = self.publisher.handle(event);
-        let mut oldest: Option<i64> = None;
-        let mut acknowledged = 0;
-        for (txn, count) in self.publisher.take_acked() {
-            let committed = self.tracker.ack(txn, count);
-            oldest = oldest.or(committed);
-            acknowledged += count;
-        }
-        self.counters.acknowledged += acknowledged;
-        if let Some(oldest) = oldest {
-            self.publisher.meter().latency(oldest, acknowledged);
-        }
-        self.hand_on_diverted();
-        result
+        self.outlet.tracker().flush_lsn(self.keepalive_wal_end)
     }
 
     /// Takes one frame; true when the server wants a status update at once.
@@ -437,20 +363,20 @@ impl Pipe {
                 name,
             } => self.relations.note_type(id, namespace, name),
             Message::Logical(message) => {
-                self.counters.skipped += 1;
+                self.skipped += 1;
                 if message.prefix == "walpost" {
                     warn!(%at, "a logical message with the prefix walpost is not read by this version");
                 }
             }
             Message::Unknown(tag) => {
-                self.counters.skipped += 1;
+                self.skipped += 1;
                 debug!(tag, %at, "a message of an unknown type is skipped");
             }
             Message::Origin { .. }
             | Message::Truncate { .. }
             | Message::Update { .. }
             | Message::Delete { .. } => {
-                self.counters.skipped += 1;
+                self.skipped += 1;
             }
         }
         Ok(Format::Fits)
@@ -477,8 +403,9 @@ impl Pipe {
                 .hint("rows between the two may never have been published: compare the table with the topics, then start walpost again"));
             }
             None => {
-                let no = self.tracker.begin();
-                self.tracker.set_commit_time(commit_time_us);
+                let tracker = self.outlet.tracker();
+                let no = tracker.begin();
+                tracker.set_commit_time(commit_time_us);
                 OpenTxn {
                     no,
                     commit_lsn,
@@ -507,11 +434,11 @@ impl Pipe {
                 "the commit at {commit_lsn} does not end the transaction that began"
             )));
         }
-        self.tracker.commit(end_lsn);
-        self.publisher.end_transaction();
+        self.outlet.tracker().commit(end_lsn);
+        self.outlet.publisher().end_transaction();
         self.received_whole = commit_lsn;
         self.received = self.received.max(end_lsn);
-        self.counters.transactions += 1;
+        self.transactions += 1;
         Ok(())
     }
 
@@ -530,7 +457,7 @@ impl Pipe {
                 )));
             }
         }
-        self.counters.suppressed += 1;
+        self.suppressed += 1;
         Ok(None)
     }
 
@@ -571,7 +498,7 @@ impl Pipe {
             )));
         };
         let Some((extractor, table)) = extractor else {
-            self.counters.skipped += 1;
+            self.skipped += 1;
             if !self.foreign.contains(&relation_id)
                 && let Some(relation) = self.relations.get(relation_id)
             {
@@ -580,63 +507,18 @@ impl Pipe {
             }
             return Ok(Format::Fits);
         };
-        let row = RowTag::new(*table, open.rows);
-        let event = extractor.extract(tuple, &mut self.scratch);
-        let event = event.and_then(|event| {
-            extractor
-                .topic_into(tuple, &event, &mut self.topic)
-                .map(|()| event)
-        });
-        let event = match (event, &mut self.stragglers) {
-            (Ok(event), _) => event,
-            (Err(error), Some(stragglers)) if error.problem().is_of_the_row() => {
-                let (salvaged, of) = (extractor.salvage(tuple), (open.no, open.commit_lsn, row));
-                let why = Error::from(error).report();
-                warn!("a row cannot be published, it becomes a dead straggler: {why}");
-                stragglers.unusable(salvaged, of, why);
-                self.tracker.track();
-                self.counters.events += 1;
-                return Ok(Format::Fits);
-            }
-            (Err(error), _) => return Err(unusable(error, open.commit_lsn)),
-        };
-        if !self.scanned.is_empty() && self.scanned.remove(&(relation_id, event.id.to_owned())) {
-            self.counters.suppressed += 1;
-            return Ok(Format::Fits);
-        }
-        let outgoing = Outgoing {
-            key: event.aggregateid,
-            payload: event.payload,
-            event_time_ms: event.event_time_ms,
-            deliver_at_ms: event.deliver_at_ms,
+        let origin = Origin {
             txn: open.no,
             commit_lsn: open.commit_lsn,
-            row,
-            mark: self.routing.report_rows.then_some(Row {
-                table: u32::from(*table),
-                xid: open.xid,
-                id: event.id,
-            }),
+            row: RowTag::new(*table, open.rows),
+            xid: open.xid,
         };
-        let hash = key_hash(event.aggregateid.as_bytes());
-        self.publisher
-            .publish(&self.topic, hash, &outgoing, event.properties())
-            .map_err(|error| {
-                Error::refused(format!("the row with id {} cannot be published", event.id))
-                    .caused_by(error)
-            })?;
-        self.tracker.track();
-        self.counters.events += 1;
-        self.hand_on_diverted();
+        let scanned = &mut self.scanned;
+        let is_scanned =
+            |id: &str| !scanned.is_empty() && scanned.remove(&(relation_id, id.to_owned()));
+        if !self.outlet.take(extractor, tuple, origin, is_scanned)? {
+            self.suppressed += 1;
+        }
         Ok(Format::Fits)
     }
-}
-
-/// The error for a row that can be neither published nor kept elsewhere.
-fn unusable(error: EventError, commit_lsn: Lsn) -> Error {
-    Error::refused(format!(
-        "an event of the transaction committed at {commit_lsn} cannot be published"
-    ))
-    .caused_by(Error::from(error))
-    .hint("the slot keeps the event until it is published")
 }

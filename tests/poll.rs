@@ -1,6 +1,8 @@
 //! Guarantee: without logical replication (`wal_level=replica`, a role without the right) poll mode brings every committed row,
 //! none that was rolled back, a key's in the order of commits; and a change between poll and stream loses nothing.
 
+#[path = "poll/modes.rs"]
+mod modes;
 mod support;
 
 use std::time::Duration;

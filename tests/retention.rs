@@ -52,20 +52,6 @@ async fn deliver(database: &Database, slot: &str) {
         .await;
 }
 
-/// Waits until the retention has looked through the table once more from beginning to end.
-async fn walked(database: &Database) {
-    let sql = "SELECT query_start::text FROM pg_stat_activity
-               WHERE datname = current_database() AND application_name = 'walpost retention' AND query LIKE 'DELETE%'";
-    let mut seen = std::collections::BTreeSet::new();
-    // The first may have begun before the call, the second may have passed over the block in question: the third has not.
-    eventually(DEADLINE, "the retention's walks", async || {
-        let rows = database.rows(sql, &[]).await;
-        seen.insert(rows.first()?.get::<_, String>(0));
-        (seen.len() > 3).then_some(())
-    })
-    .await;
-}
-
 async fn start(settings: &[(&str, &str)]) -> (Database, Walpost) {
     let database = Database::create("retention").await;
     database.init(&["--payload", "text"], settings).await;
@@ -85,12 +71,12 @@ async fn a_row_goes_when_it_is_old_and_delivered_for_every_slot_and_not_before()
     insert(&database, "old", "2h").await;
     insert(&database, "young", "-1h").await;
     database.wait_all_confirmed(DEADLINE).await;
-    walked(&database).await;
+    database.retention_walked(DEADLINE).await;
     assert_eq!(left(&database).await, ["old", "young"]);
     database
         .sql("UPDATE walpost.progress SET system_id = '1', delivered = pg_current_snapshot() WHERE slot = 'other'")
         .await;
-    walked(&database).await;
+    database.retention_walked(DEADLINE).await;
     assert_eq!(left(&database).await, ["old", "young"]);
 
     // WHEN it is, for every slot: THEN the old one goes, and one that was committed since stays
@@ -100,7 +86,7 @@ async fn a_row_goes_when_it_is_old_and_delivered_for_every_slot_and_not_before()
                       FROM walpost.outbox WHERE payload = 'later') WHERE slot = 'other'";
     database.sql(before).await;
     wait_left(&database, &["later", "young"]).await;
-    walked(&database).await;
+    database.retention_walked(DEADLINE).await;
     assert_eq!(left(&database).await, ["later", "young"]);
 
     // AND when all is delivered, only the young one is left
@@ -124,7 +110,7 @@ async fn a_straggler_stays_in_whatever_state() {
         .await;
     deliver(&database, OTHER).await;
     wait_left(&database, &["dead", "retrying"]).await;
-    walked(&database).await;
+    database.retention_walked(DEADLINE).await;
     assert_eq!(left(&database).await, ["dead", "retrying"]);
     walpost.stop().await;
 }
@@ -145,7 +131,7 @@ async fn in_mark_mode_only_a_marked_row_goes() {
     database.wait_all_confirmed(DEADLINE).await;
     deliver(&database, OTHER).await;
     wait_left(&database, &["never sent"]).await;
-    walked(&database).await;
+    database.retention_walked(DEADLINE).await;
     assert_eq!(left(&database).await, ["never sent"]);
     walpost.stop().await;
 }
@@ -167,7 +153,7 @@ async fn many_rows_go_in_small_statements() {
         (left(&database).await.len() == 10_000).then_some(())
     })
     .await;
-    walked(&database).await;
+    database.retention_walked(DEADLINE).await;
     assert_eq!(left(&database).await.len(), 10_000);
     let lines = walpost.lines();
     let deleted = lines
@@ -260,7 +246,7 @@ async fn partitions_are_made_ahead_and_stream_and_drop_whole_once_every_row_is_d
 
     // WHEN what can be seen is delivered: THEN no partition goes while a writer is at work
     deliver(&database, OTHER).await;
-    walked(&database).await;
+    database.retention_walked(DEADLINE).await;
     assert_eq!(partitions(&database).await.len(), 49 + 4);
 
     // WHEN it has committed: THEN the first two go, and the delivered row beside its own
@@ -274,7 +260,7 @@ async fn partitions_are_made_ahead_and_stream_and_drop_whole_once_every_row_is_d
         .then_some(())
     })
     .await;
-    walked(&database).await;
+    database.retention_walked(DEADLINE).await;
 
     // AND what is a straggler, or is not delivered, stays
     assert_eq!(left(&database).await, ["open", "straggler", "young"]);

@@ -7,6 +7,8 @@
 mod dead;
 #[path = "stragglers/refused.rs"]
 mod refused;
+#[path = "stragglers/scan.rs"]
+mod scan;
 mod support;
 
 use std::time::Duration;

@@ -63,7 +63,7 @@ pub struct Diverted {
 
 /// Which keys of which topics are parked, and for how many events.
 #[derive(Debug, Default)]
-pub(super) struct Parked(HashMap<String, HashMap<String, u64>>);
+pub struct Parked(HashMap<String, HashMap<String, u64>>);
 
 impl Parked {
     fn contains(&self, topic: &str, key: &str) -> bool {
@@ -71,8 +71,8 @@ impl Parked {
         !self.0.is_empty() && self.0.get(topic).is_some_and(|keys| keys.contains_key(key))
     }
 
-    /// Counts `count` events more, or fewer.
-    fn change(&mut self, topic: &str, key: &str, count: i64) {
+    /// Counts `count` events more, or fewer when negative.
+    pub fn change(&mut self, topic: &str, key: &str, count: i64) {
         if !self.0.contains_key(topic) {
             self.0.insert(topic.to_owned(), HashMap::new());
         }
@@ -122,6 +122,16 @@ impl Publisher {
     /// diverted.
     pub fn park(&mut self, topic: &str, key: &str, count: i64) {
         self.parked.change(topic, key, count);
+    }
+
+    /// Goes on with what was parked in the publisher before, or while there was none.
+    pub fn set_parked(&mut self, parked: Parked) {
+        self.parked = parked;
+    }
+
+    /// What is parked, for the publisher that comes next.
+    pub fn take_parked(&mut self) -> Parked {
+        std::mem::take(&mut self.parked)
     }
 
     /// Something was published to a topic that had been refused: its events need not be diverted any more.

@@ -92,9 +92,9 @@ impl RowTag {
         Self(u64::from(table) << Self::ORDINAL_BITS | ordinal)
     }
 
-    /// The table's number.
-    pub fn table(self) -> usize {
-        usize::try_from(self.0 >> Self::ORDINAL_BITS).expect("16 bits")
+    /// The table's place in `WALPOST_OUTBOX_TABLE`.
+    pub fn table(self) -> u32 {
+        u32::try_from(self.0 >> Self::ORDINAL_BITS).expect("16 bits")
     }
 
     /// The row's place.

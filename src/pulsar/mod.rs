@@ -44,7 +44,7 @@ pub use admin::{Admin, Deduplication};
 pub use auth::{Auth, ClientCredentials, OAuth2};
 pub use compression::Codec;
 pub use connection::DEFAULT_MAX_MESSAGE_BYTES;
-pub use divert::{Diversion, Diverted};
+pub use divert::{Diversion, Diverted, Parked};
 pub use events::BrokerEvent;
 pub use lane::{Outgoing, RowTag};
 pub use partition::HashingScheme;

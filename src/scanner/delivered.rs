@@ -50,10 +50,11 @@ async fn keep(
     let mut client = None;
     loop {
         let next = Instant::now() + interval;
-        let acknowledged = stream.borrow().counters.acknowledged;
-        if seen != Some(acknowledged) && acknowledged > 0 {
+        let counters = stream.borrow().counters;
+        let done = counters.acknowledged + counters.stragglers;
+        if seen != Some(done) && done > 0 {
             match note(&postgres, &mut client, &slot, &mut stream).await {
-                Ok(()) => seen = Some(acknowledged),
+                Ok(()) => seen = Some(done),
                 Err(error) => {
                     warn!("what is delivered could not be noted: {}", error.report());
                     client = None;

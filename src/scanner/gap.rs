@@ -5,8 +5,19 @@
 //!
 //! # The barrier
 //!
-//! The scan ends only when each of its events has its receipt. Only then the stream starts, so a key's earlier events never
-//! come after its later ones, and nothing of the scan is in the air when the log position moves.
+//! The scan ends only when each of its events has its receipt, or is stored as a straggler. Only then the stream starts, so a
+//! key's earlier events never come after its later ones, and nothing of the scan is in the air when the log position moves.
+//!
+//! # What cannot be published
+//!
+//! Becomes a straggler, as in the stream ([`crate::outlet`]), and counts as done when it is in that table: not before, so
+//! whatever is killed in between is read again. It is known by its table, `seq` and id (a row that is read has no commit LSN;
+//! `0/0` stands there): a scan that goes on after a crash reads the same rows and stores none of them twice. Later events of its key are
+//! parked behind it, here, by the stream that follows, and after a restart, because what is parked goes from one to the next
+//! with the [`Stragglers`]. Stragglers are retried while the scan runs: at `WALPOST_STRAGGLER_LIMIT` it waits for their going.
+//!
+//! A scan has less patience than the stream with a topic whose trouble may pass: all that comes after it would wait. And a
+//! slot that is lost within seconds of a straggler's coming through it, before its delivery was noted, gives that row twice.
 //!
 //! # Repeats
 //!
@@ -26,13 +37,16 @@ use tokio_postgres::Client;
 use tracing::{debug, info};
 
 use super::progress::{self, Progress, Snapshot};
+use super::straggler::Stragglers;
 use super::table::{ScanRow, ScanTable, print_as_the_stream};
-use crate::ack::AckTracker;
-use crate::outbox::{Extractor, Scratch, key_hash};
+use crate::outbox::Extractor;
+use crate::outlet::{Outlet, Source};
 use crate::pipe::Routing;
-use crate::pulsar::{Flush, Outgoing, Publisher, PublisherConfig, Row, RowTag};
+use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig, RowTag};
 use crate::{Error, Lsn, Result};
 
+/// How long a topic may have trouble that may pass, at most: the stream waits for the scan, and with it all other topics.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How often the position is stored and the publisher looks at the clock.
 const TICK: Duration = Duration::from_secs(1);
 /// How often the log tells how far the scan is.
@@ -49,52 +63,55 @@ pub struct Gap<'a> {
     /// Tables, columns, template.
     pub routing: &'a Routing,
     /// The stream's publisher settings; the producers' names are changed.
-    pub publisher: PublisherConfig,
+    pub publisher: &'a PublisherConfig,
 }
 
-/// Closes the gap; does nothing where there is none. Not cancel safe in the sense that what is in the air when it is dropped
-/// is published again by the next one.
+/// Closes the gap; does nothing where there is none. Gives the stragglers back, which the caller lets be retried meanwhile.
+/// What is in the air when it is dropped is published again by the next one.
 ///
 /// # Errors
-/// Refused for a row that can never be published; temporary when a server is away: the position is stored.
-pub async fn close(gap: Gap<'_>, progress: &mut Progress) -> Result<()> {
+/// Refused for a row that can be neither published nor stored; temporary when a server is away: the position is stored.
+pub async fn close(
+    gap: &Gap<'_>,
+    progress: &mut Progress,
+    mut stragglers: Option<Stragglers>,
+) -> Result<Option<Stragglers>> {
     let Some(upto) = progress.gap().cloned() else {
-        return Ok(());
+        return Ok(stragglers);
     };
     print_as_the_stream(gap.rows).await?;
-    for name in &gap.routing.tables {
+    for (place, name) in (0..).zip(&gap.routing.tables) {
         let Some(table) = ScanTable::describe(gap.rows, name).await? else {
             info!(table = %name, "the table has no columns txid and seq: rows from before the slot are not looked for");
             continue;
         };
-        let mut scan = Scan::new(&gap, &table, &upto, progress).await?;
+        let mut scan = Scan::new(gap, (place, &table), &upto, progress, stragglers).await?;
         scan.metering();
-        let scanned = scan.run(&gap, progress, &upto).await;
+        let scanned = scan.run(gap, progress, &upto).await;
         // Also where it failed: what was in the air is published again by the next one.
-        scan.publisher.meter().end_scan();
-        scan.publisher.meter().set_in_flight((0, 0), 0);
+        let meter = scan.outlet.metering();
+        meter.end_scan();
+        meter.set_in_flight((0, 0), 0);
         scanned?;
+        stragglers = scan.outlet.into_stragglers();
     }
     progress.position.done = true;
     progress.delivered = Some(upto);
-    progress::scanned(gap.client, gap.slot, &progress.position).await
+    progress::scanned(gap.client, gap.slot, &progress.position).await?;
+    Ok(stragglers)
 }
 
 /// The scan of one table.
 struct Scan<'a> {
     table: &'a ScanTable,
-    extractor: Extractor,
-    publisher: Publisher,
-    /// By `seq` in place of log positions.
-    tracker: AckTracker,
-    scratch: Scratch,
-    topic: String,
     /// The table's place in the settings.
-    place: usize,
-    /// The same, where receipts are to tell of their rows.
-    mark: Option<u32>,
+    place: u16,
+    extractor: Extractor,
+    /// Its tracker counts by `seq` in place of log positions.
+    outlet: Outlet,
     after: i64,
-    published: u64,
+    /// The last row's `seq`.
+    last: i64,
     stored_at: Instant,
     told_at: Instant,
 }
@@ -102,45 +119,42 @@ struct Scan<'a> {
 impl<'a> Scan<'a> {
     async fn new(
         gap: &Gap<'_>,
-        table: &'a ScanTable,
+        (place, table): (u16, &'a ScanTable),
         upto: &Snapshot,
         progress: &Progress,
+        stragglers: Option<Stragglers>,
     ) -> Result<Self> {
         let name = table.name.to_string();
         let after = progress.position.tables.get(&name).copied().unwrap_or(0);
         let scan = crc32c::crc32c(format!("{upto} {name}").as_bytes());
         let mut publisher = Publisher::new(PublisherConfig {
             producer_name: format!("{}-scan-{scan:08x}", gap.publisher.producer_name),
+            diversion: gap.publisher.diversion.map(|diversion| Diversion {
+                age: diversion.age.min(PATIENCE),
+                ..diversion
+            }),
             ..gap.publisher.clone()
         });
         publisher.connect().await?;
-        let place = gap
-            .routing
-            .tables
-            .iter()
-            .position(|known| *known == table.name);
-        let place =
-            place.ok_or_else(|| Error::bug("a table is scanned that is not in the settings"))?;
+        let report_rows = gap.routing.report_rows;
         let now = Instant::now();
         Ok(Self {
             table,
+            place,
             extractor: Extractor::new(
                 &table.relation,
                 &gap.routing.columns,
                 &gap.routing.template,
             )?,
-            publisher,
-            tracker: AckTracker::new(position(after)?),
-            scratch: Scratch::new(),
-            topic: String::new(),
-            place,
-            mark: gap
-                .routing
-                .report_rows
-                .then(|| u32::try_from(place).ok())
-                .flatten(),
+            outlet: Outlet::new(
+                publisher,
+                stragglers,
+                Source::Table,
+                report_rows,
+                position(after)?,
+            ),
             after,
-            published: 0,
+            last: after,
             stored_at: now,
             told_at: now,
         })
@@ -154,7 +168,7 @@ impl<'a> Scan<'a> {
         loop {
             let any = rows
                 .next(async |row| {
-                    self.publish(&row)?;
+                    self.take(&row)?;
                     self.serve(gap, progress).await
                 })
                 .await?;
@@ -163,25 +177,31 @@ impl<'a> Scan<'a> {
             }
         }
         rows.close().await?;
-        while !self.publisher.is_empty() {
-            self.publisher.flush(Flush::All);
+        while self.outlet.unfinished() > 0 {
+            self.outlet.publisher().flush(Flush::All);
             self.wait(gap, progress).await?;
         }
         self.store(gap, progress).await?;
-        if self.published > 0 {
-            info!(%table, published = self.published, "rows were published from the table");
+        let counts = self.outlet.counts();
+        if counts.events > 0 {
+            info!(
+                %table,
+                published = counts.acknowledged,
+                stragglers = counts.stragglers,
+                "rows were published from the table"
+            );
         }
         Ok(())
     }
 
-    /// Handles what brokers said, and waits for them while there is no room.
+    /// Handles what was said, and waits while there is no room.
     async fn serve(&mut self, gap: &Gap<'_>, progress: &mut Progress) -> Result<()> {
-        while let Some(event) = self.publisher.try_next_event() {
-            self.handle(event)?;
+        while let Some(event) = self.outlet.try_next_event() {
+            self.outlet.event(event)?;
         }
-        while !self.publisher.has_room() {
+        while !self.outlet.has_room() {
             // Batches go when they are full; those that are not would wait for rows that have no room.
-            self.publisher.flush(Flush::All);
+            self.outlet.publisher().flush(Flush::All);
             self.wait(gap, progress).await?;
         }
         self.tick(gap, progress).await
@@ -191,21 +211,13 @@ impl<'a> Scan<'a> {
         let tick = Instant::now() + TICK;
         let event = tokio::select! {
             biased;
-            event = self.publisher.next_event() => Some(event),
+            event = self.outlet.next_event() => Some(event),
             () = sleep_until(tick) => None,
         };
         if let Some(event) = event {
-            self.handle(event)?;
+            self.outlet.event(event)?;
         }
         self.tick(gap, progress).await
-    }
-
-    fn handle(&mut self, event: crate::pulsar::BrokerEvent) -> Result<()> {
-        let result = self.publisher.handle(event);
-        for (txn, count) in self.publisher.take_acked() {
-            self.tracker.ack(txn, count);
-        }
-        result
     }
 
     async fn tick(&mut self, gap: &Gap<'_>, progress: &mut Progress) -> Result<()> {
@@ -214,26 +226,31 @@ impl<'a> Scan<'a> {
             return Ok(());
         }
         self.stored_at = now;
-        self.publisher.tick(now);
+        self.outlet.publisher().tick(now);
         self.metering();
         self.store(gap, progress).await?;
         if now - self.told_at >= TELL {
             self.told_at = now;
-            info!(table = %self.table.name, published = self.published, "publishing rows from the table");
+            let counts = self.outlet.counts();
+            info!(
+                table = %self.table.name,
+                published = counts.acknowledged,
+                stragglers = counts.stragglers,
+                "publishing rows from the table"
+            );
         }
         Ok(())
     }
 
     fn metering(&mut self) {
-        let position = self.tracker.flush_lsn(Lsn::ZERO).as_u64() >> 3;
-        let meter = self.publisher.meter();
-        meter.set_scan(self.place, self.published, position);
-        let in_flight = self.publisher.in_flight();
-        meter.set_in_flight(in_flight, in_flight.0);
+        let position = self.outlet.tracker().flush_lsn(Lsn::ZERO).as_u64() >> 3;
+        let published = self.outlet.counts().acknowledged;
+        let meter = self.outlet.metering();
+        meter.set_scan(usize::from(self.place), published, position);
     }
 
     async fn store(&mut self, gap: &Gap<'_>, progress: &mut Progress) -> Result<()> {
-        let seq = self.tracker.flush_lsn(Lsn::ZERO).as_u64() >> 3;
+        let seq = self.outlet.tracker().flush_lsn(Lsn::ZERO).as_u64() >> 3;
         let seq = i64::try_from(seq).unwrap_or(i64::MAX);
         let table = self.table.name.to_string();
         if progress.position.tables.insert(table, seq) == Some(seq) {
@@ -242,46 +259,19 @@ impl<'a> Scan<'a> {
         progress::scanned(gap.client, gap.slot, &progress.position).await
     }
 
-    fn publish(&mut self, row: &ScanRow) -> Result<()> {
-        let tuple = row.tuple()?;
-        let unusable = |error| {
-            Error::refused("a row from before the stream cannot be published")
-                .caused_by(Error::from(error))
-        };
-        let event = self
-            .extractor
-            .extract(&tuple, &mut self.scratch)
-            .map_err(unusable)?;
-        self.extractor
-            .topic_into(&tuple, &event, &mut self.topic)
-            .map_err(unusable)?;
-        let seq = position(row.seq)?;
-        let txn = self.tracker.begin();
-        let outgoing = Outgoing {
-            key: event.aggregateid,
-            payload: event.payload,
-            event_time_ms: event.event_time_ms,
-            deliver_at_ms: event.deliver_at_ms,
-            txn,
-            commit_lsn: seq,
-            row: RowTag::default(),
-            mark: self.mark.map(|table| Row {
-                table,
-                xid: 0,
-                id: event.id,
-            }),
-        };
-        let hash = key_hash(event.aggregateid.as_bytes());
-        self.publisher
-            .publish(&self.topic, hash, &outgoing, event.properties())
-            .map_err(|error| {
-                Error::refused(format!("the row with id {} cannot be published", event.id))
-                    .caused_by(error)
-            })?;
-        self.tracker.track();
-        self.tracker.commit(seq);
-        self.published += 1;
-        Ok(())
+    fn take(&mut self, row: &ScanRow) -> Result<()> {
+        if row.seq <= self.last {
+            return Err(Error::refused(format!(
+                "two rows of table {} have the seq {}, by which a scan knows where it is",
+                self.table.name, row.seq
+            ))
+            .hint("give one of them a seq that no other row has"));
+        }
+        self.last = row.seq;
+        let position = position(row.seq)?;
+        let tag = RowTag::new(self.place, position.as_u64() >> 3);
+        self.outlet
+            .take_read(&self.extractor, &row.tuple()?, tag, position)
     }
 }
 

@@ -4,9 +4,9 @@
 //! |---|---|
 //! | `progress` | the slot's row in `walpost.progress` |
 //! | `table` | an outbox table read by SQL, row by row, as the stream would bring it |
-//! | `gap` | publishes what was committed before the slot, or while there was none |
+//! | `gap` | publishes what was committed before the slot, or while there was none; stores what cannot be |
 //! | `delivered` | notes every few seconds which transactions are delivered |
-//! | `poll` | the gap scan on a timer, where there is no logical replication |
+//! | `poll` | the gap scan on a timer, where there is no logical replication; everything below works beside it too |
 //! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_store` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, the SQL |
 //! | `outbox` | what a table has and what the role may do: which modes it can have |
 //! | `after_publish` | marks or deletes rows whose receipt has come |
@@ -33,6 +33,10 @@
 //! they are published before the stream starts. The few that are visible in `scan_upto` and not in `scan_before` may also be
 //! streamed: their ids are remembered, and skipped when the stream brings them. (By id and not by transaction: a row that a
 //! transaction inserted and deleted is only in the stream.)
+//!
+//! **Stragglers** count as done, in the gap as in the stream, when they are in their table; so `delivered` says of a row that it
+//! was published *or stored*. Whoever asks whether a row is sent (the view, the retention, the look for unmarked rows) looks into
+//! `walpost.straggler` as well.
 //!
 //! What a table lacks turns off what needs it: without `txid` and `seq` there is no gap scan and no status.
 

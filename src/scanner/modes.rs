@@ -1,11 +1,10 @@
-//! Starts what works beside the stream on the outbox tables, and stops it.
+//! Starts what works on the outbox tables beside the stream, or beside poll mode's looks, and stops it.
 //!
 //! Owns the tasks of [`super::after_publish`], [`super::unmarked`], [`super::retention`] and [`super::partitions`]. Input: settings, and which cluster
 //! it is. Output: the queue that receipts put their rows into. In the mode `keep`, without retention and partitions, there is nothing here.
 
 use std::time::Duration;
 
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::Client;
@@ -15,9 +14,8 @@ use super::after_publish::AfterPublishTask;
 use super::outbox::OutboxTable;
 use super::partitions;
 use super::retention::Retention;
-use super::unmarked::Unmarked;
+use super::unmarked::{Unmarked, Way};
 use crate::config::{AfterPublish, Config};
-use crate::feedback::Progress;
 use crate::pipe::Routing;
 use crate::postgres::sql_error;
 use crate::pulsar::rows::queue;
@@ -83,19 +81,6 @@ pub async fn prepare(client: &Client, config: &Config) -> Result<Vec<OutboxTable
     Ok(tables)
 }
 
-/// Refuses what poll mode cannot have yet.
-///
-/// # Errors
-/// A configuration error.
-pub fn check_poll(config: &Config) -> Result<()> {
-    if config.after_publish == AfterPublish::Keep && config.retention.is_none() {
-        return Ok(());
-    }
-    Err(Error::config(
-        "WALPOST_AFTER_PUBLISH and WALPOST_RETENTION need WALPOST_MODE=stream; in poll mode allowed: keep and none",
-    ))
-}
-
 /// Rows are told from those of an earlier time in which nothing was marked by when the mode was turned on.
 async fn note_mode(client: &Client, config: &Config) -> Result<()> {
     const SQL: &str = "
@@ -152,7 +137,7 @@ pub(crate) async fn has_table(client: &Client) -> Result<bool> {
 }
 
 impl Modes {
-    /// Starts what the settings ask for, beside the stream of this cluster; what looked through another one's tables ends. Rows
+    /// Starts what the settings ask for, beside the stream or poll mode's looks, on this cluster; what looked through another one's tables ends. Rows
     /// that wait to be marked stay in their queue.
     pub fn start(
         &mut self,
@@ -160,7 +145,7 @@ impl Modes {
         tables: &[OutboxTable],
         system_id: &str,
         (routing, publisher): (Routing, PublisherConfig),
-        progress: watch::Receiver<Progress>,
+        way: Way,
     ) {
         self.stop_lookers();
         let partitioned = tables.iter().filter(|table| table.partitioned);
@@ -186,7 +171,7 @@ impl Modes {
                 interval: config.scan_interval,
                 age: config.straggler_age,
                 queue: queue.clone(),
-                progress,
+                way,
             };
             self.lookers.push(tokio::spawn(Box::pin(unmarked.run())));
         }

@@ -16,26 +16,38 @@
 //!   other (a lock on the business row) that is the order of commits.
 //! * A look that was cut short goes on with the snapshot it stored; with deduplication on the broker's side nothing of it
 //!   comes twice.
-//! * From poll to stream and back: both keep the same `walpost.progress`, so the next one begins where the last one ended. A
-//!   slot that is left behind by `WALPOST_MODE=poll` keeps log on the server: drop it.
+//! * What cannot be published becomes a straggler, as in the stream; it is retried, and parks its key, from one look to the next.
+//!   Without a `walpost.straggler` a row that can never be published ends the process, and a refused topic holds up the look.
+//! * `WALPOST_AFTER_PUBLISH`: receipts tell their rows, so a row is marked or deleted behind its receipt here too. A mark that
+//!   was lost with the process is told from a row that is yet to come by a look that began after it was seen ([`super::unmarked`]).
+//! * `WALPOST_RETENTION`: a row goes when it is visible in `delivered` and is no straggler. A look's snapshot becomes that only
+//!   when each of its rows has its receipt or is stored.
+//! * From poll to stream and back: both keep the same `walpost.progress` and `walpost.straggler`, so the next one begins where
+//!   the last one ended. A slot that is left behind by `WALPOST_MODE=poll` keeps log on the server: drop it.
 
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_postgres::Client;
 use tracing::{info, warn};
 
 use super::gap::{self, Gap};
+use super::modes::{self, Modes};
 use super::progress::{self, Progress};
 use super::recovery::{self, Session};
+use super::straggler::Stragglers;
 use super::table::ScanTable;
+use super::unmarked::{Looks, Way};
 use crate::config::Config;
-use crate::connector::{phase_after, publisher_config, routing};
+use crate::connector::{GOODBYE, diversion, phase_after, publisher_config, routing};
 use crate::meter::{Meter, Phase, Side};
 use crate::postgres::slot::slot_state;
 use crate::postgres::{connect_sql, sql_error};
+use crate::pulsar::PublisherConfig;
 use crate::retry::Backoff;
 use crate::{Error, Result};
 
@@ -43,77 +55,236 @@ use crate::{Error, Result};
 const APPLICATION_NAME: &str = "walpost poll";
 
 /// Polls until `shutdown` resolves or an error that time cannot heal. Told to stop, a look that is under way may end within
-/// the grace period.
+/// the grace period, and what it published is marked.
 pub async fn run(
     config: Config,
     session: Session,
     meter: Arc<Meter>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
+    let mut modes = Modes::default();
+    let ended = keep_polling(&config, &session, &meter, &mut modes, shutdown).await;
+    let now = Instant::now();
+    let by = ended.as_ref().map_or(now + GOODBYE, |stopped| stopped.by);
+    modes
+        .drain(by.saturating_duration_since(now).max(GOODBYE))
+        .await;
+    ended.and_then(|stopped| stopped.result)
+}
+
+/// Connects, polls, and connects again.
+async fn keep_polling(
+    config: &Config,
+    session: &Session,
+    meter: &Arc<Meter>,
+    modes: &mut Modes,
+    shutdown: impl Future<Output = ()>,
+) -> Result<Stopped> {
     let mut shutdown = pin!(shutdown);
     let mut backoff = Backoff::new(config.reconnect_initial, config.reconnect_max);
+    let stopped = || Stopped {
+        by: Instant::now() + config.shutdown_grace,
+        result: Ok(()),
+    };
     loop {
-        let mut looked = false;
-        let polled = poll(&config, &session, &meter, shutdown.as_mut(), &mut looked).await;
-        let Err(error) = polled else {
-            return Ok(());
+        let opened = tokio::select! {
+            biased;
+            () = shutdown.as_mut() => return Ok(stopped()),
+            opened = Poller::open(config, session, meter, modes) => opened,
+        };
+        let error = match opened {
+            Ok(mut poller) => {
+                let ended = poller.poll(shutdown.as_mut()).await;
+                let has_looked = poller.looks.borrow().over > 0;
+                if has_looked {
+                    backoff.reset();
+                }
+                match ended {
+                    Ok(stopped) => return Ok(stopped),
+                    Err(error) => {
+                        if has_looked {
+                            meter.lost(Side::Postgres);
+                        }
+                        error
+                    }
+                }
+            }
+            Err(error) => error,
         };
         if !error.is_temporary() {
             return Err(error);
-        }
-        if looked {
-            backoff.reset();
-        }
-        if looked {
-            meter.lost(Side::Postgres);
         }
         meter.set_phase(phase_after(&error));
         let delay = backoff.next_delay();
         warn!(retry_in_ms = delay.as_millis(), "{}", error.report());
         tokio::select! {
             biased;
-            () = shutdown.as_mut() => return Ok(()),
+            () = shutdown.as_mut() => return Ok(stopped()),
             () = sleep(delay) => {}
         }
     }
 }
 
-/// One connection's worth of looks; `Ok` when told to stop.
-async fn poll<F: Future<Output = ()>>(
-    config: &Config,
-    session: &Session,
-    meter: &Arc<Meter>,
-    mut shutdown: Pin<&mut F>,
-    looked: &mut bool,
-) -> Result<()> {
-    let client = connect_sql(&config.postgres, APPLICATION_NAME).await?;
-    let rows = connect_sql(&config.postgres, APPLICATION_NAME).await?;
-    let (mut progress, timeline) = prepare(&client, config, session).await?;
-    meter.set_phase(Phase::Polling);
-    info!(interval_ms = config.scan_interval.as_millis(), "polling");
-    loop {
-        let next = Instant::now() + config.scan_interval;
-        let look = look(config, meter, &client, &rows, &mut progress, timeline);
-        tokio::pin!(look);
-        tokio::select! {
-            biased;
-            done = &mut look => done?,
-            () = shutdown.as_mut() => {
-                meter.set_phase(Phase::Stopping);
-                info!("stopping: the look that is under way may end");
-                return match tokio::time::timeout(config.shutdown_grace, look).await {
-                    Ok(done) => done,
-                    Err(_) => Err(Error::temporary("a look was not over when the time to stop was up")
-                        .hint("the next start goes on with it; WALPOST_SHUTDOWN_GRACE gives more time")),
-                };
+/// Told to stop.
+struct Stopped {
+    /// The end of the grace period.
+    by: Instant,
+    /// Whether the look that was under way is over.
+    result: Result<()>,
+}
+
+/// One connection's worth of looks.
+struct Poller<'a> {
+    config: &'a Config,
+    meter: &'a Meter,
+    /// Holds the lock on the slot.
+    client: Client,
+    rows: Client,
+    progress: Progress,
+    publisher: PublisherConfig,
+    /// `None` while a look has them, and where there is no table for them.
+    stragglers: Option<Stragglers>,
+    looks: watch::Sender<Looks>,
+}
+
+impl<'a> Poller<'a> {
+    async fn open(
+        config: &'a Config,
+        session: &Session,
+        meter: &'a Arc<Meter>,
+        modes: &mut Modes,
+    ) -> Result<Self> {
+        let client = connect_sql(&config.postgres, APPLICATION_NAME).await?;
+        let rows = connect_sql(&config.postgres, APPLICATION_NAME).await?;
+        let (progress, timeline) = prepare(&client, config, session).await?;
+        let tables = modes::prepare(&client, config).await?;
+        let mut publisher = publisher_config(config, meter, &progress.system_id, timeline);
+        let looks = watch::Sender::default();
+        let routes = (routing(config), publisher.clone());
+        let way = Way::Looks(looks.subscribe());
+        modes.start(config, &tables, &progress.system_id, routes, way);
+        publisher.rows = modes.queue();
+        let stragglers = Stragglers::start(config, &publisher).await?;
+        publisher.diversion = diversion(config, stragglers.as_ref());
+        if let Some(stragglers) = &stragglers {
+            stragglers.retry(true);
+        }
+        Ok(Self {
+            config,
+            meter,
+            client,
+            rows,
+            progress,
+            publisher,
+            stragglers,
+            looks,
+        })
+    }
+
+    /// Looks until told to stop.
+    async fn poll<F: Future<Output = ()>>(&mut self, mut shutdown: Pin<&mut F>) -> Result<Stopped> {
+        let (interval, grace) = (self.config.scan_interval, self.config.shutdown_grace);
+        self.meter.set_phase(Phase::Polling);
+        info!(interval_ms = interval.as_millis(), "polling");
+        loop {
+            let next = Instant::now() + interval;
+            if let Some(stopped) = self.look_or_stop(shutdown.as_mut(), grace).await? {
+                return Ok(stopped);
+            }
+            tokio::select! {
+                biased;
+                () = shutdown.as_mut() => {
+                    let by = Instant::now() + grace;
+                    return Ok(Stopped { by, result: Ok(()) });
+                }
+                rested = self.rest(next) => rested?,
             }
         }
-        *looked = true;
+    }
+
+    /// One look; told to stop meanwhile, it may end within the grace period.
+    async fn look_or_stop<F: Future<Output = ()>>(
+        &mut self,
+        shutdown: Pin<&mut F>,
+        grace: Duration,
+    ) -> Result<Option<Stopped>> {
+        let meter = self.meter;
+        let mut look = pin!(self.look());
         tokio::select! {
             biased;
-            () = shutdown.as_mut() => return Ok(()),
-            () = sleep_until(next) => {}
+            looked = look.as_mut() => return looked.map(|()| None),
+            () = shutdown => {
+                meter.set_phase(Phase::Stopping);
+                info!("stopping: the look that is under way may end");
+            }
         }
+        let by = Instant::now() + grace;
+        let cut_short = |_| {
+            Err(
+                Error::temporary("a look was not over when the time to stop was up")
+                    .hint("the next start goes on with it; WALPOST_SHUTDOWN_GRACE gives more time"),
+            )
+        };
+        let result = timeout_at(by, look).await.unwrap_or_else(cut_short);
+        Ok(Some(Stopped { by, result }))
+    }
+
+    /// Waits for the next look's time, and books what becomes of stragglers meanwhile.
+    async fn rest(&mut self, until: Instant) -> Result<()> {
+        let Some(stragglers) = &mut self.stragglers else {
+            sleep_until(until).await;
+            return Ok(());
+        };
+        loop {
+            tokio::select! {
+                biased;
+                report = stragglers.next_report() => stragglers.idle(report)?,
+                () = sleep_until(until) => return Ok(()),
+            }
+        }
+    }
+
+    /// Goes on with a look that was cut short, or publishes what was committed since the last one.
+    async fn look(&mut self) -> Result<()> {
+        if self.progress.gap().is_some() {
+            self.close_gap().await?;
+        }
+        self.looks.send_modify(|looks| looks.begun += 1);
+        let upto = progress::snapshot(&self.client).await?;
+        if self.has_rows(&upto).await? {
+            progress::look(&self.client, &self.config.slot, &upto).await?;
+            self.progress.scan_before = None;
+            self.progress.scan_upto = Some(upto);
+            self.progress.position = progress::Position::default();
+            self.close_gap().await?;
+        }
+        self.looks.send_modify(|looks| looks.over = looks.begun);
+        Ok(())
+    }
+
+    async fn has_rows(&self, upto: &progress::Snapshot) -> Result<bool> {
+        let delivered = self.progress.delivered.as_ref();
+        for name in &self.config.outbox_tables {
+            if let Some(table) = ScanTable::describe(&self.client, name).await?
+                && table.any(&self.client, upto, delivered).await?
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    async fn close_gap(&mut self) -> Result<()> {
+        let gap = Gap {
+            client: &self.client,
+            rows: &self.rows,
+            slot: &self.config.slot,
+            routing: &routing(self.config),
+            publisher: &self.publisher,
+        };
+        let stragglers = self.stragglers.take();
+        self.stragglers = gap::close(&gap, &mut self.progress, stragglers).await?;
+        Ok(())
     }
 }
 
@@ -166,42 +337,4 @@ async fn prepare(client: &Client, config: &Config, session: &Session) -> Result<
     let row = row.map_err(|error| sql_error("ask for the timeline", error))?;
     let timeline: i32 = row.get(0);
     Ok((progress, timeline.unsigned_abs()))
-}
-
-/// Publishes what was committed since the last look.
-async fn look(
-    config: &Config,
-    meter: &Arc<Meter>,
-    client: &Client,
-    rows: &Client,
-    progress: &mut Progress,
-    timeline: u32,
-) -> Result<()> {
-    let routing = routing(config);
-    if progress.gap().is_none() {
-        let upto = progress::snapshot(client).await?;
-        let mut any = false;
-        for name in &routing.tables {
-            if let Some(table) = ScanTable::describe(client, name).await? {
-                any |= table
-                    .any(client, &upto, progress.delivered.as_ref())
-                    .await?;
-            }
-        }
-        if !any {
-            return Ok(());
-        }
-        progress::look(client, &config.slot, &upto).await?;
-        progress.scan_before = None;
-        progress.scan_upto = Some(upto);
-        progress.position = progress::Position::default();
-    }
-    let gap = Gap {
-        client,
-        rows,
-        slot: &config.slot,
-        routing: &routing,
-        publisher: publisher_config(config, meter, &progress.system_id, timeline),
-    };
-    gap::close(gap, progress).await
 }

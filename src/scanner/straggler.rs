@@ -34,7 +34,7 @@ use super::straggler_task;
 use crate::ack::TxnNo;
 use crate::config::Config;
 use crate::outbox::Salvaged;
-use crate::pulsar::{Diverted, PublisherConfig, RowTag};
+use crate::pulsar::{Diverted, Parked, PublisherConfig, RowTag};
 use crate::{Error, Lsn, Result};
 
 /// An event to be stored.
@@ -107,7 +107,9 @@ pub enum Report {
 pub struct Stragglers {
     queue: mpsc::UnboundedSender<Item>,
     reports: mpsc::UnboundedReceiver<Report>,
-    streaming: watch::Sender<bool>,
+    may_retry: watch::Sender<bool>,
+    /// While no publisher keeps it.
+    parked: Parked,
     task: JoinHandle<()>,
     outboxes: Vec<String>,
     messages: usize,
@@ -120,12 +122,9 @@ pub struct Stragglers {
 }
 
 impl Stragglers {
-    /// Starts the task, if there is a table for it; returns what must be parked. `None`: the table is missing, or may not be
+    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing, or may not be
     /// used, which is logged.
-    pub async fn start(
-        config: &Config,
-        publisher: &PublisherConfig,
-    ) -> Result<Option<(Self, Vec<Report>)>> {
+    pub async fn start(config: &Config, publisher: &PublisherConfig) -> Result<Option<Self>> {
         let mut store = Store::new(config);
         if let Some(why) = store.connect().await? {
             warn!(
@@ -134,15 +133,16 @@ impl Stragglers {
             );
             return Ok(None);
         }
-        let (parked, rows) = store.reload().await?;
+        let (known, rows) = store.reload().await?;
         let (queue, inbox) = mpsc::unbounded_channel();
         let (outbox, reports) = mpsc::unbounded_channel();
-        let (streaming, is_streaming) = watch::channel(false);
-        let work = straggler_task::run(config, publisher, store, inbox, outbox, is_streaming);
-        let stragglers = Self {
+        let (may_retry, retrying) = watch::channel(false);
+        let work = straggler_task::run(config, publisher, store, inbox, outbox, retrying);
+        let mut stragglers = Self {
             queue,
             reports,
-            streaming,
+            may_retry,
+            parked: Parked::default(),
             task: tokio::spawn(work),
             outboxes: config
                 .outbox_tables
@@ -157,13 +157,44 @@ impl Stragglers {
             limit: u64::try_from(config.straggler_limit).unwrap_or(u64::MAX),
             told_full: false,
         };
-        let first = vec![Report::Parked(parked), Report::Rows(rows)];
-        Ok(Some((stragglers, first)))
+        for known in [Report::Parked(known), Report::Rows(rows)] {
+            stragglers.idle(known)?;
+        }
+        Ok(Some(stragglers))
     }
 
-    /// The stream is open, or is not: only then are stragglers retried, so that of several instances one does.
-    pub fn streaming(&self, is_streaming: bool) {
-        self.streaming.send_replace(is_streaming);
+    /// The slot is ours (the stream is open, or the lock is held and a scan runs), or is not: only then are stragglers
+    /// retried, so that of several instances one does.
+    pub fn retry(&self, may_retry: bool) {
+        self.may_retry.send_replace(may_retry);
+    }
+
+    /// Books a report while there is no publisher.
+    ///
+    /// # Errors
+    /// The table cannot be used any more.
+    pub fn idle(&mut self, report: Report) -> Result<()> {
+        self.book(&report);
+        match report {
+            Report::Parked(changes) => {
+                for (topic, key, count) in changes {
+                    self.parked.change(&topic, &key, count);
+                }
+            }
+            Report::Failed(error) => return Err(error),
+            Report::Stored { .. } | Report::Rows(_) | Report::Healed(_) => {}
+        }
+        Ok(())
+    }
+
+    /// What is parked, for a publisher to keep.
+    pub fn take_parked(&mut self) -> Parked {
+        std::mem::take(&mut self.parked)
+    }
+
+    /// The same, back from a publisher.
+    pub fn set_parked(&mut self, parked: Parked) {
+        self.parked = parked;
     }
 
     /// Completes when everything taken so far is stored and the table has been read anew, and the reports of that are waiting.
@@ -234,7 +265,9 @@ impl Stragglers {
     }
 
     fn outbox(&self, row: RowTag) -> String {
-        self.outboxes.get(row.table()).cloned().unwrap_or_default()
+        let outbox = usize::try_from(row.table()).ok();
+        let outbox = outbox.and_then(|outbox| self.outboxes.get(outbox));
+        outbox.cloned().unwrap_or_default()
     }
 
     fn push(&mut self, straggler: Straggler) {

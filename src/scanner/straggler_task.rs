@@ -18,7 +18,8 @@
 //! stream's deduplication nor that of an earlier start takes a retry for something old, and one bad message fails alone. A process killed between
 //! receipt and deletion publishes the message again: stragglers are at least once.
 //!
-//! Retries are made only while the replication stream is open, since the slot lets in one instance only.
+//! Retries are made only while the replication stream is open (the slot lets in one instance only), or while a scan runs (the
+//! lock on the slot does).
 //!
 //! # Dead
 //!
@@ -86,7 +87,7 @@ pub(super) struct Task {
 async fn run_task(
     mut task: Task,
     mut inbox: mpsc::UnboundedReceiver<Item>,
-    mut streaming: watch::Receiver<bool>,
+    mut may_retry: watch::Receiver<bool>,
 ) {
     let mut scan_at = Instant::now();
     let mut tick_at = Instant::now();
@@ -111,13 +112,13 @@ async fn run_task(
             // 2. Receipts.
             event = task.publisher.next_event() => task.heard(event),
             // 3. What is due.
-            () = sleep_until(scan_at), if *streaming.borrow() => {
+            () = sleep_until(scan_at), if *may_retry.borrow() => {
                 scan_at = Instant::now() + SCAN_INTERVAL;
                 if let Err(error) = task.scan().await {
                     task.reconnect(&error).await;
                 }
             }
-            changed = streaming.changed() => if changed.is_err() { return },
+            changed = may_retry.changed() => if changed.is_err() { return },
             () = sleep_until(tick_at) => {
                 task.publisher.tick(Instant::now());
                 tick_at = Instant::now() + SCAN_INTERVAL;
@@ -133,7 +134,7 @@ pub(super) fn run(
     store: Store,
     inbox: mpsc::UnboundedReceiver<Item>,
     reports: mpsc::UnboundedSender<Report>,
-    streaming: watch::Receiver<bool>,
+    may_retry: watch::Receiver<bool>,
 ) -> impl Future<Output = ()> + Send + use<> {
     let started = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -184,7 +185,7 @@ pub(super) fn run(
         messages: 0,
         scans: 0,
     };
-    run_task(task, inbox, streaming)
+    run_task(task, inbox, may_retry)
 }
 
 impl Task {

@@ -5,7 +5,7 @@
 //! for; the server keeps the list of what is to come (a cursor WITH HOLD, so that a long scan holds back no vacuum).
 
 use futures::{StreamExt as _, pin_mut};
-use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
+use tokio_postgres::{Client, Row, SimpleQueryMessage, SimpleQueryRow};
 
 use super::progress::Snapshot;
 use crate::pgoutput::{Relation, RelationColumn, Tuple};
@@ -38,8 +38,7 @@ pub struct ScanRow {
 impl ScanRow {
     /// Its values.
     pub fn tuple(&self) -> Result<Tuple<'_>> {
-        Tuple::decode(&self.data)
-            .map_err(|error| Error::bug("a row read by SQL cannot be read").caused_by(error))
+        decode(&self.data)
     }
 }
 
@@ -52,37 +51,10 @@ pub async fn print_as_the_stream(client: &Client) -> Result<()> {
 }
 
 impl ScanTable {
-    /// Looks at a table; `None` when it lacks `txid` or `seq`, so that it cannot be scanned.
+    /// Looks at a table; `None` when it does not exist, or lacks `txid` or `seq`, so that it cannot be scanned.
     pub async fn describe(client: &Client, name: &TableName) -> Result<Option<Self>> {
-        // A domain counts as what it is made of, as in the stream.
-        let sql = "SELECT c.oid, a.attname::text, CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, a.atttypmod
-                   FROM pg_attribute a
-                   JOIN pg_class c ON c.oid = a.attrelid
-                   JOIN pg_namespace n ON n.oid = c.relnamespace
-                   JOIN pg_type t ON t.oid = a.atttypid
-                   WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped
-                   ORDER BY a.attnum";
-        let rows = client
-            .query(sql, &[&name.schema, &name.name])
-            .await
-            .map_err(|error| sql_error("look at the outbox table", error))?;
-        let Some(first) = rows.first() else {
+        let Some(relation) = describe(client, name).await? else {
             return Ok(None);
-        };
-        let relation = Relation {
-            id: first.get(0),
-            namespace: name.schema.clone(),
-            name: name.name.clone(),
-            replica_identity: b'n',
-            columns: rows
-                .iter()
-                .map(|row| RelationColumn {
-                    flags: 0,
-                    name: row.get(1),
-                    type_oid: row.get(2),
-                    type_modifier: row.get(3),
-                })
-                .collect(),
         };
         let (Some(seq), Some(_)) = (relation.position(SEQ), relation.position(TXID)) else {
             return Ok(None);
@@ -165,22 +137,67 @@ impl ScanTable {
             Error::refused(format!("a row of {} has no whole number as seq", self.name))
                 .hint("rows that were there before the column was added need a value, and NOT NULL")
         })?;
-        let mut data = Vec::new();
-        for column in 0..self.relation.columns.len() {
-            match row.get(column) {
-                None => data.push(b'n'),
-                Some(text) => {
-                    data.push(b't');
-                    let length = u32::try_from(text.len()).unwrap_or(u32::MAX);
-                    data.extend(length.to_be_bytes());
-                    data.extend(text.as_bytes());
-                }
+        Ok(ScanRow {
+            seq,
+            data: encode(row),
+        })
+    }
+}
+
+/// A table as pgoutput would describe it; `None` when it does not exist.
+pub(super) async fn describe(client: &Client, name: &TableName) -> Result<Option<Relation>> {
+    // A domain counts as what it is made of, as in the stream.
+    let sql = "SELECT c.oid, a.attname::text, CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, a.atttypmod
+               FROM pg_attribute a
+               JOIN pg_class c ON c.oid = a.attrelid
+               JOIN pg_namespace n ON n.oid = c.relnamespace
+               JOIN pg_type t ON t.oid = a.atttypid
+               WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped
+               ORDER BY a.attnum";
+    let rows = client
+        .query(sql, &[&name.schema, &name.name])
+        .await
+        .map_err(|error| sql_error("look at the outbox table", error))?;
+    let Some(first) = rows.first() else {
+        return Ok(None);
+    };
+    let column = |row: &Row| RelationColumn {
+        flags: 0,
+        name: row.get(1),
+        type_oid: row.get(2),
+        type_modifier: row.get(3),
+    };
+    Ok(Some(Relation {
+        id: first.get(0),
+        namespace: name.schema.clone(),
+        name: name.name.clone(),
+        replica_identity: b'n',
+        columns: rows.iter().map(column).collect(),
+    }))
+}
+
+/// `TupleData`, every value as text.
+pub(super) fn encode(row: &SimpleQueryRow) -> Vec<u8> {
+    let count = u16::try_from(row.len()).unwrap_or(u16::MAX);
+    let mut data = count.to_be_bytes().to_vec();
+    for column in 0..row.len() {
+        match row.get(column) {
+            None => data.push(b'n'),
+            Some(text) => {
+                data.push(b't');
+                let length = u32::try_from(text.len()).unwrap_or(u32::MAX);
+                data.extend(length.to_be_bytes());
+                data.extend(text.as_bytes());
             }
         }
-        let count = u16::try_from(self.relation.columns.len()).unwrap_or(u16::MAX);
-        let data = [&count.to_be_bytes()[..], &data].concat();
-        Ok(ScanRow { seq, data })
     }
+    data
+}
+
+/// What [`encode`] made.
+pub(super) fn decode(data: &[u8]) -> Result<Tuple<'_>> {
+    Tuple::decode(data)
+        .map_err(|error| Error::bug("a row read by SQL cannot be read").caused_by(error))
 }
 
 /// "Visible in the one and not in the other", with a bound that the index over `txid` understands.

@@ -7,10 +7,14 @@
 //! # Which rows
 //!
 //! Older than `WALPOST_STRAGGLER_AGE`, created since the mode was turned on (`walpost.after_publish.since`: what was kept
-//! before is nobody's loss), not marked, not waiting as a straggler. And behind the stream: a row that the stream has yet to bring
-//! is not lost, however long the broker was away. So a page of ids is read first, *then* the log's insert position; each of
-//! these rows was committed before it. Once the confirmed LSN is there, and the marks of everything acknowledged by then are
-//! made, the rows of the page that are still not marked are those.
+//! before is nobody's loss), not marked, not waiting as a straggler. And behind whatever brings rows to their topics: a row that is yet to
+//! come is not lost, however long the broker was away. So a page of ids is read first, and *then* waited for ([`Way`]):
+//!
+//! * **stream**: the log's insert position is read; each of these rows was committed before it. The confirmed LSN gets there.
+//! * **poll**: a look that begins now takes a snapshot in which each of these rows is visible. It ends.
+//!
+//! Then the marks of everything acknowledged by then are made, and the rows of the page that are still not marked, and have
+//! not become stragglers meanwhile, are those.
 //!
 //! Memory: one page. An index on `(created_at, id) where sent_at is null` serves it; `init` makes it.
 
@@ -18,17 +22,18 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
-use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
+use tokio_postgres::{Client, SimpleQueryMessage};
 use tracing::{info, warn};
 
 use super::outbox::OutboxTable;
-use crate::ack::{AckTracker, TxnNo};
+use super::table::{decode, describe, encode, print_as_the_stream};
 use crate::feedback::Progress;
-use crate::outbox::{Extractor, Scratch, key_hash};
-use crate::pgoutput::{Relation, RelationColumn, Tuple};
+use crate::outbox::Extractor;
+use crate::outlet::{Outlet, Source};
+use crate::pgoutput::Relation;
 use crate::pipe::Routing;
 use crate::postgres::{PostgresConfig, connect_sql, quote_ident, quote_literal, sql_error};
-use crate::pulsar::{Flush, Outgoing, Publisher, PublisherConfig, Row, RowQueue, RowTag};
+use crate::pulsar::{Flush, Publisher, PublisherConfig, RowQueue, RowTag};
 use crate::{Error, Lsn, Result};
 
 /// Rows of a page: their ids, and then the rows themselves, are in memory at once.
@@ -57,8 +62,26 @@ pub struct Unmarked {
     pub age: Duration,
     /// Where receipts put the rows to be marked.
     pub queue: RowQueue,
+    /// What brings rows to their topics.
+    pub way: Way,
+}
+
+/// What brings rows to their topics, and how far it is.
+#[derive(Clone, Debug)]
+pub enum Way {
     /// The stream.
-    pub progress: watch::Receiver<Progress>,
+    Stream(watch::Receiver<Progress>),
+    /// Poll mode's looks.
+    Looks(watch::Receiver<Looks>),
+}
+
+/// Looks that began with a snapshot of their own: a look that was cut short before goes on with an old one, and does not count.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Looks {
+    /// How many began.
+    pub begun: u64,
+    /// The last of them that is over.
+    pub over: u64,
 }
 
 /// Where a page ended.
@@ -103,7 +126,7 @@ impl Unmarked {
                     break;
                 };
                 let ids: Vec<String> = page.into_iter().map(|place| place.id).collect();
-                self.stream_passes(client).await?;
+                self.pass(client).await?;
                 let published = self
                     .publish_unmarked(client, number, &ids, &mut again)
                     .await?;
@@ -131,30 +154,14 @@ impl Unmarked {
         };
         let (id, id_type) = (table.id_column(), &table.id.sql_type);
         let (time, time_type) = (quote_ident(&created_at.name), &created_at.sql_type);
-        let not_marked = if table.has_sent_at {
-            "sent_at IS NULL"
-        } else {
-            "true"
-        };
-        let stragglers = client
-            .query_one("SELECT to_regclass('walpost.straggler') IS NOT NULL", &[])
-            .await
-            .map_err(failed)?;
-        let no_straggler = if stragglers.get(0) {
-            format!(
-                "NOT EXISTS (SELECT FROM walpost.straggler s WHERE s.outbox = {} AND s.id = o.{id}::text)",
-                quote_literal(&table.name.to_string())
-            )
-        } else {
-            "true".to_owned()
-        };
         let sql = format!(
             "SELECT o.{time}::text, o.{id}::text FROM {} o
-             WHERE {not_marked} AND o.{time} < {} AND {no_straggler}
+             WHERE {} AND o.{time} < {}
                AND o.{time} >= (SELECT since FROM walpost.after_publish WHERE slot = $2)
                AND ($3::text IS NULL OR (o.{time}, o.{id}) > ($3::text::{time_type}, $4::text::{id_type}))
              ORDER BY o.{time}, o.{id} LIMIT {PAGE_ROWS}",
             table.name,
+            is_lost(client, table).await?,
             table.ago("$1::float8"),
         );
         let seconds = self.age.as_secs_f64();
@@ -171,19 +178,21 @@ impl Unmarked {
         Ok(rows.iter().map(place).collect())
     }
 
-    /// Waits until the stream has passed by everything committed before now, and its marks are made.
-    async fn stream_passes(&mut self, client: &Client) -> Result<()> {
-        let row = client
-            .query_one("SELECT pg_current_wal_insert_lsn()::text", &[])
-            .await
-            .map_err(|error| sql_error("read the log's position", error))?;
-        let text: &str = row.get(0);
-        let upto: Lsn = text
-            .parse()
-            .map_err(|error| Error::bug("cannot read the log's position").caused_by(error))?;
-        let passed = |progress: &Progress| progress.streaming && progress.confirmed >= upto;
-        let ended = |_| Error::temporary("the stream has ended");
-        self.progress.wait_for(passed).await.map_err(ended)?;
+    /// Waits until everything committed before now has been brought, and its marks are made.
+    async fn pass(&mut self, client: &Client) -> Result<()> {
+        let ended = |_| Error::temporary("nothing brings rows any more");
+        match &mut self.way {
+            Way::Stream(progress) => {
+                let upto = log_position(client).await?;
+                let passed = |now: &Progress| now.streaming && now.confirmed >= upto;
+                progress.wait_for(passed).await.map_err(ended)?;
+            }
+            Way::Looks(looks) => {
+                let begun = looks.borrow().begun;
+                let passed = |now: &Looks| now.over > begun;
+                looks.wait_for(passed).await.map_err(ended)?;
+            }
+        }
         if !self.queue.barrier().await {
             return Err(Error::temporary("nobody marks rows any more"));
         }
@@ -199,8 +208,10 @@ impl Unmarked {
         again: &mut Option<Again>,
     ) -> Result<usize> {
         let table = &self.tables[number];
-        let relation = describe(client, table).await?;
-        let rows = still_there(client, table, &relation, ids).await?;
+        let Some(relation) = describe(client, &table.name).await? else {
+            return Ok(0);
+        };
+        let rows = still_lost(client, table, &relation, ids).await?;
         if rows.is_empty() {
             return Ok(0);
         }
@@ -211,16 +222,17 @@ impl Unmarked {
             return Err(Error::bug("a publisher was just made"));
         };
         let extractor = Extractor::new(&relation, &self.routing.columns, &self.routing.template)?;
+        let place = u16::try_from(number).unwrap_or(u16::MAX);
         let mut published = 0;
         for row in &rows {
-            match again
-                .publish(u32::try_from(number).unwrap_or(u32::MAX), &extractor, row)
-                .await
-            {
+            match again.publish(place, &extractor, row).await {
                 Ok(()) => published += 1,
                 Err(error) if error.is_temporary() => return Err(error),
                 // The others need not wait for it.
-                Err(error) => warn!("{}", error.report()),
+                Err(error) => warn!(
+                    "a row that was never marked stays as it is: {}",
+                    error.report()
+                ),
             }
         }
         again.receipts().await?;
@@ -230,12 +242,9 @@ impl Unmarked {
 
 /// A publisher with names that were never used: nothing it sends is taken for a repeat.
 struct Again {
-    publisher: Publisher,
-    txn: TxnNo,
-    /// In place of log positions.
-    position: u64,
-    scratch: Scratch,
-    topic: String,
+    outlet: Outlet,
+    /// Counts rows, in place of log positions.
+    rows: u64,
 }
 
 impl Again {
@@ -249,64 +258,31 @@ impl Again {
         });
         publisher.connect().await?;
         Ok(Self {
-            publisher,
-            txn: AckTracker::new(Lsn::ZERO).begin(),
-            position: 0,
-            scratch: Scratch::new(),
-            topic: String::new(),
+            outlet: Outlet::new(publisher, None, Source::Table, true, Lsn::ZERO),
+            rows: 0,
         })
     }
 
-    async fn publish(&mut self, table: u32, extractor: &Extractor, row: &[u8]) -> Result<()> {
-        while !self.publisher.has_room() {
+    async fn publish(&mut self, table: u16, extractor: &Extractor, row: &[u8]) -> Result<()> {
+        while !self.outlet.has_room() {
             self.wait().await?;
         }
-        let tuple = Tuple::decode(row)
-            .map_err(|error| Error::bug("a row read by SQL cannot be read").caused_by(error))?;
-        let unusable = |error| {
-            Error::refused("a row that was never marked cannot be published")
-                .caused_by(Error::from(error))
-        };
-        let event = extractor
-            .extract(&tuple, &mut self.scratch)
-            .map_err(unusable)?;
-        extractor
-            .topic_into(&tuple, &event, &mut self.topic)
-            .map_err(unusable)?;
-        self.position += 1;
-        let outgoing = Outgoing {
-            key: event.aggregateid,
-            payload: event.payload,
-            event_time_ms: event.event_time_ms,
-            deliver_at_ms: event.deliver_at_ms,
-            txn: self.txn,
-            commit_lsn: Lsn::new(self.position << 3),
-            row: RowTag::default(),
-            mark: Some(Row {
-                table,
-                xid: 0,
-                id: event.id,
-            }),
-        };
-        let hash = key_hash(event.aggregateid.as_bytes());
-        self.publisher
-            .publish(&self.topic, hash, &outgoing, event.properties())
-            .map_err(|error| {
-                Error::refused(format!("the row with id {} cannot be published", event.id))
-                    .caused_by(error)
-            })
+        self.rows += 1;
+        let (tag, position) = (RowTag::new(table, self.rows), Lsn::new(self.rows << 3));
+        self.outlet
+            .take_read(extractor, &decode(row)?, tag, position)
     }
 
     async fn receipts(&mut self) -> Result<()> {
         let deadline = Instant::now() + RECEIPTS;
-        while !self.publisher.is_empty() {
+        while self.outlet.unfinished() > 0 {
             if Instant::now() > deadline {
                 return Err(
                     Error::temporary("rows that were never marked get no receipt")
                         .hint("what the broker has against their topic stands above"),
                 );
             }
-            self.publisher.flush(Flush::All);
+            self.outlet.publisher().flush(Flush::All);
             self.wait().await?;
         }
         Ok(())
@@ -317,13 +293,9 @@ impl Again {
         let tick = Instant::now() + TICK;
         tokio::select! {
             biased;
-            event = self.publisher.next_event() => {
-                let result = self.publisher.handle(event);
-                self.publisher.take_acked().for_each(drop);
-                result
-            }
+            event = self.outlet.next_event() => self.outlet.event(event),
             () = sleep_until(tick) => {
-                self.publisher.tick(Instant::now());
+                self.outlet.publisher().tick(Instant::now());
                 Ok(())
             }
         }
@@ -333,69 +305,65 @@ impl Again {
 /// A session that prints values as the walsender does.
 async fn open(postgres: &PostgresConfig) -> Result<Client> {
     let client = connect_sql(postgres, "walpost scanner").await?;
-    let sql = "SET datestyle TO 'ISO'; SET intervalstyle TO 'postgres'; SET timezone TO 'UTC';
-               SET bytea_output TO 'hex'; SET extra_float_digits TO 3";
-    let set = client.batch_execute(sql).await;
-    set.map_err(|error| sql_error("set up the session", error))?;
+    print_as_the_stream(&client).await?;
     Ok(client)
 }
 
-/// The table as pgoutput would describe it.
-async fn describe(client: &Client, table: &OutboxTable) -> Result<Relation> {
-    // A domain counts as what it is made of, as in the stream.
-    const SQL: &str = "
-        SELECT c.oid, a.attname::text, CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, a.atttypmod
-        FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-        JOIN pg_type t ON t.oid = a.atttypid
-        WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
-    let name = &table.name;
-    let rows = client
-        .query(SQL, &[&name.schema, &name.name])
+/// Where the log ends.
+async fn log_position(client: &Client) -> Result<Lsn> {
+    let row = client
+        .query_one("SELECT pg_current_wal_insert_lsn()::text", &[])
         .await
-        .map_err(|error| sql_error(&format!("look at table {name}"), error))?;
-    let column = |row: &tokio_postgres::Row| RelationColumn {
-        flags: 0,
-        name: row.get(1),
-        type_oid: row.get(2),
-        type_modifier: row.get(3),
-    };
-    Ok(Relation {
-        id: rows.first().map_or(0, |row| row.get(0)),
-        namespace: name.schema.clone(),
-        name: name.name.clone(),
-        replica_identity: b'n',
-        columns: rows.iter().map(column).collect(),
-    })
+        .map_err(|error| sql_error("read the log's position", error))?;
+    let text: &str = row.get(0);
+    text.parse()
+        .map_err(|error| Error::bug("cannot read the log's position").caused_by(error))
 }
 
-/// The rows of these ids that are not marked, as encoded tuples of text.
-async fn still_there(
+/// SQL: whether row `o` is not marked and no straggler.
+async fn is_lost(client: &Client, table: &OutboxTable) -> Result<String> {
+    let not_marked = if table.has_sent_at {
+        "o.sent_at IS NULL"
+    } else {
+        "true"
+    };
+    let row = client
+        .query_one("SELECT to_regclass('walpost.straggler') IS NOT NULL", &[])
+        .await
+        .map_err(|error| sql_error("look for walpost.straggler", error))?;
+    if !row.get::<_, bool>(0) {
+        return Ok(not_marked.to_owned());
+    }
+    Ok(format!(
+        "{not_marked} AND NOT EXISTS (SELECT FROM walpost.straggler s WHERE s.outbox = {} AND s.id = o.{}::text)",
+        quote_literal(&table.name.to_string()),
+        table.id_column()
+    ))
+}
+
+/// The rows of these ids that are lost, as encoded tuples.
+async fn still_lost(
     client: &Client,
     table: &OutboxTable,
     relation: &Relation,
     ids: &[String],
 ) -> Result<Vec<Vec<u8>>> {
-    let columns: Vec<String> = relation
-        .columns
-        .iter()
-        .map(|column| quote_ident(&column.name))
+    let columns = relation.columns.iter();
+    let columns: Vec<String> = columns
+        .map(|column| format!("o.{}", quote_ident(&column.name)))
         .collect();
     let ids: Vec<String> = ids.iter().map(|id| quote_literal(id)).collect();
-    let not_marked = if table.has_sent_at {
-        "sent_at IS NULL"
-    } else {
-        "true"
-    };
+    let (id, id_type) = (table.id_column(), &table.id.sql_type);
     let time = table
         .created_at
         .as_ref()
-        .map_or_else(|| table.id_column(), |column| quote_ident(&column.name));
-    let (id, id_type) = (table.id_column(), &table.id.sql_type);
+        .map_or_else(|| id.clone(), |column| quote_ident(&column.name));
     let sql = format!(
-        "SELECT {} FROM {} WHERE {id} = ANY (ARRAY[{}]::text[]::{id_type}[]) AND {not_marked} ORDER BY {time}, {id}",
+        "SELECT {} FROM {} o WHERE o.{id} = ANY (ARRAY[{}]::text[]::{id_type}[]) AND {} ORDER BY o.{time}, o.{id}",
         columns.join(", "),
         table.name,
         ids.join(", "),
+        is_lost(client, table).await?,
     );
     let messages = client
         .simple_query(&sql)
@@ -406,23 +374,4 @@ async fn still_there(
         _ => None,
     };
     Ok(messages.iter().filter_map(row).collect())
-}
-
-/// `TupleData`, every value as text.
-fn encode(row: &SimpleQueryRow) -> Vec<u8> {
-    let mut data = u16::try_from(row.len())
-        .unwrap_or(u16::MAX)
-        .to_be_bytes()
-        .to_vec();
-    for column in 0..row.len() {
-        match row.get(column) {
-            None => data.push(b'n'),
-            Some(text) => {
-                data.push(b't');
-                data.extend(u32::try_from(text.len()).unwrap_or(u32::MAX).to_be_bytes());
-                data.extend(text.as_bytes());
-            }
-        }
-    }
-    data
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Command, Database, Servers, Walpost};
+use super::{Command, Database, Servers, Walpost, eventually};
 
 /// Far longer than any single step takes on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -41,6 +41,20 @@ impl Database {
     pub(crate) async fn wait_all_confirmed(&self, deadline: Duration) {
         let now = self.current_wal_lsn().await;
         self.wait_confirmed(&self.slot, now, deadline).await;
+    }
+
+    /// Waits until the retention has looked through the table once more from beginning to end.
+    pub(crate) async fn retention_walked(&self, deadline: Duration) {
+        let sql = "SELECT query_start::text FROM pg_stat_activity
+                   WHERE datname = current_database() AND application_name = 'walpost retention' AND query LIKE 'DELETE%'";
+        let mut seen = std::collections::BTreeSet::new();
+        // The first may have begun before the call, the second may have passed over the block in question: the third has not.
+        eventually(deadline, "the retention's walks", async || {
+            let rows = self.rows(sql, &[]).await;
+            seen.insert(rows.first()?.get::<_, String>(0));
+            (seen.len() > 3).then_some(())
+        })
+        .await;
     }
 
     /// The topic that the test's template gives an aggregate type.

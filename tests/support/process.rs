@@ -158,7 +158,7 @@ impl Walpost {
     }
 
     /// Its exit status, if it has ended and all it said has been read.
-    fn try_exit(&mut self) -> Option<ExitStatus> {
+    pub(crate) fn try_exit(&mut self) -> Option<ExitStatus> {
         let status = self.child.try_wait().expect("a child can be waited for")?;
         for reader in self.readers.drain(..) {
             reader.join().expect("no reader panics");

@@ -1,0 +1,473 @@
+//! Rows that are read from the table, by the gap scan and in poll mode: what cannot be published is stored, and holds up
+//! nothing but its own key, from the scan over the stream to the retry.
+
+use crate::support::{Walpost, admin, eventually, servers};
+use crate::*;
+
+const NOTED_SOON: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "100ms");
+const POLL: (&str, &str) = ("WALPOST_MODE", "poll");
+const MANY_ATTEMPTS: (&str, &str) = ("WALPOST_RETRY_MAX_ATTEMPTS", "1000");
+/// So that a scan has stored some of its rows before it has read all.
+const LITTLE_ROOM: [(&str, &str); 2] = [
+    ("WALPOST_MAX_IN_FLIGHT_MESSAGES", "500"),
+    ("WALPOST_BATCH_MAX_MESSAGES", "100"),
+];
+const OVERSIZE: &str = "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload)
+                        VALUES ('t', 'k', 't', repeat('x', 5 * 1024 * 1024))";
+const MEND: &str = "UPDATE walpost.straggler SET payload = 'smaller' WHERE state = 'retrying' AND length(payload) > 1000000";
+
+/// Puts the slot away, so that everything committed until [`make_slot`] is a gap.
+async fn drop_slot(database: &Database) {
+    let sql = "SELECT pg_drop_replication_slot($1::text::name)";
+    eventually(DEADLINE, "the slot to be free", async || {
+        database.client.execute(sql, &[&database.slot]).await.ok()
+    })
+    .await;
+}
+
+/// An outbox without a slot: what is committed now is read from the table.
+async fn without_slot(prefix: &str, settings: &[(&str, &str)]) -> Database {
+    let database = Database::create(prefix).await;
+    database.init(&["--payload", "text"], settings).await;
+    drop_slot(&database).await;
+    database.sql("DELETE FROM walpost.progress").await;
+    database
+}
+
+/// Makes a topic that lets no producer in; [`delete`] heals it.
+async fn make_terminated(topic: &str) {
+    admin(&servers().pulsar_admin_url, "PUT", &path(topic), "").await;
+    terminate(topic).await;
+}
+
+/// How many rows of an aggregate type have a status.
+async fn status(database: &Database, topic: &str, status: &str) -> i64 {
+    let query =
+        "SELECT count(*) FROM walpost.outbox_status WHERE aggregatetype = $1 AND status = $2";
+    database.rows(query, &[&topic, &status]).await[0].get(0)
+}
+
+async fn wait_for_status(database: &Database, topic: &str, expected: &str, rows: i64) {
+    let what = format!("{rows} rows of {topic} to be {expected}");
+    eventually(DEADLINE, &what, async || {
+        (status(database, topic, expected).await == rows).then_some(())
+    })
+    .await;
+}
+
+async fn stored(database: &Database) -> i64 {
+    let rows = database.rows("SELECT count(*) FROM walpost.straggler", &[]);
+    rows.await[0].get(0)
+}
+
+async fn poll(database: &Database, settings: &[(&str, &str)]) -> Walpost {
+    let settings = [&QUICK[..], &[POLL, NOTED_SOON, MANY_ATTEMPTS], settings].concat();
+    let mut walpost = database.walpost(&["run"], &settings).spawn();
+    walpost.wait_for_line("polling", DEADLINE).await;
+    walpost
+}
+
+/// Rows of which three can be no events, one is too large, and one stands behind that.
+async fn insert_unpublishable(database: &Database) {
+    database
+        .sql("ALTER TABLE walpost.outbox ALTER aggregateid DROP NOT NULL")
+        .await;
+    insert(database, "t", "k", "before").await;
+    insert(database, "a/b", "k", SECRET).await;
+    database.sql(OVERSIZE).await;
+    database
+        .sql(
+            "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, headers)
+             VALUES ('t', NULL, 't', 'hunter2', NULL), ('t', 'other', 't', 'hunter2', '[1]')",
+        )
+        .await;
+    insert(database, "t", "k", "behind").await;
+    insert(database, "t", "other", "goes on").await;
+}
+
+/// Asserts what became of them.
+async fn assert_unpublishable_are_stored(database: &Database) {
+    // A row is sent when the whole scan is over.
+    wait_for_status(database, "t", "sent", 2).await;
+    let topic = database.topic("t");
+    assert_eq!(payloads(&topic, 2).await, ["before", "goes on"]);
+    let query = "SELECT s.state, s.outbox, s.commit_lsn::text, s.ordinal = o.seq, s.reason, o.payload
+                 FROM walpost.straggler s JOIN walpost.outbox o ON o.id::text = s.id ORDER BY o.seq";
+    let rows = database.rows(query, &[]).await;
+    let states: Vec<&str> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(states, ["dead", "retrying", "dead", "dead", "parked"]);
+    for row in &rows {
+        assert_eq!(row.get::<_, &str>(1), "walpost.outbox");
+        assert_eq!(row.get::<_, &str>(2), "0/0");
+        assert!(row.get::<_, bool>(3), "it is not known by its seq");
+    }
+    let reason = |row: usize| rows[row].get::<_, &str>(4);
+    assert!(reason(0).contains("'/'"), "{}", reason(0));
+    assert!(reason(1).contains("maxMessageSize"), "{}", reason(1));
+    assert!(reason(2).contains("NULL"), "{}", reason(2));
+    assert!(reason(3).contains("headers"), "{}", reason(3));
+    assert_eq!(status(database, "t", "retrying").await, 2);
+    assert_eq!(status(database, "t", "dead").await, 2);
+    assert_eq!(status(database, "a/b", "dead").await, 1);
+}
+
+#[tokio::test]
+async fn unpublishable_rows_among_old_ones_are_stored_and_park_their_key_for_the_stream_too() {
+    // GIVEN rows from before the slot, some of which cannot be published
+    let database = without_slot("oldbad", &[]).await;
+    insert_unpublishable(&database).await;
+    database.init(&[], &[]).await;
+
+    // WHEN walpost starts: THEN they are stored, and the stream begins
+    let settings = [&QUICK[..], &[NOTED_SOON, MANY_ATTEMPTS]].concat();
+    let walpost = database.start(&settings).await;
+    assert_unpublishable_are_stored(&database).await;
+    assert!(!walpost.output().contains(SECRET), "{}", walpost.output());
+
+    // AND what the stream brings of the key waits behind what the scan has stored, also after a restart
+    insert(&database, "t", "k", "streamed").await;
+    wait_for_count(&database, "parked", 2).await;
+    walpost.stop().await;
+    let walpost = database.start(&settings).await;
+    insert(&database, "t", "k", "later").await;
+    insert(&database, "t", "other", "passes").await;
+    wait_for_count(&database, "parked", 3).await;
+    database.wait_all_confirmed(DEADLINE).await;
+
+    // AND WHEN somebody mends it, THEN all of the key arrives in order, and is sent
+    database.sql(MEND).await;
+    wait_for_count(&database, "parked", 0).await;
+    wait_for_count(&database, "retrying", 0).await;
+    let all = payloads(&database.topic("t"), 7).await;
+    assert_eq!(
+        all,
+        [
+            "before", "goes on", "passes", "smaller", "behind", "streamed", "later"
+        ]
+    );
+    wait_for_status(&database, "t", "sent", 7).await;
+    assert_eq!(status(&database, "t", "dead").await, 2);
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn unpublishable_rows_are_stored_in_poll_mode_and_park_their_key_from_look_to_look() {
+    // GIVEN a poller, and rows some of which cannot be published
+    let database = Database::create("pollbad").await;
+    database.init(&["--payload", "text"], &[POLL]).await;
+    insert_unpublishable(&database).await;
+    let walpost = poll(&database, &[]).await;
+    assert_unpublishable_are_stored(&database).await;
+
+    // WHEN later looks, also of another process, and a stream find more of the key
+    insert(&database, "t", "k", "looked").await;
+    wait_for_count(&database, "parked", 2).await;
+    walpost.stop().await;
+    let walpost = poll(&database, &[]).await;
+    insert(&database, "t", "k", "later").await;
+    insert(&database, "t", "other", "passes").await;
+    wait_for_count(&database, "parked", 3).await;
+    wait_for_status(&database, "t", "sent", 3).await;
+
+    // AND somebody mends it: THEN all of the key arrives in order, and is sent
+    database.sql(MEND).await;
+    wait_for_count(&database, "parked", 0).await;
+    wait_for_count(&database, "retrying", 0).await;
+    insert(&database, "t", "k", "looked again").await;
+    wait_for_status(&database, "t", "sent", 8).await;
+    let all = payloads(&database.topic("t"), 8).await;
+    let expected = [
+        "before",
+        "goes on",
+        "passes",
+        "smaller",
+        "behind",
+        "looked",
+        "later",
+        "looked again",
+    ];
+    assert_eq!(all, expected);
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn rows_of_two_tables_with_the_same_seq_and_id_are_both_stored() {
+    let database = Database::create("twins").await;
+    for table in ["one", "two"] {
+        database
+            .sql(&format!(
+                "CREATE TABLE {table} (id text PRIMARY KEY, aggregatetype text, aggregateid text, type text, payload text,
+                                       txid xid8 NOT NULL DEFAULT pg_current_xact_id(), seq bigint GENERATED ALWAYS AS IDENTITY);
+                 INSERT INTO {table} VALUES ('1', 'a/b', 'k', 't', 'p')"
+            ))
+            .await;
+    }
+    let settings = [("WALPOST_OUTBOX_TABLE", "one, two")];
+    database.init(&[], &settings).await;
+    let walpost = database.start(&settings).await;
+    assert_eq!(count(&database, "dead").await, 2);
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn a_topic_refused_during_the_scan_keeps_each_keys_order_over_scan_stream_and_retry() {
+    // GIVEN old rows of a topic that lets nobody in, among those of another
+    let database = without_slot("scanref", &[]).await;
+    let topic = database.topic("t");
+    make_terminated(&topic).await;
+    insert_numbers(&database, "t", 20, 1, 2000).await;
+    insert_numbers(&database, "a", 20, 1, 2000).await;
+    database.init(&[], &[]).await;
+
+    // WHEN walpost starts: THEN it streams, the other topic has all, and all of this one is stored and not sent
+    let settings = [&QUICK[..], &[NOTED_SOON, MANY_ATTEMPTS]].concat();
+    let walpost = database.start(&settings).await;
+    assert_eq!(assert_numbers(&database.topic("a"), 20, 2000).await, 0);
+    assert_eq!(count(&database, "retrying").await, 20);
+    assert_eq!(count(&database, "parked").await, 1980);
+    wait_for_status(&database, "a", "sent", 2000).await;
+    assert_eq!(status(&database, "t", "retrying").await, 2000);
+
+    // AND WHEN the stream brings more of it, before and after a restart, and it heals meanwhile
+    insert_numbers(&database, "t", 20, 2001, 400).await;
+    wait_for_count(&database, "parked", 2380).await;
+    walpost.stop().await;
+    let walpost = database.start(&settings).await;
+    insert_numbers(&database, "t", 20, 2401, 100).await;
+    wait_for_count(&database, "parked", 2480).await;
+    delete(&topic).await;
+    let mut first = 2501;
+    eventually(DEADLINE, "the stragglers to go", async || {
+        insert_numbers(&database, "t", 20, first, 100).await;
+        first += 100;
+        (stored(&database).await == 0).then_some(())
+    })
+    .await;
+    insert_numbers(&database, "t", 20, first, 100).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    wait_for_none(&database).await;
+
+    // THEN each key arrives in order, each row once, and all are sent
+    assert_eq!(assert_numbers(&topic, 20, first + 99).await, 0);
+    wait_for_status(&database, "t", "sent", first + 99).await;
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn a_scan_that_is_killed_again_and_again_stores_nothing_twice_and_loses_nothing() {
+    // GIVEN many old rows of a topic that lets nobody in, among those of another and some that are no events
+    let database = without_slot("scankill", &[]).await;
+    let topic = database.topic("t");
+    make_terminated(&topic).await;
+    database
+        .sql(
+            "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload)
+             SELECT CASE WHEN n % 400 = 1 THEN 'a/b' WHEN n % 2 = 0 THEN 't' ELSE 'a' END, 'key-' || (n + 1) / 2 % 10, 't', ((n + 1) / 2)::text
+             FROM generate_series(1, 40000) n ORDER BY n",
+        )
+        .await;
+    database.init(&[], &[]).await;
+
+    // WHEN it is killed each time it has stored more
+    let settings = [&QUICK[..], &[NOTED_SOON, MANY_ATTEMPTS], &LITTLE_ROOM].concat();
+    let mut kills = 0;
+    for _ in 0..6 {
+        let before = stored(&database).await;
+        let mut walpost = database.walpost(&["run"], &settings).spawn();
+        let further = eventually(DEADLINE, "more to be stored", async || {
+            assert_eq!(walpost.try_exit(), None, "{}", walpost.output());
+            let is_streaming = walpost.output().contains("streaming");
+            (is_streaming || stored(&database).await > before).then_some(!is_streaming)
+        })
+        .await;
+        walpost.sigkill();
+        walpost.wait_exit(DEADLINE).await;
+        kills += usize::from(further);
+        // THEN none is there twice, and nothing of the topic is shown as sent
+        let twice =
+            "SELECT id FROM walpost.straggler GROUP BY outbox, id HAVING count(*) > 1 LIMIT 1";
+        assert!(database.rows(twice, &[]).await.is_empty());
+        assert_eq!(status(&database, "t", "sent").await, 0);
+    }
+    assert!(kills > 2, "the scan was over after {kills} kills");
+
+    // AND in the end all of the other topic is there, and this one's is stored, each row once
+    let mut walpost = database.start(&settings).await;
+    let sent = "SELECT payload::int8 FROM walpost.outbox_status s JOIN walpost.outbox o USING (id) WHERE s.aggregatetype = 'a' AND status = 'sent'";
+    let sent = database.rows(sent, &[]).await.len();
+    assert_eq!(sent, 19_900, "the scan is over");
+    assert_eq!(count(&database, "dead").await, 100);
+    assert_eq!(stored(&database).await, 20_100);
+
+    // AND WHEN the topic heals, and walpost is killed while it does, THEN each key arrives in order
+    delete(&topic).await;
+    for left in [18_000, 12_000, 5_000] {
+        eventually(DEADLINE, "some stragglers to go", async || {
+            (stored(&database).await < left).then_some(())
+        })
+        .await;
+        walpost.sigkill();
+        walpost.wait_exit(DEADLINE).await;
+        walpost = database.start(&settings).await;
+    }
+    wait_for_count(&database, "retrying", 0).await;
+    wait_for_count(&database, "parked", 0).await;
+    let repeats = assert_numbers(&topic, 10, 20_000).await;
+    println!("{kills} kills of the scan, {repeats} of 20000 came again");
+    wait_for_status(&database, "t", "sent", 20_000).await;
+    let others = payloads(&database.topic("a"), 19_900).await;
+    let others: std::collections::HashSet<String> = others.into_iter().collect();
+    assert_eq!(others.len(), 19_900);
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn at_the_limit_the_scan_waits_until_stragglers_have_gone() {
+    // GIVEN old rows of a topic that lets nobody in, more than may be stored
+    let database = without_slot("scanlimit", &[]).await;
+    let topic = database.topic("t");
+    make_terminated(&topic).await;
+    insert_numbers(&database, "t", 5, 1, 3000).await;
+    database.init(&[], &[]).await;
+    let limit = ("WALPOST_STRAGGLER_LIMIT", "300");
+    let settings = [
+        &QUICK[..],
+        &[NOTED_SOON, MANY_ATTEMPTS, limit],
+        &LITTLE_ROOM,
+    ]
+    .concat();
+    let mut walpost = database.walpost(&["run"], &settings).spawn();
+    walpost
+        .wait_for_line("WALPOST_STRAGGLER_LIMIT is reached", DEADLINE)
+        .await;
+    let rows = stored(&database).await;
+    assert!((300..3000).contains(&rows), "{rows} are stored");
+    assert!(!walpost.output().contains("streaming"));
+
+    // WHEN it heals: THEN they go while the scan runs, it goes on, and the stream begins
+    delete(&topic).await;
+    walpost.wait_for_line("streaming", DEADLINE).await;
+    wait_for_none(&database).await;
+    assert_eq!(assert_numbers(&topic, 5, 3000).await, 0);
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn a_poller_goes_on_with_other_topics_and_keeps_each_keys_order_when_it_is_killed() {
+    // GIVEN a poller, and a topic that lets nobody in
+    let database = Database::create("pollref").await;
+    database.init(&["--payload", "text"], &[POLL]).await;
+    let topic = database.topic("t");
+    make_terminated(&topic).await;
+    let mut walpost = poll(&database, &[]).await;
+
+    // WHEN more of it and of another comes, it is killed again and again, and the topic heals meanwhile
+    let mut first = 1;
+    for kill in 0..6_i64 {
+        insert_numbers(&database, "t", 10, first, 300).await;
+        insert_numbers(&database, "a", 10, first, 300).await;
+        first += 300;
+        if kill < 4 {
+            eventually(DEADLINE, "some of it to be stored", async || {
+                (stored(&database).await >= kill * 200).then_some(())
+            })
+            .await;
+            assert_eq!(status(&database, "t", "sent").await, 0);
+        }
+        if kill == 3 {
+            // THEN the other topic goes on
+            wait_for_status(&database, "a", "sent", first - 1).await;
+            assert_numbers(&database.topic("a"), 10, first - 1).await;
+            delete(&topic).await;
+        }
+        walpost.sigkill();
+        walpost.wait_exit(DEADLINE).await;
+        walpost = poll(&database, &[]).await;
+    }
+
+    // THEN everything arrives, each key in order, and is sent
+    wait_for_status(&database, "t", "sent", first - 1).await;
+    wait_for_none(&database).await;
+    for name in ["t", "a"] {
+        let repeats = assert_numbers(&database.topic(name), 10, first - 1).await;
+        println!("{name}: {repeats} of {} came again", first - 1);
+    }
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn rows_of_the_scan_and_of_retried_stragglers_are_marked_or_deleted_and_no_others() {
+    for (mode, left) in [("mark", "sent_at IS NULL"), ("delete", "true")] {
+        // GIVEN old rows of which one cannot be published yet
+        let mode = ("WALPOST_AFTER_PUBLISH", mode);
+        let database = without_slot("scanmark", &[mode]).await;
+        insert_numbers(&database, "t", 5, 1, 500).await;
+        database.sql(OVERSIZE).await;
+        database.init(&[], &[mode]).await;
+        let left = format!("SELECT count(*) FROM walpost.outbox WHERE {left}");
+        let wait_left = async |rows: i64| {
+            eventually(DEADLINE, &format!("{rows} rows to be left"), async || {
+                (database.rows(&left, &[]).await[0].get::<_, i64>(0) == rows).then_some(())
+            })
+            .await;
+        };
+
+        // WHEN the scan has published the others: THEN they are marked or gone, and that one is not
+        let age = ("WALPOST_STRAGGLER_AGE", "1s");
+        let settings = [&QUICK[..], &[NOTED_SOON, MANY_ATTEMPTS, mode, age]].concat();
+        let walpost = database.start(&settings).await;
+        wait_left(1).await;
+        wait_for_count(&database, "retrying", 1).await;
+
+        // AND WHEN it is retried and arrives: THEN it is too
+        database.sql(MEND).await;
+        wait_for_none(&database).await;
+        wait_left(0).await;
+        walpost.stop().await;
+        assert_eq!(payloads(&database.topic("t"), 501).await.len(), 501);
+    }
+}
+
+#[tokio::test]
+async fn a_row_that_cannot_be_published_nor_stored_is_named_and_ends_the_scan() {
+    // GIVEN no table for stragglers, and an old row that can be no event
+    let database = without_slot("oldend", &[]).await;
+    insert(&database, "t", "k", "before").await;
+    insert(&database, "a/b", "k", SECRET).await;
+    database.init(&[], &[]).await;
+    database.sql("DROP TABLE walpost.straggler CASCADE").await;
+    let query = "SELECT id::text FROM walpost.outbox WHERE aggregatetype = 'a/b'";
+    let id: String = database.rows(query, &[]).await[0].get(0);
+
+    // THEN both kinds of run end with its id, and what can be done
+    for mode in [("WALPOST_MODE", "stream"), POLL] {
+        let (code, said) = database.walpost(&["run"], &[mode]).run(DEADLINE).await;
+        assert_eq!(code, 69, "{said}");
+        assert!(
+            said.contains(&id) && said.contains("walpost init"),
+            "{said}"
+        );
+        assert!(!said.contains(SECRET), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn two_rows_with_one_seq_are_refused_and_nothing_of_them_is_lost() {
+    let database = without_slot("oneseq", &[]).await;
+    insert_numbers(&database, "t", 5, 1, 100).await;
+    database
+        .sql("ALTER TABLE walpost.outbox ALTER seq DROP IDENTITY; UPDATE walpost.outbox SET seq = 50 WHERE seq = 51")
+        .await;
+    database.init(&[], &[]).await;
+    let (code, said) = database.walpost(&["run"], &[]).run(DEADLINE).await;
+    assert_eq!(code, 69, "{said}");
+    assert!(said.contains("have the seq 50"), "{said}");
+
+    // WHEN one has another: THEN all arrive
+    database
+        .sql("UPDATE walpost.outbox SET seq = 51 WHERE payload = '51'")
+        .await;
+    let walpost = database.start(&QUICK).await;
+    assert_numbers(&database.topic("t"), 5, 100).await;
+    walpost.stop().await;
+}
