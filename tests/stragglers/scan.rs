@@ -322,6 +322,59 @@ async fn a_scan_that_is_killed_again_and_again_stores_nothing_twice_and_loses_no
 }
 
 #[tokio::test]
+async fn the_scan_passes_a_straggler_only_when_it_is_committed() {
+    // GIVEN old rows with one too large among them, and a session that keeps it from being stored
+    let database = without_slot("scancommit", &[]).await;
+    insert_numbers(&database, "a", 5, 1, 100).await;
+    database.sql(OVERSIZE).await;
+    insert_numbers(&database, "a", 5, 101, 100).await;
+    database.init(&[], &[]).await;
+    database
+        .sql(
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+                 $$ BEGIN PERFORM pg_advisory_xact_lock(4711); RETURN new; END $$;
+             CREATE TRIGGER wait BEFORE INSERT ON walpost.straggler FOR EACH ROW EXECUTE FUNCTION wait()",
+        )
+        .await;
+    let locker = database.connect().await;
+    let lock = "SELECT pg_advisory_lock(4711)";
+    locker.batch_execute(lock).await.expect("a lock");
+    let passed = async || {
+        let query = "SELECT max(seq) FROM walpost.outbox WHERE seq <= (
+                         SELECT (scan_position->'tables'->>'walpost.outbox')::bigint FROM walpost.progress)";
+        database.rows(query, &[]).await[0].get::<_, Option<i64>>(0)
+    };
+    let large = "SELECT seq FROM walpost.outbox WHERE aggregatetype = 't'";
+    let large: i64 = database.rows(large, &[]).await[0].get(0);
+
+    // WHEN the scan has published all the others
+    let settings = [&QUICK[..], &[NOTED_SOON, MANY_ATTEMPTS]].concat();
+    let mut walpost = database.walpost(&["run"], &settings).spawn();
+    wait_for_blocked_insert(&database).await;
+    assert_numbers(&database.topic("a"), 5, 200).await;
+
+    // THEN it stands in front of that one, and the stream does not begin
+    eventually(DEADLINE, "the scan to note where it is", async || {
+        (passed().await? == large - 1).then_some(())
+    })
+    .await;
+    assert!(!walpost.output().contains("streaming"));
+    walpost.sigkill();
+    walpost.wait_exit(DEADLINE).await;
+    assert_eq!(passed().await, Some(large - 1));
+    assert_eq!(status(&database, "a", "sent").await, 0);
+
+    // AND WHEN it may be stored: THEN the next one does, and streams
+    let unlock = "SELECT pg_advisory_unlock(4711)";
+    locker.batch_execute(unlock).await.expect("the lock goes");
+    let walpost = database.start(&settings).await;
+    assert_eq!(count(&database, "retrying").await, 1);
+    assert_eq!(status(&database, "a", "sent").await, 200);
+    assert_eq!(status(&database, "t", "retrying").await, 1);
+    walpost.stop().await;
+}
+
+#[tokio::test]
 async fn at_the_limit_the_scan_waits_until_stragglers_have_gone() {
     // GIVEN old rows of a topic that lets nobody in, more than may be stored
     let database = without_slot("scanlimit", &[]).await;
