@@ -62,12 +62,18 @@ pub async fn close(gap: Gap<'_>, progress: &mut Progress) -> Result<()> {
         return Ok(());
     };
     print_as_the_stream(gap.rows).await?;
+    let mut tables = Vec::with_capacity(gap.routing.tables.len());
     for name in &gap.routing.tables {
         let Some(table) = ScanTable::describe(gap.rows, name).await? else {
             info!(table = %name, "the table has no columns txid and seq: rows from before the slot are not looked for");
             continue;
         };
-        let scan = Scan::new(&gap, &table, &upto, progress).await?;
+        // Of all tables, before the first is scanned: nothing is half done when it is refused.
+        table.refuse_from_elsewhere(gap.rows, gap.slot).await?;
+        tables.push(table);
+    }
+    for table in &tables {
+        let scan = Scan::new(&gap, table, &upto, progress).await?;
         scan.run(&gap, progress, &upto).await?;
     }
     progress.position.done = true;
