@@ -1,4 +1,4 @@
--- walpost 6/8: stragglers: events that could not be published when their turn came, whole, until they can.
+-- walpost 6/9: stragglers: events that could not be published when their turn came, whole, until they can.
 -- Needs: CREATE on schema walpost. May be applied again. Whoever runs walpost needs SELECT, INSERT, UPDATE and DELETE on it.
 --
 -- A row is written before the replication slot moves past its event, and deleted when the broker has the message.
