@@ -1,4 +1,4 @@
--- walpost 1/8: the schema.
+-- walpost 1/9: the schema.
 -- Needs: CREATE on the database. May be applied again.
 
 do $walpost$

@@ -1,4 +1,4 @@
--- walpost 6/8: stragglers: events that could not be published when their turn came, whole, until they can.
+-- walpost 6/9: stragglers: events that could not be published when their turn came, whole, until they can.
 -- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again. Whoever runs walpost needs SELECT, INSERT, UPDATE and DELETE on it.
 --
 -- A row is written before the replication slot (or the scan of the table) moves past its event, and deleted when the broker has

@@ -226,3 +226,60 @@ async fn deduplication_that_cannot_be_turned_on_is_told_before_anything_is_made(
     }
     assert_ne!(setup.policy().await, "true");
 }
+
+#[tokio::test]
+async fn check_warns_of_stragglers_of_partitions_running_out_and_of_a_clock_that_was_set_back() {
+    let setup = Setup::new().await;
+    let database = &setup.database;
+    setup.run(&["init", "--partition-by", "day"], &[]).await;
+    let (code, said) = setup.run(&["check"], &[]).await;
+    assert_eq!(code, 0, "{said}");
+    for expected in [
+        "ok    stragglers",
+        "ok    partitions   walpost.outbox has 14 partitions",
+        "ok    rows",
+    ] {
+        assert!(said.contains(expected), "no {expected:?} in:\n{said}");
+    }
+
+    // GIVEN fewer partitions than a week needs, and stragglers, one of them due in a year
+    let rows = database
+        .rows(
+            "SELECT relid::text FROM pg_partition_tree('walpost.outbox') WHERE isleaf ORDER BY 1",
+            &[],
+        )
+        .await;
+    for row in &rows[4..] {
+        let name: &str = row.get(0);
+        database.sql(&format!("DROP TABLE {name}")).await;
+    }
+    let insert = "INSERT INTO walpost.straggler (slot, outbox, id, state, commit_lsn, ordinal, reason, next_attempt_at, created_at)
+                  SELECT $1, 'walpost.outbox', n::text, (ARRAY['dead', 'retrying', 'parked'])[n], '0/1', n, 'a test',
+                         now() + CASE n WHEN 2 THEN interval '1 year' ELSE interval '1s' END, '2001-02-03 04:05:06+00'
+                  FROM generate_series(1, 3) n";
+    database.rows(insert, &[&database.slot]).await;
+
+    // THEN each is told with its command
+    let (code, said) = setup.run(&["check"], &[]).await;
+    assert_eq!(code, 0, "a warning is no failure: {said}");
+    for expected in [
+        "warn  partitions   walpost.outbox has 3 partitions beyond the present day",
+        "-> start walpost run, or: walpost init --partition-by day",
+        "warn  stragglers   2 events wait to be published again, 1 are dead; the oldest is of 2001-02-03 04:05:06 UTC; 1 are due later",
+        "-> walpost stragglers retry --state retrying",
+    ] {
+        assert!(said.contains(expected), "no {expected:?} in:\n{said}");
+    }
+
+    // AND the commands mend it
+    setup.run(&["init", "--partition-by", "day"], &[]).await;
+    setup
+        .run(&["stragglers", "retry", "--state", "retrying"], &[])
+        .await;
+    let (_, said) = setup.run(&["check"], &[]).await;
+    assert!(said.contains("ok    partitions"), "{said}");
+    assert!(
+        said.contains("warn  stragglers") && !said.contains("due later"),
+        "{said}"
+    );
+}

@@ -13,12 +13,16 @@ use support::{
 const DEADLINE: Duration = Duration::from_secs(90);
 const PEAK_RSS_KIB: u64 = 96 * 1024;
 const OLD_ROWS: i64 = 300_000;
+/// As text they are more than that memory.
+const MILLION_ROWS: i64 = 1_000_000;
+/// For a million of anything on a busy machine.
+const MILLION_DEADLINE: Duration = Duration::from_secs(240);
 /// So that what is delivered is noted at once.
 const NOTED_SOON: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "100ms");
 
 async fn received(database: &Database, expected: usize) -> Vec<Received> {
     let topic = Load::topic(database);
-    consume(&servers().pulsar_url, &topic, expected, DEADLINE).await
+    consume(&servers().pulsar_url, &topic, expected, MILLION_DEADLINE).await
 }
 
 async fn drop_slot(database: &Database) {
@@ -70,20 +74,21 @@ async fn finish(database: &Database, walpost: Walpost) {
 }
 
 #[tokio::test]
-async fn rows_from_before_the_slot_come_once_and_before_the_stream_while_writers_go_on() {
+async fn a_million_rows_from_before_the_slot_come_once_and_before_the_stream_while_writers_go_on() {
     // GIVEN an outbox with many rows, writers at work, and no slot
     let database = Database::create("older").await;
     Load::prepare(&database).await;
     drop_slot(&database).await;
     database.sql("DELETE FROM walpost.progress").await;
-    insert_many(&database.client, "old", OLD_ROWS).await;
+    insert_many(&database.client, "old", MILLION_ROWS).await;
     let load = Load::start(&database, 24);
     load.more(100).await;
 
     // WHEN the slot is made and walpost starts, while they go on
     database.init(&[], &[]).await;
     load.more(100).await;
-    let walpost = database.start(&[NOTED_SOON]).await;
+    let mut walpost = database.walpost(&["run"], &[NOTED_SOON]).spawn();
+    walpost.wait_for_line("streaming", MILLION_DEADLINE).await;
     let peak_kib = walpost.peak_rss_kib();
     load.more(100).await;
     load.stop();

@@ -6,6 +6,9 @@ mod replica;
 mod rights;
 mod support;
 
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Stdio;
 use std::time::Duration;
 
 use replica::Replica;
@@ -420,6 +423,90 @@ async fn what_sql_prints_can_be_applied_by_hand_and_again() {
         said.lines().all(|line| line.starts_with("exists ")),
         "{said}"
     );
+}
+
+/// Runs `psql` on one file of `sql/`, edited as its marks invite to; the first error ends it.
+async fn psql(database: &Database, file: &Path) {
+    let sql = std::fs::read_to_string(file).expect("a file of sql/");
+    let sql = sql.replace("/*:slot*/ 'walpost'", &format!("'{}'", database.slot));
+    let (url, name) = (database.socket_url.clone(), file.display().to_string());
+    // In a thread of its own: the writers of this one go on.
+    let run = move || {
+        let mut psql = std::process::Command::new("psql")
+            .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", &url, "-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("psql is installed with Postgres");
+        let mut input = psql.stdin.take().expect("piped");
+        input.write_all(sql.as_bytes()).expect("psql reads");
+        drop(input);
+        let done = psql.wait_with_output().expect("psql ends");
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{name}: {said}");
+    };
+    tokio::task::spawn_blocking(run).await.expect("it succeeds");
+}
+
+#[tokio::test]
+async fn the_files_of_sql_can_be_applied_by_psql_in_their_order_while_others_write() {
+    // GIVEN somebody who writes all the time, so that the making of the slot has to wait
+    let database = Database::create("byhand").await;
+    database.sql("CREATE TABLE busy (n int)").await;
+    let writers: Vec<_> = futures::future::join_all((0..4).map(async |_| database.connect().await))
+        .await
+        .into_iter()
+        .map(|client| {
+            tokio::spawn(async move {
+                loop {
+                    let transaction = "BEGIN; INSERT INTO busy VALUES (1); SAVEPOINT s; INSERT INTO busy VALUES (2); SELECT pg_sleep(0.05); COMMIT";
+                    if client.batch_execute(transaction).await.is_err() {
+                        return;
+                    }
+                }
+            })
+        })
+        .collect();
+
+    // WHEN a DBA applies the files in the order of their names, twice
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("sql");
+    let mut files: Vec<_> = std::fs::read_dir(folder)
+        .expect("sql/")
+        .map(|entry| entry.expect("a file").path())
+        .collect();
+    files.sort();
+    assert_eq!(files.len(), 9);
+    for _ in 0..2 {
+        for file in &files {
+            psql(&database, file).await;
+        }
+    }
+    for writer in writers {
+        writer.abort();
+    }
+
+    // THEN check is content, in the mode whose file was applied too, and what was there before is known as a gap
+    let mark = [("WALPOST_AFTER_PUBLISH", "mark")];
+    let (code, said) = database.walpost(&["check"], &mark).run(DEADLINE).await;
+    assert_eq!(code, 0, "{said}");
+    for line in [
+        "ok    postgres",
+        "ok    slot",
+        "ok    table",
+        "ok    rows",
+        "ok    stragglers",
+    ] {
+        assert!(said.contains(line), "no {line:?} in:\n{said}");
+    }
+    let sql = "SELECT scan_before IS NOT NULL AND scan_upto IS NOT NULL FROM walpost.progress WHERE slot = $1";
+    assert!(database.rows(sql, &[&database.slot]).await[0].get::<_, bool>(0));
+
+    // AND init finds nothing to make
+    let (code, said) = database.walpost(&["init"], &mark).run(DEADLINE).await;
+    assert_eq!(code, 0, "{said}");
+    let made = said.contains("created ") || said.contains("differs");
+    assert!(!made && said.contains("exists slot"), "{said}");
 }
 
 /// Splits at the ends of statements and runs them one by one.

@@ -5,6 +5,7 @@
 //! (or a JSON object) for each finding. Exit code: 0 if nothing failed, 75 if all that failed may pass, else 69.
 
 mod tables;
+mod waiting;
 
 use std::io::Write;
 
@@ -161,6 +162,7 @@ async fn postgres(config: &Config) -> Vec<Finding> {
     };
     let mut findings = vec![server, slot_state(&client, &config.slot).await];
     findings.extend(tables::check(&client, config).await);
+    findings.extend(waiting::check(&client, config).await);
     findings
 }
 

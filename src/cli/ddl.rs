@@ -15,8 +15,8 @@ const PUBLICATION: &str = include_str!("../../sql/04_publication.sql");
 const PROGRESS: &str = include_str!("../../sql/05_progress.sql");
 const STRAGGLER: &str = include_str!("../../sql/06_straggler.sql");
 const STATUS: &str = include_str!("../../sql/07_status.sql");
-const AFTER_PUBLISH: &str = include_str!("../../sql/09_after_publish.sql");
-const SLOT: &str = include_str!("../../sql/08_slot.sql");
+const AFTER_PUBLISH: &str = include_str!("../../sql/08_after_publish.sql");
+const SLOT: &str = include_str!("../../sql/09_slot.sql");
 
 /// What the dollar quotes of the files look like: the one text that no name may contain.
 const DOLLAR_QUOTE: &str = "$walpost$";

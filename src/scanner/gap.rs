@@ -80,12 +80,18 @@ pub async fn close(
         return Ok(stragglers);
     };
     print_as_the_stream(gap.rows).await?;
+    let mut tables = Vec::with_capacity(gap.routing.tables.len());
     for (place, name) in (0..).zip(&gap.routing.tables) {
         let Some(table) = ScanTable::describe(gap.rows, name).await? else {
             info!(table = %name, "the table has no columns txid and seq: rows from before the slot are not looked for");
             continue;
         };
-        let mut scan = Scan::new(gap, (place, &table), &upto, progress, stragglers).await?;
+        // Of all tables, before the first is scanned: nothing is half done when it is refused.
+        table.refuse_from_elsewhere(gap.rows, gap.slot).await?;
+        tables.push((place, table));
+    }
+    for (place, table) in &tables {
+        let mut scan = Scan::new(gap, (*place, table), &upto, progress, stragglers).await?;
         scan.metering();
         let scanned = scan.run(gap, progress, &upto).await;
         // Also where it failed: what was in the air is published again by the next one.

@@ -38,6 +38,28 @@
 //! was published *or stored*. Whoever asks whether a row is sent (the view, the retention, the look for unmarked rows) looks into
 //! `walpost.straggler` as well.
 //!
+//! **Rows from elsewhere.** A row that was copied from another cluster (a dump, logical replication) brings that one's `txid`.
+//! One that this cluster has not come to can be told: a statement sees nothing that was committed beyond its own snapshot. A gap
+//! scan refuses such rows before it begins, with the statements that give them a `txid` of this cluster, and `walpost check`
+//! warns of them. One that this cluster has long passed cannot be told from its own: who copies rows into an outbox whose slot
+//! does not stream at that time sets their `txid` to `pg_current_xact_id()`. (Rows that a slot streams arrive in any case.)
+//!
+//! # Clocks
+//!
+//! What is delivered, and what is a gap, is said by transaction ids and log positions; no clock is asked. Pauses and deadlines
+//! within the process are by its monotonic clock. Where the time of day counts it is the Postgres server's, on both sides of each
+//! comparison, so that hosts whose clocks differ do not matter:
+//!
+//! | what | set back by an hour | set forward |
+//! |---|---|---|
+//! | a straggler's due time | the attempt is an hour late; `walpost check` says so, `walpost stragglers retry` makes it due now | the attempt is early |
+//! | `WALPOST_RETENTION` | rows stay an hour longer | rows go early, but only what is delivered goes |
+//! | `WALPOST_STRAGGLER_AGE`, rows never marked | looked for an hour later; what is dated before the mode was turned on (`walpost.after_publish.since`) is not looked for | looked for early, and still only behind the confirmed LSN |
+//! | partitions ahead | those of that time are there, or are made within a minute; older ones than the oldest are not: the insert fails | those that are missing are made within a minute |
+//!
+//! `created_at` is the application's to set: in the future it holds its own row's retention, and the look whether it was marked,
+//! until that time, and nothing else. None of these decides whether the stream brings a row.
+//!
 //! What a table lacks turns off what needs it: without `txid` and `seq` there is no gap scan and no status.
 
 pub mod after_publish;

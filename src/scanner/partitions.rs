@@ -90,6 +90,24 @@ pub async fn span_of(client: &impl GenericClient, table: &TableName) -> Result<O
     })
 }
 
+/// How many there are beyond the present one.
+pub async fn count_ahead(
+    client: &impl GenericClient,
+    table: &TableName,
+    span: Span,
+) -> Result<i64> {
+    const SQL: &str = "
+        SELECT count(*) FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+        JOIN pg_class t ON t.oid = i.inhparent JOIN pg_namespace n ON n.oid = t.relnamespace
+        WHERE n.nspname = $1 AND t.relname = $2 AND c.relname ~ '_p([0-9]{8}|[0-9]{10})$'
+          AND substring(c.relname from '[0-9]+$') > to_char(clock_timestamp() AT TIME ZONE 'UTC', $3::text)";
+    let row = client
+        .query_one(SQL, &[&table.schema, &table.name, &span.format()])
+        .await
+        .map_err(|error| sql_error(&format!("look at the partitions of {table}"), error))?;
+    Ok(row.get(0))
+}
+
 /// Makes those that are missing, from the present one on; returns how many.
 pub async fn make_ahead(
     client: &impl GenericClient,

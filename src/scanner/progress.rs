@@ -34,6 +34,8 @@ pub struct Progress {
     pub session: Option<String>,
     /// What it told the slot last, if it stopped in good order.
     pub confirmed: Option<Lsn>,
+    /// A snapshot in it knows transactions that this cluster has not come to.
+    pub ahead: bool,
 }
 
 /// How far the scan of the gap is.
@@ -57,7 +59,9 @@ impl Progress {
 /// # Errors
 /// Refused with [`is_missing`] true when the table is not there or not ours to see; temporary when the server is away.
 pub async fn read(client: &Client, slot: &str) -> Result<Option<Progress>> {
-    let sql = "SELECT system_id, delivered::text, scan_before::text, scan_upto::text, scan_position::text, session, confirmed_lsn::text
+    let sql = "SELECT system_id, delivered::text, scan_before::text, scan_upto::text, scan_position::text, session, confirmed_lsn::text,
+                      coalesce(greatest(pg_snapshot_xmax(delivered), pg_snapshot_xmax(scan_before), pg_snapshot_xmax(scan_upto))
+                               > pg_snapshot_xmax(pg_current_snapshot()), false)
                FROM walpost.progress WHERE slot = $1";
     let row = client
         .query_opt(sql, &[&slot])
@@ -74,6 +78,7 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<Progress>> {
             position: position.map_or(Ok(Position::default()), |text| parse(&text))?,
             session: row.get(5),
             confirmed: confirmed.and_then(|lsn| lsn.parse().ok()),
+            ahead: row.get(7),
         })
     })
     .transpose()

@@ -8,11 +8,20 @@
 //!
 //! * It does not exist (dropped, or a standby without failover slots was promoted), or Postgres has invalidated it.
 //! * It stands beyond what it was ever told. While a process runs it knows what it told; a process that stopped in good order
-//!   has written it down. (After a crash nobody knows the last seconds, and a slot that somebody made anew in just that time
-//!   is not told from our own.)
+//!   has written it down.
 //!
 //! In all of these a slot made by us, with snapshots before and after, plus the scan of the gap, brings every row; one that
 //! somebody else made has no such snapshots, so it is replaced.
+//!
+//! **After a crash** nobody knows what was told in the last seconds, and a slot that somebody dropped and made anew before the next
+//! start is not told from our own. What Postgres shows of a slot does not name it: there is no oid and no time of creation;
+//! `confirmed_flush_lsn`, `restart_lsn` and `catalog_xmin` of a new one are what the old one's may have become; the statistics'
+//! `stats_reset` could carry a mark, but a crash of the server wipes it, a standby does not get it, and setting it takes a superuser.
+//! One thing would do: to store each position before it is told, so that whatever stands beyond the stored one is not ours. It
+//! would cost a write and a flush for each step of the confirmed LSN, also while the outbox is idle (or hold the server's log
+//! back by that much), which is dear for a case in which a person drops the slot of a connector that has just crashed. Who does
+//! that says so: `UPDATE walpost.progress SET scan_upto = pg_current_snapshot(), scan_position = NULL WHERE slot = '…'` before the next
+//! start publishes every row that is not known as delivered (what was delivered in the last `WALPOST_SCAN_INTERVAL` comes twice).
 //!
 //! # One at a time
 //!
@@ -128,8 +137,7 @@ pub async fn prepare(
 
 /// Makes the slot, with a snapshot before and after in `walpost.progress`.
 ///
-/// What `sql/08_slot.sql` does, statement by statement: inside of a DO block the making of a slot that has to wait for other
-/// transactions fails now and then ("snapshot reference … is not owned by resource owner").
+/// What `sql/09_slot.sql` does.
 ///
 /// # Errors
 /// Refused when the progress is from another cluster, and for what [`slot::create_slot`] refuses.
@@ -186,17 +194,33 @@ pub(super) async fn system_id(client: &Client) -> Result<String> {
     Ok(row.get(0))
 }
 
+/// Refuses snapshots that mean nothing here. One that is [`Progress::ahead`] was not taken from this cluster as it is now, whatever
+/// the row says: the transaction that stores a snapshot is itself beyond it. Transactions still to come would count as delivered.
 pub(super) fn check_cluster(progress: &Progress, system_id: &str, slot: &str) -> Result<()> {
-    if progress.system_id == system_id {
+    let why = if progress.system_id != system_id {
+        format!(
+            "is from cluster {}, and this is {system_id}: its snapshots mean nothing here",
+            progress.system_id
+        )
+    } else if progress.ahead {
+        "has a snapshot that knows transactions which this cluster has not come to: it was copied or edited, or the cluster \
+         was set back"
+            .to_owned()
+    } else {
         return Ok(());
-    }
-    Err(Error::refused(format!(
-        "walpost.progress of slot {slot} is from cluster {}, and this is {system_id}: its snapshots mean nothing here",
-        progress.system_id
-    ))
-    .hint(format!(
-        "if this is a copy whose rows the other cluster has published: UPDATE walpost.progress SET system_id = '{system_id}', \
-         delivered = pg_current_snapshot() WHERE slot = {0}; to publish every row again: DELETE FROM walpost.progress WHERE slot = {0}",
+    };
+    let set = |delivered: &str, upto: &str| {
+        format!(
+            "UPDATE walpost.progress SET system_id = '{system_id}', delivered = {delivered}, scan_before = NULL, \
+             scan_upto = {upto}, scan_position = NULL WHERE slot = {}",
+            quote_literal(slot).trim()
+        )
+    };
+    Err(Error::refused(format!("walpost.progress of slot {slot} {why}")).hint(format!(
+        "if this is a copy whose rows the other cluster has published: {}; to publish every row again: {}; after pg_upgrade, \
+         which keeps transaction ids: UPDATE walpost.progress SET system_id = '{system_id}' WHERE slot = {}",
+        set("pg_current_snapshot()", "NULL"),
+        set("NULL", "pg_current_snapshot()"),
         quote_literal(slot).trim()
     )))
 }
@@ -286,19 +310,27 @@ mod tests {
     }
 
     #[test]
-    fn progress_of_another_cluster_is_refused_with_both_ways_out() {
+    fn progress_of_another_cluster_or_time_is_refused_with_every_way_out() {
         let progress = Progress {
             system_id: "1".to_owned(),
             ..Progress::default()
         };
         assert!(check_cluster(&progress, "1", "s").is_ok());
-        let said = check_cluster(&progress, "2", "s").unwrap_err();
-        assert_eq!(said.exit_code(), 69);
-        let said = said.report();
-        assert!(
-            said.contains("UPDATE walpost.progress")
-                && said.contains("DELETE FROM walpost.progress"),
-            "{said}"
-        );
+        let ahead = Progress {
+            ahead: true,
+            ..progress.clone()
+        };
+        for (progress, here) in [(&progress, "2"), (&ahead, "1")] {
+            let said = check_cluster(progress, here, "s").unwrap_err();
+            assert_eq!(said.exit_code(), 69);
+            let said = said.report();
+            for way in [
+                "delivered = pg_current_snapshot(), scan_before = NULL, scan_upto = NULL",
+                "delivered = NULL, scan_before = NULL, scan_upto = pg_current_snapshot()",
+                "after pg_upgrade",
+            ] {
+                assert!(said.contains(way), "{said}");
+            }
+        }
     }
 }

@@ -9,13 +9,32 @@ use tokio_postgres::{Client, Row, SimpleQueryMessage, SimpleQueryRow};
 
 use super::progress::Snapshot;
 use crate::pgoutput::{Relation, RelationColumn, Tuple};
-use crate::postgres::{TableName, quote_ident, sql_error};
+use crate::postgres::{TableName, quote_ident, quote_literal, sql_error};
 use crate::{Error, Result};
 
 /// Rows that one FETCH asks for; between two of them the connection can be used for something else.
 const FETCH_ROWS: u32 = 1_000;
 const TXID: &str = "txid";
 const SEQ: &str = "seq";
+
+/// SQL: whether a row's `txid` is one that this cluster has not come to. What a statement sees was committed before its own
+/// snapshot ends, so such a row was not inserted here with this `txid`. In the form that the index over `txid` serves.
+pub const FROM_ELSEWHERE: &str =
+    "txid::text::bigint >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint";
+
+/// The statements for rows that are [`FROM_ELSEWHERE`]. Transaction 3 is the first that a cluster has, so it is visible in
+/// every snapshot, `4:4:` included, in which nothing else is.
+pub fn mend_from_elsewhere(table: &TableName, slot: &str) -> String {
+    let slot = quote_literal(slot);
+    let slot = slot.trim();
+    let rows = "txid >= pg_snapshot_xmax(pg_current_snapshot())";
+    format!(
+        "to publish them: UPDATE {table} SET txid = pg_current_xact_id() WHERE {rows}, and after its commit UPDATE walpost.progress \
+         SET scan_upto = pg_current_snapshot(), scan_position = NULL WHERE slot = {slot}; if they are published already: \
+         UPDATE {table} SET txid = '3' WHERE {rows}, and UPDATE walpost.progress SET delivered = coalesce(delivered, '4:4:') \
+         WHERE slot = {slot}; then restart walpost run"
+    )
+}
 
 /// An outbox table that knows each row's transaction and order.
 #[derive(Debug)]
@@ -95,7 +114,27 @@ impl ScanTable {
         })
     }
 
-    /// Whether there is a row that is visible in `upto` and not in `except`.
+    /// Refuses rows that no snapshot of this cluster can tell anything of: a scan would pass them over in silence.
+    ///
+    /// # Errors
+    /// Refused, with the statements for either case.
+    pub async fn refuse_from_elsewhere(&self, client: &Client, slot: &str) -> Result<()> {
+        let name = &self.name;
+        let sql = format!("SELECT count(*) FROM {name} WHERE {FROM_ELSEWHERE}");
+        let row = client.query_one(&sql, &[]).await;
+        let row = row.map_err(|error| sql_error(&format!("look into {name}"), error))?;
+        let count: i64 = row.get(0);
+        if count == 0 {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "{count} rows of table {name} have a txid that this cluster has not come to: they were copied from another one \
+             (a dump, logical replication), and it cannot be told whether they are published"
+        ))
+        .hint(mend_from_elsewhere(name, slot)))
+    }
+
+    /// Whether there is a row that is visible in `upto` and not in `except`, or one that [`Self::refuse_from_elsewhere`] refuses.
     pub async fn any(
         &self,
         client: &Client,
@@ -103,7 +142,7 @@ impl ScanTable {
         except: Option<&Snapshot>,
     ) -> Result<bool> {
         let sql = format!(
-            "SELECT EXISTS (SELECT FROM {} WHERE {})",
+            "SELECT EXISTS (SELECT FROM {0} WHERE {1}) OR EXISTS (SELECT FROM {0} WHERE {FROM_ELSEWHERE})",
             self.name,
             between(upto, except)?
         );

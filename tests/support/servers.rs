@@ -28,11 +28,15 @@ pub(crate) struct Servers {
     vars: BTreeMap<String, String>,
 }
 
-/// The servers shared by all tests. Panics when they cannot be had: no test is skipped in silence.
+/// The servers shared by all tests. Panics when they cannot be had: no test is skipped in silence. With
+/// `WALPOST_TEST_POSTGRES=18` in the environment, Postgres is of that major.
 pub(crate) fn servers() -> &'static Servers {
     static SERVERS: OnceLock<Servers> = OnceLock::new();
     // Quick when they are up already, as `tests/run` has seen to.
-    SERVERS.get_or_init(|| Servers::up(&[]))
+    SERVERS.get_or_init(|| match std::env::var("WALPOST_TEST_POSTGRES") {
+        Ok(major) => Servers::up(&["--postgres", &major]),
+        Err(_) => Servers::up(&[]),
+    })
 }
 
 impl Servers {

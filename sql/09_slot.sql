@@ -1,4 +1,4 @@
--- walpost 8/8: the replication slot: where the stream starts and what write-ahead log is kept for it. With two snapshots
+-- walpost 9/9: the replication slot: where the stream starts and what write-ahead log is kept for it. With two snapshots
 -- around its making in walpost.progress: rows that were there before are published by the first "walpost run".
 -- Needs: the REPLICATION attribute, wal_level = logical, SELECT, INSERT and UPDATE on walpost.progress. May be applied again.
 --
@@ -22,27 +22,33 @@ select set_config(
 
 do $walpost$
 declare
-    slot constant name := current_setting('walpost.slot');
+    slot constant text := current_setting('walpost.slot');
 begin
-    if current_setting('walpost.scan_before') = '' then
-        return;
-    end if;
-    -- Before the slot is made, which no rollback takes back.
-    if exists (
+    if current_setting('walpost.scan_before') <> '' and exists (
         select from walpost.progress p, pg_control_system() c
         where p.slot = current_setting('walpost.slot') and p.system_id <> c.system_identifier::text
     ) then
         raise exception 'walpost.progress has a row of slot % from another cluster', slot
             using hint = 'delete it if this cluster is a copy that publishes on its own, then try again';
     end if;
-    if current_setting('server_version_num')::int >= 170000 then
-        -- Kept in step on standbys that ask for it (sync_replication_slots), so that it survives a failover.
-        execute 'select pg_create_logical_replication_slot($1, ''pgoutput'', failover => true)' using slot;
-    else
-        perform pg_create_logical_replication_slot(slot, 'pgoutput');
+
+    -- Kept in step on standbys that ask for it (sync_replication_slots), so that it survives a failover. Before 17 a statement
+    -- that says "failover" is not understood, so one is prepared that is. It is executed below, by itself: inside of this block the
+    -- making of a slot that has to wait for other transactions fails now and then ("snapshot reference … is not owned by
+    -- resource owner").
+    if exists (select from pg_prepared_statements where name = 'walpost_make_slot') then
+        deallocate walpost_make_slot;
     end if;
+    execute format(
+        'prepare walpost_make_slot (name, text) as
+         select lsn from pg_create_logical_replication_slot($1, ''pgoutput''%s) where $2 <> %L',
+        case when current_setting('server_version_num')::int >= 170000 then ', failover => true' end, ''
+    );
 end
 $walpost$;
+
+execute walpost_make_slot (current_setting('walpost.slot'), current_setting('walpost.scan_before'));
+deallocate walpost_make_slot;
 
 insert into walpost.progress (slot, system_id, scan_before, scan_upto)
     select current_setting('walpost.slot'), c.system_identifier::text,

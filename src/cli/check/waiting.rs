@@ -1,0 +1,151 @@
+//! What waits for somebody: rows that no snapshot can tell of, stragglers, partitions that are running out.
+//!
+//! Nothing here stops a stream, so all of it is a warning, with the statement or the command that mends it.
+
+use std::fmt::Write as _;
+
+use tokio_postgres::Client;
+
+use super::Finding;
+use crate::config::Config;
+use crate::postgres::sql_error;
+use crate::scanner::outbox::OutboxTable;
+use crate::scanner::partitions::{self, Span};
+use crate::scanner::table::{FROM_ELSEWHERE, mend_from_elsewhere};
+use crate::{Error, Result};
+
+/// A finding for each table whose rows name their transactions, for each one in partitions, and for the stragglers.
+pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for name in &config.outbox_tables {
+        // What is wrong with a table is for others to say.
+        let Ok(table) = OutboxTable::read(client, name, config).await else {
+            continue;
+        };
+        if table.has_txid {
+            let found = rows(client, &table, &config.slot).await;
+            findings.push(found.unwrap_or_else(|error| not_known("rows", &error)));
+        }
+        if table.partitioned {
+            let found = ahead(client, &table).await;
+            findings.extend(found.unwrap_or_else(|error| Some(not_known("partitions", &error))));
+        }
+    }
+    let found = stragglers(client, config).await;
+    findings.push(found.unwrap_or_else(|error| not_known("stragglers", &error)));
+    findings
+}
+
+fn not_known(check: &'static str, error: &Error) -> Finding {
+    let (why, mend) = error.told();
+    Finding::warn(
+        check,
+        format!("not known: {why}"),
+        mend.unwrap_or_else(|| "GRANT SELECT to the role of WALPOST_POSTGRES_URL".to_owned()),
+    )
+}
+
+/// See [`FROM_ELSEWHERE`]: such rows are never shown as sent, and a gap scan refuses them.
+async fn rows(client: &Client, table: &OutboxTable, slot: &str) -> Result<Finding> {
+    const CHECK: &str = "rows";
+    let name = &table.name;
+    let sql = format!("SELECT count(*) FROM {name} WHERE {FROM_ELSEWHERE}");
+    let row = client.query_one(&sql, &[]).await;
+    let row = row.map_err(|error| sql_error(&format!("look into table {name}"), error))?;
+    let count: i64 = row.get(0);
+    if count == 0 {
+        return Ok(Finding::ok(
+            CHECK,
+            format!("every row of {name} has a txid of this cluster"),
+        ));
+    }
+    Ok(Finding::warn(
+        CHECK,
+        format!(
+            "{count} rows of {name} have a txid that this cluster has not come to (copied from another one): they are never \
+             shown as sent, and after a loss of the slot walpost run stops at them"
+        ),
+        mend_from_elsewhere(name, slot),
+    ))
+}
+
+async fn ahead(client: &Client, table: &OutboxTable) -> Result<Option<Finding>> {
+    const CHECK: &str = "partitions";
+    let name = &table.name;
+    let Some(span) = partitions::span_of(client, name).await? else {
+        return Ok(None);
+    };
+    let count = partitions::count_ahead(client, name, span).await?;
+    let span_name = span.name();
+    let text = format!("{name} has {count} partitions beyond the present {span_name}");
+    Ok(Some(if is_enough(count, span) {
+        Finding::ok(CHECK, text)
+    } else {
+        Finding::warn(
+            CHECK,
+            format!(
+                "{text}, and walpost keeps {}: when there are none left, inserts fail",
+                span.ahead()
+            ),
+            format!("start walpost run, or: walpost init --partition-by {span_name}"),
+        )
+    }))
+}
+
+/// A connector that was down for half of the time is one that somebody should look at.
+fn is_enough(count: i64, span: Span) -> bool {
+    count * 2 >= i64::from(span.ahead())
+}
+
+async fn stragglers(client: &Client, config: &Config) -> Result<Finding> {
+    const CHECK: &str = "stragglers";
+    // By the server's clock, as the due times are. No pause is longer than the setting says, unless that clock was set back.
+    const SQL: &str = "
+        SELECT count(*) FILTER (WHERE state <> 'dead'), count(*) FILTER (WHERE state = 'dead'),
+               to_char(min(created_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'),
+               count(*) FILTER (WHERE state = 'retrying' AND next_attempt_at > clock_timestamp() + make_interval(secs => $2))
+        FROM walpost.straggler WHERE slot = $1";
+    let missing = client
+        .query_one("SELECT to_regclass('walpost.straggler') IS NULL", &[])
+        .await
+        .map_err(|error| sql_error("look for walpost.straggler", error))?;
+    if missing.get(0) {
+        return Ok(Finding::warn(
+            CHECK,
+            "there is no walpost.straggler: an event that cannot be published stops the stream",
+            "walpost init",
+        ));
+    }
+    let row = client
+        .query_one(SQL, &[&config.slot, &config.retry_max.as_secs_f64()])
+        .await
+        .map_err(|error| sql_error("look into walpost.straggler", error))?;
+    let (waiting, dead, late): (i64, i64, i64) = (row.get(0), row.get(1), row.get(3));
+    let Some(oldest) = row.get::<_, Option<&str>>(2) else {
+        return Ok(Finding::ok(CHECK, "every event could be published so far"));
+    };
+    let mut text = format!(
+        "{waiting} events wait to be published again, {dead} are dead; the oldest is of {oldest} UTC"
+    );
+    let mut mend =
+        "walpost stragglers list says why; then walpost stragglers retry or discard".to_owned();
+    if late > 0 {
+        let _infallible = write!(
+            text,
+            "; {late} are due later than WALPOST_RETRY_MAX from now, so the server's clock was set back, or somebody edited them"
+        );
+        mend = format!("walpost stragglers retry --state retrying makes them due now; {mend}");
+    }
+    Ok(Finding::warn(CHECK, text, mend))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_of_the_partitions_that_are_kept_ahead_are_enough() {
+        assert!(is_enough(14, Span::Day) && is_enough(7, Span::Day));
+        assert!(!is_enough(6, Span::Day) && !is_enough(0, Span::Hour));
+    }
+}
