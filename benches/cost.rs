@@ -58,7 +58,7 @@ struct Cost {
 async fn main() {
     let (transactions, rounds) = (setting("TRANSACTIONS", 30_000), setting("ROUNDS", 5));
     let settings = [("TRANSACTIONS", transactions), ("ROUNDS", rounds)];
-    let mut results = Results::begin("cost", &settings);
+    let mut results = Results::begin_on_servers("cost", &settings);
     for round in 1..=rounds {
         let mut costs = Vec::new();
         for case in ALL {

@@ -27,7 +27,7 @@ mod support;
 
 use support::tests::{Database, servers, unique};
 use support::{
-    Backlog, CrateProducer, Debezium, Drained, Results, chosen, drain, recvlogical, setting,
+    Backlog, CrateProducer, Debezium, Drained, LIMIT, Results, chosen, drain, recvlogical, setting,
 };
 
 /// A row of the table above.
@@ -51,7 +51,7 @@ async fn main() {
         ("PER_TXN", per_txn),
         ("HUGE", huge),
     ];
-    let mut results = Results::begin("drain", &settings);
+    let mut results = Results::begin_on_servers("drain", &settings);
     let debezium = Debezium::find();
     for round in 1..=rounds {
         for case in cases(rows, per_txn, huge) {
@@ -110,8 +110,9 @@ async fn references(
     (database, rows, rate): (&Database, u64, f64),
     debezium: Option<&Debezium>,
 ) {
-    let mut producer = Box::pin(CrateProducer::open(&servers().pulsar_url, &unique("crate"))).await;
-    let seconds = Box::pin(producer.publish(rows)).await;
+    let mut producer = CrateProducer::open(&servers().pulsar_url, &unique("crate")).await;
+    let publishing = tokio::time::timeout(LIMIT, producer.publish(rows));
+    let seconds = publishing.await.expect("receipts for all in time");
     let theirs = rows as f64 / seconds;
     let shown = [("rows_per_s", theirs), ("walpost_over_it", rate / theirs)];
     results.record("pulsar_crate", round, &shown);

@@ -29,7 +29,7 @@ async fn main() {
         setting("HUGE", 1_000_000),
     );
     let settings = [("ROWS", rows), ("ROUNDS", rounds), ("HUGE", huge)];
-    let mut results = Results::begin("growth", &settings);
+    let mut results = Results::begin_on_servers("growth", &settings);
     let base = Backlog {
         rows,
         per_txn: 100,

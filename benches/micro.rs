@@ -1,7 +1,7 @@
 //! Nanoseconds a row of each piece of the data's path: decode, extract and route, encode, acknowledge.
 //!
 //! Needs no server. What each body is and what it leaves out: `support/bodies.rs`. Criterion runs them, each iteration
-//! does 1000 operations, and the means go where `report` finds them.
+//! does 1000 operations. The means go where `report` finds them, unless arguments made it less than a whole run.
 //!
 //! `cargo bench --bench micro` (criterion's own arguments behind `--`: a filter, `--measurement-time`, …)
 
@@ -30,20 +30,22 @@ fn main() {
         group.finish();
     }
     criterion.final_summary();
-    if !std::env::args().any(|argument| argument == "--test" || argument == "--list") {
+    // Cargo's own argument only.
+    if std::env::args()
+        .skip(1)
+        .all(|argument| argument == "--bench")
+    {
         keep();
     }
 }
 
-/// Copies criterion's estimates into a run of ours; a body that the filter left out keeps what criterion has of it.
+/// Copies criterion's estimates into a run of ours.
 fn keep() {
     let mut results = Results::begin("micro", &[("operations", OPERATIONS)]);
     let criterion = support::folder().with_file_name("criterion");
     for name in bodies::ALL {
         let path = criterion.join(name).join("new/estimates.json");
-        let Ok(text) = std::fs::read_to_string(&path) else {
-            continue;
-        };
+        let text = std::fs::read_to_string(&path).expect("criterion's estimates");
         let estimates: serde_json::Value = serde_json::from_str(&text).expect("criterion's JSON");
         let ns = |at: &str| {
             let value = estimates.pointer(at).and_then(serde_json::Value::as_f64);

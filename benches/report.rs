@@ -175,6 +175,10 @@ fn main() {
             println!("{part}");
             continue;
         }
+        if run.header["optimized"] != true {
+            println!("{bench}: its run is of an unoptimized build; what the README has stays");
+            continue;
+        }
         text = replace(&text, bench, &part);
         let path = folder.join(format!("{bench}.svg"));
         std::fs::write(&path, plot).expect("benches can be written");
@@ -260,10 +264,13 @@ fn cell_of(spread: Spread, digits: usize) -> String {
 
 /// Where, with what settings, and how busy the machine was.
 fn circumstances(run: &Run) -> String {
-    let machine = |name: &str| match &run.header["machine"][name] {
+    let text = |value: &serde_json::Value| match value {
         serde_json::Value::String(text) => text.clone(),
         other => other.to_string(),
     };
+    let machine = |name: &str| text(&run.header["machine"][name]);
+    let servers = run.header["servers"].as_str();
+    let servers = servers.map_or(String::new(), |servers| format!("{servers}; "));
     let settings = run.header["settings"].as_object();
     let settings: Vec<String> = settings
         .into_iter()
@@ -271,7 +278,8 @@ fn circumstances(run: &Run) -> String {
         .map(|(name, value)| format!("{name}={value}"))
         .collect();
     format!(
-        "Last run: {}; {}, {} cores, {}, Linux {}; load when it began {}. Medians (lowest to highest round).",
+        "Run of {} with {}; {servers}{}, {} cores, {}, Linux {}; load when it began {}. Medians (lowest to highest round).",
+        text(&run.header["commit"]),
         settings.join(" "),
         machine("cpu"),
         machine("cores"),

@@ -105,7 +105,7 @@ async fn main() {
         ("WARM_UP", warm_up),
         ("ROUNDS", rounds),
     ];
-    let mut results = Results::begin("steady", &settings);
+    let mut results = Results::begin_on_servers("steady", &settings);
     for round in 1..=rounds {
         for rate in rates.split(',') {
             let per_second: u64 = rate.parse().expect("RATES: whole numbers");
@@ -168,7 +168,10 @@ async fn without_database(plan: Plan) -> Latencies {
     let topic = format!("persistent://public/default/{}", unique("plain"));
     let publisher = PlainPublisher::open(broker, &topic).await;
     let times = (plan.warm_up, plan.duration);
-    publisher.run(plan.per_second, plan.per_txn, times).await
+    let running = publisher.run(plan.per_second, plan.per_txn, times);
+    let deadline = plan.warm_up + plan.duration + TAIL;
+    let latencies = tokio::time::timeout(deadline, running).await;
+    latencies.expect("receipts for all in time")
 }
 
 /// The rate through walpost: what became of every event, and walpost's processor time for each.

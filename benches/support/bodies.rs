@@ -10,6 +10,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Runtime;
+use tokio::time::timeout;
 use walpost::Lsn;
 use walpost::ack::AckTracker;
 use walpost::outbox::{Columns, Extractor, Scratch, TopicTemplate, key_hash};
@@ -17,7 +18,7 @@ use walpost::pgoutput::{Message, Tuple, parse};
 use walpost::pulsar::{Codec, Flush, Outgoing, Publisher, RowTag};
 
 use super::tests::FakeBroker;
-use super::{publisher_config, rows};
+use super::{LIMIT, publisher_config, rows};
 
 /// Operations of one call of a body: as many rows as a transaction of a busy outbox may have.
 pub(crate) const OPERATIONS: u64 = 1000;
@@ -175,7 +176,8 @@ fn encode(lanes: u32, codec: Codec) -> Body {
             sender.tracker.track();
         }
         sender.tracker.commit(Lsn::new(sender.commit_lsn + 8));
-        runtime.block_on(sender.settle());
+        let settled = runtime.block_on(async { timeout(LIMIT, sender.settle()).await });
+        settled.expect("receipts for all in time");
     };
     // Opens the topic and every lane.
     transaction(&mut Meter::default());

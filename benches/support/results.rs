@@ -1,7 +1,7 @@
 //! A run's figures: written line by line while it goes, read back by `report`, which makes tables and plots of them.
 //!
 //! ```text
-//! {"bench":"drain","at_unix_s":…,"machine":{…},"settings":{"ROWS":500000,…}}
+//! {"bench":"drain","at_unix_s":…,"commit":…,"optimized":true,"machine":{…},"servers":…,"settings":{"ROWS":500000,…}}
 //! {"case":"tcp","round":1,"figures":{"rows_per_s":90000.0,…}}
 //! …
 //! ```
@@ -15,6 +15,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
+use super::tests::servers;
+
 /// Where runs are kept: `bench` in cargo's target folder.
 pub(crate) fn folder() -> PathBuf {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent();
@@ -27,8 +29,21 @@ pub(crate) struct Results {
 }
 
 impl Results {
-    /// Starts the run of a bench with these settings.
+    /// Starts the run of a bench that needs no servers, with these settings.
     pub(crate) fn begin(bench: &str, settings: &[(&str, u64)]) -> Self {
+        Self::start(bench, settings, &Value::Null)
+    }
+
+    /// The same with the local servers, which are started if they are not up.
+    pub(crate) fn begin_on_servers(bench: &str, settings: &[(&str, u64)]) -> Self {
+        let postgres = servers().var("WALPOST_LOCAL_POSTGRES_MAJOR");
+        let pulsar = Path::new(servers().var("WALPOST_LOCAL_PULSAR_HOME")).file_name();
+        let pulsar = pulsar.unwrap_or_default().to_string_lossy();
+        let both = format!("Postgres {postgres}, {pulsar}");
+        Self::start(bench, settings, &json!(both))
+    }
+
+    fn start(bench: &str, settings: &[(&str, u64)], servers: &Value) -> Self {
         std::fs::create_dir_all(folder()).expect("the target folder can be written");
         let path = folder().join(format!("{bench}.jsonl"));
         let file = File::create(&path)
@@ -42,7 +57,10 @@ impl Results {
         results.line(&json!({
             "bench": bench,
             "at_unix_s": now.map_or(0, |now| now.as_secs()),
+            "commit": commit(),
+            "optimized": !cfg!(debug_assertions),
             "machine": machine(),
+            "servers": servers,
             "settings": settings,
         }));
         results
@@ -76,6 +94,18 @@ pub(crate) fn short(value: f64) -> String {
         _ => 3,
     };
     format!("{value:.digits$}")
+}
+
+/// Which state of walpost was measured; `+` for one with changes that are not committed.
+fn commit() -> String {
+    let git = std::process::Command::new("git")
+        .args(["describe", "--always", "--dirty=+"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output();
+    let said = git.ok().filter(|output| output.status.success());
+    said.map_or("unknown".to_owned(), |output| {
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    })
 }
 
 /// What the figures were taken on.

@@ -78,7 +78,7 @@ impl Chart {
             return;
         }
         for (index, name) in self.series.iter().enumerate() {
-            let x = LABELS + 130.0 * index as f64;
+            let x = LABELS + 150.0 * index as f64;
             let colour = COLOURS[index % COLOURS.len()];
             line(
                 out,
@@ -94,16 +94,21 @@ impl Chart {
     fn bar(&self, out: &mut String, top: f64, colour: &str, value: Spread) {
         let (low, median, high) = (self.x(value.low), self.x(value.median), self.x(value.high));
         let (width, middle) = ((median - LABELS).max(0.5), top + BAR / 2.0);
+        let end = middle - 3.0;
+        let whisker = if low < high {
+            format!(
+                "<path d=\"M{low:.1} {middle:.1}H{high:.1}M{low:.1} {end:.1}v6M{high:.1} {end:.1}v6\" stroke=\"#333\"/>"
+            )
+        } else {
+            String::new()
+        };
         line(
             out,
             &format!(
                 "<rect x=\"{LABELS}\" y=\"{:.1}\" width=\"{width:.1}\" height=\"{:.1}\" fill=\"{colour}\"/>\
-                 <path d=\"M{low:.1} {middle:.1}H{high:.1}M{low:.1} {:.1}v6M{high:.1} {:.1}v6\" stroke=\"#333\" fill=\"none\"/>\
-                 <text x=\"{:.1}\" y=\"{:.1}\">{} {}</text>",
+                 {whisker}<text x=\"{:.1}\" y=\"{:.1}\">{} {}</text>",
                 top + 1.0,
                 BAR - 2.0,
-                middle - 3.0,
-                middle - 3.0,
                 high.max(median) + 6.0,
                 middle + 4.0,
                 short(value.median),
