@@ -3,11 +3,14 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pulsar::{Pulsar, TokioExecutor, producer};
 use support::{
-    Command, Database, Proxy, admin, consume, eventually, read_entries, servers, unique,
+    Command, Database, Direction, Onlooker, Proxy, admin, consume, eventually, read_entries,
+    servers, unique,
 };
 
 const SOON: Duration = Duration::from_secs(30);
@@ -249,6 +252,32 @@ async fn a_broker_behind_the_proxy_is_not_reached_around_it() {
     // THEN every message has passed through it
     assert_eq!(received.len(), 10);
     assert!(proxy.to_client_bytes() > 1_000_000);
+}
+
+#[tokio::test]
+async fn an_onlooker_sees_all_that_passes_the_proxy() {
+    // GIVEN a proxy before the broker, and an onlooker who adds up what it is shown
+    let seen = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+    let shown = Arc::clone(&seen);
+    let onlooker: Onlooker = Arc::new(move |direction, _, _, bytes| {
+        shown[usize::from(direction == Direction::ToClient)]
+            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+    });
+    let proxy = Proxy::seen_by(&servers().pulsar_addr, onlooker);
+    let topic = format!("persistent://public/default/{}", unique("seen"));
+    produce(&topic, 1, (0..10).map(|_| vec![b'x'; 1000])).await;
+
+    // WHEN a topic is read through it
+    let url = format!("pulsar://{}", proxy.addr());
+    assert_eq!(consume(&url, &topic, 10, SOON).await.len(), 10);
+
+    // THEN it has seen what the proxy has passed, each way
+    let counted = || [proxy.to_server_bytes(), proxy.to_client_bytes()];
+    eventually(SOON, "both counts to agree", async || {
+        let seen = [0, 1].map(|way| seen[way].load(Ordering::Relaxed));
+        (seen == counted() && seen[1] > 10_000).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

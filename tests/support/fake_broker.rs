@@ -212,6 +212,16 @@ impl FakeBroker {
         self.state().frames.clone()
     }
 
+    /// Forgets what was said to it and what it has stored, so that a bench may send for as long as it likes.
+    pub(crate) fn forget(&self) {
+        {
+            let mut state = self.state();
+            state.seen.clear();
+            state.frames.clear();
+        }
+        self.storage(|storage| storage.events.clear());
+    }
+
     /// How many connections were made so far.
     pub(crate) fn connections(&self) -> u64 {
         self.state().accepted

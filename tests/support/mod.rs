@@ -47,11 +47,11 @@ pub(crate) use fake_broker::{Asked, FakeBroker, Reaction, StoredEvent, Target, r
 pub(crate) use java::java_partitions;
 pub(crate) use load::{Committed, Load, insert_many};
 pub(crate) use process::{Command, Walpost};
-pub(crate) use proxy::Proxy;
+pub(crate) use proxy::{Direction, Onlooker, Proxy};
 pub(crate) use python::{Judged, Python, hex};
 pub(crate) use random::Random;
 pub(crate) use servers::{OwnServers, Servers, servers, tool};
-pub(crate) use wire::{Entry, EntryMessage, read_entries};
+pub(crate) use wire::{Entry, EntryMessage, parse_entry, read_entries, sized};
 
 /// A name no other test, and no earlier run on the same servers, has: `<prefix>_<time>_<pid>_<count>`.
 ///

@@ -6,12 +6,14 @@
 //!
 //! A broker answers a topic's lookup with its own address, and the client's next connection would pass the proxy by. So
 //! [`Proxy::before_broker`] puts the proxy's address in place of the broker's in everything that the broker says.
+//! [`Proxy::seen_by`] does the same and lets an [`Onlooker`] see what passes.
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -20,6 +22,19 @@ use tokio::sync::watch;
 
 /// Bytes moved at a time.
 const PIECE_BYTES: usize = 64 * 1024;
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Direction {
+    /// From the client.
+    ToServer,
+    /// From the server.
+    ToClient,
+}
+
+/// Is shown each piece, with its connection's number and the instant at which it was read: once it has been passed on when
+/// it goes to the server, so that looking delays nothing, and before when it comes from there.
+pub(crate) type Onlooker = Arc<dyn Fn(Direction, u64, Instant, &[u8]) + Send + Sync>;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Controls {
@@ -49,13 +64,22 @@ impl Proxy {
     /// Starts a proxy on a free port before `server` (`host:port`).
     pub(crate) fn start(server: &str) -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback can be bound");
-        Self::serve(listener, server, None)
+        Self::serve(listener, server, None, None)
     }
 
     /// Starts a proxy before a Pulsar broker at `127.0.0.1:port`, which then seems to live at the proxy's address.
     ///
     /// Both addresses have the same length, so that no frame's size changes.
     pub(crate) fn before_broker(broker: &str) -> Self {
+        Self::readdressing(broker, None)
+    }
+
+    /// The same, and `onlooker` sees all that passes.
+    pub(crate) fn seen_by(broker: &str, onlooker: Onlooker) -> Self {
+        Self::readdressing(broker, Some(onlooker))
+    }
+
+    fn readdressing(broker: &str, onlooker: Option<Onlooker>) -> Self {
         let listener = bind_as_long_as(broker);
         let addr = listener.local_addr().expect("a bound socket");
         let readdress = Readdress {
@@ -63,10 +87,15 @@ impl Proxy {
             to: addr.to_string().into_bytes(),
         };
         assert_eq!(readdress.from.len(), readdress.to.len());
-        Self::serve(listener, broker, Some(readdress))
+        Self::serve(listener, broker, Some(readdress), onlooker)
     }
 
-    fn serve(listener: std::net::TcpListener, server: &str, readdress: Option<Readdress>) -> Self {
+    fn serve(
+        listener: std::net::TcpListener,
+        server: &str,
+        readdress: Option<Readdress>,
+        onlooker: Option<Onlooker>,
+    ) -> Self {
         listener.set_nonblocking(true).expect("a plain socket");
         let addr = listener.local_addr().expect("a bound socket");
         let (controls, watched) = watch::channel(Controls::default());
@@ -79,7 +108,7 @@ impl Proxy {
                 .expect("a runtime")
                 .block_on(async move {
                     let listener = TcpListener::from_std(listener).expect("a nonblocking socket");
-                    accept_all(listener, server, readdress, watched, counted).await;
+                    accept_all(listener, (server, readdress, onlooker), watched, counted).await;
                 });
         });
         Self {
@@ -168,10 +197,12 @@ fn bind_as_long_as(addr: &str) -> std::net::TcpListener {
         .unwrap_or_else(|| panic!("no free port makes an address as long as {addr}"))
 }
 
+/// The server's address, what stands in its place in what it says, and who looks on.
+type Way = (String, Option<Readdress>, Option<Onlooker>);
+
 async fn accept_all(
     listener: TcpListener,
-    server: String,
-    readdress: Option<Readdress>,
+    way: Way,
     mut watched: watch::Receiver<Controls>,
     counters: Arc<Counters>,
 ) {
@@ -187,14 +218,13 @@ async fn accept_all(
                 Err(_) => continue,
             },
         };
-        counters.accepted.fetch_add(1, Ordering::Relaxed);
+        let number = counters.accepted.fetch_add(1, Ordering::Relaxed);
         if watched.borrow().refuse {
             continue;
         }
         tokio::spawn(relay(
-            client,
-            server.clone(),
-            readdress.clone(),
+            (client, number),
+            way.clone(),
             watched.clone(),
             Arc::clone(&counters),
         ));
@@ -203,9 +233,8 @@ async fn accept_all(
 
 /// One connection, to the end of either side; then both are closed.
 async fn relay(
-    client: TcpStream,
-    server: String,
-    readdress: Option<Readdress>,
+    (client, number): (TcpStream, u64),
+    (server, readdress, onlooker): Way,
     watched: watch::Receiver<Controls>,
     counters: Arc<Counters>,
 ) -> io::Result<()> {
@@ -223,6 +252,9 @@ async fn relay(
         cuts,
         frames: None,
         count: &counters.to_server_bytes,
+        onlooker: onlooker
+            .clone()
+            .map(|onlooker| (onlooker, Direction::ToServer, number)),
     };
     let replies = Pump {
         from: from_server,
@@ -235,6 +267,7 @@ async fn relay(
             unfinished: Vec::new(),
         }),
         count: &counters.to_client_bytes,
+        onlooker: onlooker.map(|onlooker| (onlooker, Direction::ToClient, number)),
     };
     tokio::select! {
         done = requests.run() => done,
@@ -254,6 +287,7 @@ struct Pump<'a> {
     /// Set where a broker's address is replaced.
     frames: Option<Frames>,
     count: &'a AtomicU64,
+    onlooker: Option<(Onlooker, Direction, u64)>,
 }
 
 impl Pump<'_> {
@@ -280,12 +314,24 @@ impl Pump<'_> {
             let passed = replaced.as_deref().unwrap_or(&piece[..length]);
             // A hold that came while these bytes were read holds them too.
             self.while_held().await?;
+            let read_at = Instant::now();
+            self.show(Direction::ToClient, read_at, passed);
             tokio::select! {
                 biased;
                 cut = until_cut(&mut self.watched, self.cuts) => return cut,
                 written = self.to.write_all(passed) => written?,
             }
+            self.show(Direction::ToServer, read_at, passed);
             self.count.fetch_add(passed.len() as u64, Ordering::Relaxed);
+        }
+    }
+
+    /// Lets the onlooker see a piece that goes this way.
+    fn show(&self, way: Direction, read_at: Instant, passed: &[u8]) {
+        if let Some((onlooker, direction, number)) = &self.onlooker
+            && *direction == way
+        {
+            onlooker(way, *number, read_at, passed);
         }
     }
 

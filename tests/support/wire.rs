@@ -207,7 +207,7 @@ pub(super) fn command_frame(command: &impl prost::Message) -> Vec<u8> {
 }
 
 /// Reads what follows the command in a frame that carries an entry; an error says what is wrong with it.
-pub(super) fn parse_entry(message_id: MessageIdData, body: &[u8]) -> io::Result<Entry> {
+pub(crate) fn parse_entry(message_id: MessageIdData, body: &[u8]) -> io::Result<Entry> {
     let mut rest = body;
     if take(&mut rest, 2)? != MAGIC_CRC32C {
         return Err(bad("an entry without a checksum"));
@@ -259,7 +259,7 @@ pub(super) fn parse_entry(message_id: MessageIdData, body: &[u8]) -> io::Result<
 }
 
 /// Takes `[size u32][bytes]` off the front.
-pub(super) fn sized<'a>(rest: &mut &'a [u8]) -> io::Result<&'a [u8]> {
+pub(crate) fn sized<'a>(rest: &mut &'a [u8]) -> io::Result<&'a [u8]> {
     let size = take_u32(rest)?;
     take(rest, size as usize)
 }
