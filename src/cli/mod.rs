@@ -8,9 +8,11 @@ pub mod ddl;
 pub mod deduplication;
 pub mod demo;
 pub mod init;
+pub mod replay;
 pub mod run;
 pub mod sql;
 pub mod stragglers;
+pub mod verify;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -52,6 +54,10 @@ pub enum Command {
         /// With which.
         chosen: stragglers::Chosen,
     },
+    /// Compare table and topics.
+    Verify(verify::Options),
+    /// Publish rows again.
+    Replay(replay::Options),
     /// Print the DDL.
     Sql {
         /// Type of the payload column.
@@ -92,7 +98,14 @@ pub fn parse(
     if let Some((below, its)) = matches.subcommand() {
         (action, matches) = (below, its);
     }
-    let flags = |flag: &str| matches.get_one::<String>(flag).cloned();
+    let flags = |flag: &str| {
+        // To this command it says which topic's rows are meant; they are routed as by run.
+        let is_setting = name != "replay" || flag != settings::TOPIC.flag();
+        matches
+            .get_one::<String>(flag)
+            .filter(|_| is_setting)
+            .cloned()
+    };
     let config = Config::load(&flags, env).map_err(Stop::Wrong)?;
     let command = match name {
         "init" => Command::Init {
@@ -108,6 +121,8 @@ pub fn parse(
             partition_by: partition_by(matches),
         },
         "stragglers" => stragglers_command(action, matches),
+        "replay" => Command::Replay(replay::options(matches)),
+        "verify" => Command::Verify(verify::options(matches)),
         "demo" => Command::Demo(demo_options(matches)),
         _ => Command::Run,
     };
@@ -143,6 +158,12 @@ pub async fn dispatch(invocation: Invocation) -> Result<u8> {
         } => sql::run(&config, payload, partition_by, out)?,
         Command::Stragglers { action, chosen } => {
             return stragglers::run(&config, action, &chosen, out).await;
+        }
+        Command::Replay(options) => {
+            return Box::pin(replay::run(&config, &options, out)).await;
+        }
+        Command::Verify(options) => {
+            return Box::pin(verify::run(&config, &options, out)).await;
         }
         Command::Demo(options) => return Box::pin(demo::run(&config, options, out)).await,
     }
@@ -321,6 +342,8 @@ pub fn command() -> clap::Command {
                 .arg_required_else_help(true)
                 .subcommands(stragglers_subcommands()),
         )
+        .subcommand(verify::subcommand())
+        .subcommand(replay::subcommand())
         .subcommand(
             clap::Command::new("demo")
                 .about("Show it at work: orders are committed, streamed, consumed, and the sums compared")

@@ -179,14 +179,14 @@ pub fn is_busy(error: &Error) -> bool {
         .is_some()
 }
 
-pub(super) async fn system_id(client: &Client) -> Result<String> {
+pub(crate) async fn system_id(client: &Client) -> Result<String> {
     let sql = "SELECT system_identifier::text FROM pg_control_system()";
     let row = client.query_one(sql, &[]).await;
     let row = row.map_err(|error| sql_error("ask which cluster this is", error))?;
     Ok(row.get(0))
 }
 
-pub(super) fn check_cluster(progress: &Progress, system_id: &str, slot: &str) -> Result<()> {
+pub(crate) fn check_cluster(progress: &Progress, system_id: &str, slot: &str) -> Result<()> {
     if progress.system_id == system_id {
         return Ok(());
     }
