@@ -36,6 +36,8 @@
 //! | a rolled-back transaction is never published | Postgres sends only committed ones ([`pgoutput`]) | `tests/delivery.rs` |
 //! | an event that cannot be published is not lost | it is stored before the LSN, or the scan, passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`outlet`]) | `tests/stragglers.rs`, `tests/stragglers/scan.rs`, `tests/unpublishable.rs` |
 //! | a row is marked or deleted only behind its receipt, and every such row in the end | ids come from receipts alone; what was lost is found ([`scanner::after_publish`], [`scanner::unmarked`]) | `tests/after_publish.rs`, `tests/poll/modes.rs` |
+//! | what is claimed of the topics can be proven | table and topics are compared, id by id and key by key, in bounded memory ([`cli::verify`]) | `tests/verify.rs` |
+//! | a replay changes nothing but the topic | dry first, names of its own, the row's message as it was ([`cli::replay`]) | `tests/replay.rs` |
 //! | nothing undelivered goes by retention | one condition for rows and partitions, looked at under a lock ([`scanner::retention`]) | `tests/retention.rs`, `tests/poll/modes.rs` |
 //! | readiness follows progress, and whoever watches costs the pipe nothing | judged by receipts, on a thread that shares only atomics ([`admin`], [`meter`]) | `tests/http.rs` |
 //! | no secret is printed, at any log level | secrets are of a type without `Display`, answers of servers are not repeated ([`config`], [`http`]) | `tests/security.rs` |

@@ -8,10 +8,12 @@ pub mod ddl;
 pub mod deduplication;
 pub mod demo;
 pub mod init;
+pub mod replay;
 pub mod run;
 pub mod sql;
 pub mod status;
 pub mod stragglers;
+pub mod verify;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -56,6 +58,10 @@ pub enum Command {
         /// With which.
         chosen: stragglers::Chosen,
     },
+    /// Compare table and topics.
+    Verify(verify::Options),
+    /// Publish rows again.
+    Replay(replay::Options),
     /// Print the DDL.
     Sql {
         /// Type of the payload column.
@@ -96,7 +102,14 @@ pub fn parse(
     if let Some((below, its)) = matches.subcommand() {
         (action, matches) = (below, its);
     }
-    let flags = |flag: &str| matches.get_one::<String>(flag).cloned();
+    let flags = |flag: &str| {
+        // To this command it says which topic's rows are meant; they are routed as by run.
+        let is_setting = name != "replay" || flag != settings::TOPIC.flag();
+        matches
+            .get_one::<String>(flag)
+            .filter(|_| is_setting)
+            .cloned()
+    };
     let config = Config::load(&flags, env).map_err(Stop::Wrong)?;
     let command = match name {
         "init" => Command::Init {
@@ -116,6 +129,8 @@ pub fn parse(
             json: matches.get_flag("json"),
             watch: matches.get_flag("watch"),
         }),
+        "replay" => Command::Replay(replay::options(matches)),
+        "verify" => Command::Verify(verify::options(matches)),
         "demo" => Command::Demo(demo_options(matches)),
         _ => Command::Run,
     };
@@ -153,6 +168,12 @@ pub async fn dispatch(invocation: Invocation, warnings: Warnings) -> Result<u8> 
             return stragglers::run(&config, action, &chosen, out).await;
         }
         Command::Status(options) => status::run(&config, options, out).await?,
+        Command::Replay(options) => {
+            return Box::pin(replay::run(&config, &options, out)).await;
+        }
+        Command::Verify(options) => {
+            return Box::pin(verify::run(&config, &options, out)).await;
+        }
         Command::Demo(options) => return Box::pin(demo::run(&config, options, out)).await,
     }
     Ok(0)
@@ -330,6 +351,8 @@ pub fn command() -> clap::Command {
                 .arg_required_else_help(true)
                 .subcommands(stragglers_subcommands()),
         )
+        .subcommand(verify::subcommand())
+        .subcommand(replay::subcommand())
         .subcommand(
             clap::Command::new("status")
                 .about("Say how the walpost is that runs on this machine, as it tells at WALPOST_HTTP_ADDR")

@@ -70,6 +70,12 @@ pub(super) fn request_id(command: &BaseCommand) -> Option<u64> {
                 .as_ref()
                 .map(|answer| answer.request_id)
         })
+        .or_else(|| {
+            command
+                .get_last_message_id_response
+                .as_ref()
+                .map(|answer| answer.request_id)
+        })
         .or_else(|| command.error.as_ref().map(|answer| answer.request_id))
 }
 

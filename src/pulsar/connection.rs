@@ -29,7 +29,7 @@ pub(super) use super::socket::Endpoint;
 use super::socket::{self, CONNECT_TIMEOUT, Reader, Writer, drop_written};
 use super::tls::TlsFiles;
 use super::verdict::one_line;
-use super::wire::{Incoming, NextBroker, decode_command, encode_command};
+use super::wire::{Incoming, NextBroker, decode_command, decode_frame, encode_command};
 use crate::retry::Backoff;
 use crate::{Error, Result};
 
@@ -41,6 +41,8 @@ const CHALLENGE_TIMEOUT: Duration = Duration::from_secs(60);
 const CHALLENGE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// What a broker of any version accepts when it does not say (Pulsar's `maxMessageSize` default).
 pub const DEFAULT_MAX_MESSAGE_BYTES: usize = 5 * 1024 * 1024;
+/// Commands and sizes around a message; as the Java client's frame padding.
+const FRAME_OVERHEAD_BYTES: usize = 10 * 1024;
 /// The broker side of the socket: receipts are 30-50 bytes, so this is hundreds of them at a time.
 const READ_BUFFER_BYTES: usize = 16 * 1024;
 
@@ -69,6 +71,16 @@ pub(super) enum Event {
         producer_id: u64,
         next_broker: Option<NextBroker>,
     },
+    /// A message for a consumer (see `reader`): what follows the command in its frame.
+    Message {
+        connection: u64,
+        consumer_id: u64,
+        /// Ledger and entry.
+        place: (u64, u64),
+        body: Bytes,
+    },
+    /// The broker closed a consumer: look the topic up again.
+    ConsumerClosed { connection: u64, consumer_id: u64 },
     /// The connection ended; nothing more comes from it.
     Disconnected { connection: u64, reason: String },
     /// Producers are open (sent by the opener, see `opener.rs`).
@@ -160,6 +172,7 @@ impl Connection {
             keepalive_interval: manner.keepalive_interval,
             credentials,
             answering: None,
+            max_frame_bytes: 0,
         };
         let identified = manner.tls.as_ref().is_some_and(|tls| tls.client.is_some());
         let handshake = Box::pin(driver.handshake(endpoint, identified));
@@ -174,6 +187,7 @@ impl Connection {
         let max_message_bytes = said
             .filter(|&size| size > 0)
             .unwrap_or(DEFAULT_MAX_MESSAGE_BYTES);
+        driver.max_frame_bytes = max_message_bytes + FRAME_OVERHEAD_BYTES;
         let server_version = connected.server_version;
         debug!(connection = id, %endpoint, max_message_bytes, server_version, "connected to broker");
         tokio::spawn(driver.run());
@@ -266,6 +280,8 @@ struct Driver {
     /// What the broker was last told.
     credentials: Credentials,
     answering: Option<Answering>,
+    /// A message of the largest size, and what stands around it.
+    max_frame_bytes: usize,
 }
 
 impl Driver {
@@ -428,12 +444,13 @@ impl Driver {
 
     /// Handles every complete command in the inbox.
     async fn dispatch(&mut self) -> std::result::Result<(), String> {
-        while let Some(incoming) =
-            decode_command(&mut self.inbox).map_err(|error| error.to_string())?
+        while let Some(incoming) = decode_frame(&mut self.inbox, self.max_frame_bytes)
+            .map_err(|error| error.to_string())?
         {
             let Incoming {
                 command,
                 next_broker,
+                body,
             } = incoming;
             let connection = self.id;
             if let Some(receipt) = command.send_receipt {
@@ -464,6 +481,20 @@ impl Driver {
                     next_broker,
                 })
                 .await;
+            } else if let Some(message) = command.message {
+                self.tell(Event::Message {
+                    connection,
+                    consumer_id: message.consumer_id,
+                    place: (message.message_id.ledger_id, message.message_id.entry_id),
+                    body,
+                })
+                .await;
+            } else if let Some(closed) = command.close_consumer {
+                self.tell(Event::ConsumerClosed {
+                    connection,
+                    consumer_id: closed.consumer_id,
+                })
+                .await;
             } else if command.ping.is_some() {
                 self.outbox.push_back(pong());
             } else if command.auth_challenge.is_some() {
@@ -485,7 +516,10 @@ impl Driver {
                 if let Some(reply) = self.requests.remove(&id) {
                     let _gave_up = reply.send(command);
                 }
-            } else if command.pong.is_none() {
+            } else if command.pong.is_none()
+                && command.active_consumer_change.is_none()
+                && command.reached_end_of_topic.is_none()
+            {
                 warn!(
                     connection,
                     command = command.r#type,

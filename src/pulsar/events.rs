@@ -89,6 +89,8 @@ impl Publisher {
                 self.producer_closed(connection, producer_id, next_broker);
                 Ok(())
             }
+            // A publisher has no consumers.
+            Event::Message { .. } | Event::ConsumerClosed { .. } => Ok(()),
             Event::Disconnected { connection, reason } => {
                 self.disconnected(connection, &reason);
                 Ok(())

@@ -15,6 +15,7 @@
 //! | `divert` | what cannot be published: taken out, in order |
 //! | `publisher`, `events` | limits, flushing, placing; receipts and what brokers say |
 //! | `verdict` | what the broker says → what walpost does |
+//! | `reader` | topics from their first message to their last, for `verify` |
 //! | `admin`, `probe` | the admin interface and one look at a broker, for `init` and `check` |
 //!
 //! Why not the pulsar crate's Producer: it cannot set sequence ids, keeps one batch in flight and ignores keys in batches.
@@ -32,6 +33,7 @@ mod opener;
 mod partition;
 mod probe;
 mod publisher;
+mod reader;
 mod route;
 pub mod rows;
 pub mod schema;
@@ -48,8 +50,9 @@ pub use divert::{Diversion, Diverted, Parked};
 pub use events::BrokerEvent;
 pub use lane::{Outgoing, RowTag};
 pub use partition::HashingScheme;
-pub use probe::{Broker, probe};
+pub use probe::{Broker, probe, produce_to};
 pub use publisher::{Flush, Publisher, PublisherConfig};
+pub use reader::{Message, Reader, ReaderConfig};
 pub use route::Held;
 pub use rows::{Row, RowQueue, Rows};
 pub use tls::TlsFiles;

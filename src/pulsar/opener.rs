@@ -139,7 +139,7 @@ impl Directory {
     }
 
     /// Asks which broker serves the topic, following redirects, and connects to it.
-    async fn broker_of(&self, topic: &str) -> Result<Connection> {
+    pub(super) async fn broker_of(&self, topic: &str) -> Result<Connection> {
         let (mut connection, service) = self.service().await?;
         let mut authoritative = false;
         for _ in 0..MAX_REDIRECTS {
@@ -181,7 +181,7 @@ impl Directory {
     }
 
     /// How many partitions a topic has; 0 for a topic without. Where the broker makes topics on first use, it decides now.
-    async fn partitions_of(&self, topic: &str) -> Result<u32> {
+    pub(super) async fn partitions_of(&self, topic: &str) -> Result<u32> {
         let (connection, _) = self.service().await?;
         let answer = connection
             .request(|request_id| BaseCommand {
@@ -462,7 +462,7 @@ async fn attempt(
     failure.map_or(Ok(()), Err)
 }
 
-async fn create(
+pub(super) async fn create(
     connection: &Connection,
     topic: &str,
     producer: &Wanted,
@@ -524,7 +524,7 @@ fn schema_version(
 
 /// Closes a producer whose send was refused, so that the frames behind the refused one cannot be stored before it is
 /// sent again. When the connection is gone so is the producer.
-async fn close_producer(connection: &Connection, producer_id: u64) {
+pub(super) async fn close_producer(connection: &Connection, producer_id: u64) {
     let answer = connection
         .request(|id| connection::close_producer(producer_id, id))
         .await;

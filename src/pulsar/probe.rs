@@ -1,6 +1,7 @@
-//! One look at a broker: is it there, does it let us in, what does it say of itself.
+//! One look at a broker: is it there, does it let us in, what does it say of itself, may we publish.
 //!
-//! Input: a service URL's hosts, credentials, TLS files. Output: a [`Broker`]; the connection is closed again.
+//! Input: a service URL's hosts, credentials, TLS files; topics. Output: a [`Broker`]; what is wrong with which topic. The
+//! connections are closed again, and nothing is sent.
 
 use std::time::Duration;
 
@@ -8,6 +9,9 @@ use tokio::sync::mpsc;
 
 use super::auth::Auth;
 use super::connection::{Connection, Endpoint, Manner};
+use super::opener::{self, Directory, Wanted};
+use super::reader::ReaderConfig;
+use super::schema::SchemaConfig;
 use super::tls::TlsFiles;
 use crate::{Error, Result};
 
@@ -61,4 +65,55 @@ pub async fn probe(
         }
     }
     Err(failure)
+}
+
+/// Opens a producer on each topic (on one of its partitions) and closes it again. Gives the largest entry that the broker
+/// takes, and what it says of the topics that it refuses.
+///
+/// # Errors
+/// When the broker cannot be reached at all.
+pub async fn produce_to(
+    config: ReaderConfig,
+    schema: Option<&SchemaConfig>,
+    topics: &[String],
+) -> Result<(usize, Vec<Error>)> {
+    let manner = Manner {
+        auth: config.auth,
+        tls: config.tls,
+        keepalive_interval: config.keepalive_interval,
+    };
+    // Nobody listens: see above.
+    let (events, _) = mpsc::channel(1);
+    let directory = Directory::new(config.service, manner, None, config.reconnect, None, events);
+    let (service, _) = directory.service().await?;
+    let mut refusals = Vec::new();
+    for (topic, number) in topics.iter().zip(0..) {
+        let tried = Box::pin(produce(&directory, schema, topic, number)).await;
+        refusals.extend(tried.err());
+    }
+    let max_message_bytes = service.max_message_bytes();
+    service.close("looked at");
+    Ok((max_message_bytes, refusals))
+}
+
+async fn produce(
+    directory: &Directory,
+    schema: Option<&SchemaConfig>,
+    topic: &str,
+    producer_id: u64,
+) -> Result<()> {
+    let schema = schema.map(|schema| schema.of_topic(topic)).transpose()?;
+    let part = match directory.partitions_of(topic).await? {
+        0 => topic.to_owned(),
+        _ => format!("{topic}-partition-0"),
+    };
+    let connection = directory.broker_of(&part).await?;
+    let wanted = Wanted {
+        producer_id,
+        producer_name: format!("walpost-check-{:x}-{producer_id}", std::process::id()),
+        close_first: None,
+    };
+    opener::create(&connection, &part, &wanted, schema.as_ref()).await?;
+    opener::close_producer(&connection, producer_id).await;
+    Ok(())
 }

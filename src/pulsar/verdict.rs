@@ -62,6 +62,27 @@ pub(super) fn is_damage(code: i32) -> bool {
     ServerError::try_from(code) == Ok(ServerError::ChecksumError)
 }
 
+/// Marks the refusal of a topic that does not exist.
+#[derive(Debug)]
+struct Missing(OfTopic);
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for Missing {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+/// True for the error of a topic that does not exist.
+pub(super) fn is_missing(error: &Error) -> bool {
+    std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<Missing>)
+}
+
 /// Whose trouble a failed lookup or creation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Trouble {
@@ -125,7 +146,7 @@ pub(super) fn of_open(topic: &str, code: Option<i32>, message: Option<&str>) -> 
             | ServerError::ProducerBlockedQuotaExceededException,
         ) => Error::temporary(text).caused_by(OfTopic(message)),
         Some(ServerError::TopicNotFound) => {
-            Error::temporary(text).caused_by(OfTopic(message)).hint("create the topic, or allow its auto-creation on the namespace")
+            Error::temporary(text).caused_by(Missing(OfTopic(message))).hint("create the topic, or allow its auto-creation on the namespace")
         }
         Some(ServerError::ProducerBusy) => {
             Error::temporary(text).hint("another walpost with the same WALPOST_PRODUCER_NAME may still be connected")
@@ -155,6 +176,7 @@ mod tests {
             let said = of_open("t", Some(error as i32), Some("why"));
             assert_eq!(said.is_temporary(), temporary, "{error:?}");
             assert!(said.to_string().contains("why"));
+            assert_eq!(is_missing(&said), error == ServerError::TopicNotFound);
         }
         assert!(
             of_open("t", Some(9999), None).is_temporary(),

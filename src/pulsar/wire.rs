@@ -79,17 +79,26 @@ pub(super) fn encode_command(command: &BaseCommand) -> Bytes {
     frame.freeze()
 }
 
-/// Takes the next command off `buffer`; `None` while it is incomplete. What follows the command inside its frame (no
-/// command that a producer receives has anything there) is skipped.
+/// Takes the next command off `buffer`; `None` while it is incomplete.
 pub(super) fn decode_command(buffer: &mut BytesMut) -> Result<Option<Incoming>, FrameError> {
+    decode_frame(buffer, MAX_COMMAND_FRAME_BYTES)
+}
+
+/// The same for a broker whose frames may be larger, because its messages may.
+pub(super) fn decode_frame(
+    buffer: &mut BytesMut,
+    max_frame_bytes: usize,
+) -> Result<Option<Incoming>, FrameError> {
     let Some(total) = buffer.first_chunk::<4>() else {
         return Ok(None);
     };
     let total = u32::from_be_bytes(*total) as usize;
-    if !(4..=MAX_COMMAND_FRAME_BYTES).contains(&total) {
+    if !(4..=max_frame_bytes.max(MAX_COMMAND_FRAME_BYTES)).contains(&total) {
         return Err(FrameError::Size(total));
     }
     if buffer.len() < 4 + total {
+        // The rest of a large frame in few reads.
+        buffer.reserve(4 + total - buffer.len());
         return Ok(None);
     }
     let frame = buffer.split_to(4 + total);
@@ -106,9 +115,15 @@ pub(super) fn decode_command(buffer: &mut BytesMut) -> Result<Option<Incoming>, 
     } else {
         None
     };
+    let body = if command.message.is_some() {
+        frame.freeze().slice(8 + size..)
+    } else {
+        Bytes::new()
+    };
     Ok(Some(Incoming {
         command,
         next_broker,
+        body,
     }))
 }
 
@@ -118,6 +133,8 @@ pub(super) struct Incoming {
     pub command: BaseCommand,
     /// With a closed producer: which broker has its topic next, if the closing one knows.
     pub next_broker: Option<NextBroker>,
+    /// With a message: what follows the command in its frame.
+    pub body: Bytes,
 }
 
 /// `BaseCommand`, as far as `close_producer` goes.
@@ -248,6 +265,21 @@ const MAX_RENAME_BYTES: usize = 11;
 /// `CommandSend` at most 56, the numbers of `MessageMetadata` at most 72, and each string three more than its length.
 pub(super) fn headroom(producer_name: &str, ordering_key: &[u8]) -> usize {
     168 + producer_name.len() + MAX_RENAME_BYTES + ordering_key.len() + MAX_SCHEMA_VERSION_BYTES
+}
+
+/// What follows the command in a message's frame: metadata and payload, as they were sent. `None` for bytes that are no such
+/// thing, or that were damaged on the way.
+pub(super) fn entry(mut body: Bytes) -> Option<(MessageMetadata, Bytes)> {
+    if body.first_chunk::<2>()? == &MAGIC.to_be_bytes() {
+        let checksum = u32_at(&body, 2)?;
+        body = body.slice(6..);
+        if crc32c::crc32c(&body) as usize != checksum {
+            return None;
+        }
+    }
+    let payload_at = 4 + u32_at(&body, 0)?;
+    let metadata = MessageMetadata::decode(body.get(4..payload_at)?).ok()?;
+    Some((metadata, body.slice(payload_at..)))
 }
 
 /// Turns `buffer` (a gap of `headroom` bytes, then the messages) into the finished frame. `scratch` is reused.
@@ -445,10 +477,17 @@ mod tests {
             prop_assert_eq!((metadata.sequence_id, metadata.highest_sequence_id.unwrap()), (ids.1, ids.2));
             prop_assert_eq!(metadata.publish_time, time);
             prop_assert_eq!(metadata.num_messages_in_batch.unwrap() as usize, events.len());
-            prop_assert_eq!(metadata.ordering_key.unwrap(), lane.to_be_bytes());
+            prop_assert_eq!(metadata.ordering_key.as_deref().unwrap(), lane.to_be_bytes());
             prop_assert_eq!(metadata.deliver_at_time, deliver_at);
             prop_assert_eq!(metadata.compression, None);
-            prop_assert_eq!(metadata.schema_version, version);
+            prop_assert_eq!(&metadata.schema_version, &version);
+
+            // What a consumer gets is what stands behind the command; a flipped bit is noticed.
+            let body = frame.slice(command_end..);
+            prop_assert_eq!(entry(body.clone()).unwrap().0, metadata);
+            let mut damaged = body.to_vec();
+            *damaged.last_mut().unwrap() ^= 1;
+            prop_assert!(entry(damaged.into()).is_none());
 
             let read: Vec<_> = messages(payload_of(&frame).unwrap()).collect();
             prop_assert_eq!(read.len(), events.len());
@@ -471,6 +510,7 @@ mod tests {
             let mut buffer = BytesMut::from(&bytes[..]);
             while let Ok(Some(_)) = decode_command(&mut buffer) {}
             let bytes = Bytes::from(bytes);
+            let _no_entry = entry(bytes.clone());
             let _no_frame = payload_of(&bytes);
             messages(bytes).count();
         }

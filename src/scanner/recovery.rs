@@ -187,7 +187,7 @@ pub fn is_busy(error: &Error) -> bool {
         .is_some()
 }
 
-pub(super) async fn system_id(client: &Client) -> Result<String> {
+pub(crate) async fn system_id(client: &Client) -> Result<String> {
     let sql = "SELECT system_identifier::text FROM pg_control_system()";
     let row = client.query_one(sql, &[]).await;
     let row = row.map_err(|error| sql_error("ask which cluster this is", error))?;
@@ -196,7 +196,7 @@ pub(super) async fn system_id(client: &Client) -> Result<String> {
 
 /// Refuses snapshots that mean nothing here. One that is [`Progress::ahead`] was not taken from this cluster as it is now, whatever
 /// the row says: the transaction that stores a snapshot is itself beyond it. Transactions still to come would count as delivered.
-pub(super) fn check_cluster(progress: &Progress, system_id: &str, slot: &str) -> Result<()> {
+pub(crate) fn check_cluster(progress: &Progress, system_id: &str, slot: &str) -> Result<()> {
     let why = if progress.system_id != system_id {
         format!(
             "is from cluster {}, and this is {system_id}: its snapshots mean nothing here",

@@ -5,6 +5,7 @@
 //! for; the server keeps the list of what is to come (a cursor WITH HOLD, so that a long scan holds back no vacuum).
 
 use futures::{StreamExt as _, pin_mut};
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, SimpleQueryMessage, SimpleQueryRow};
 
 use super::progress::Snapshot;
@@ -132,6 +133,30 @@ impl ScanTable {
              (a dump, logical replication), and it cannot be told whether they are published"
         ))
         .hint(mend_from_elsewhere(name, slot)))
+    }
+
+    /// Prepares to read the rows that `clause` (`WHERE …`, `ORDER BY …`) chooses, with its parameters.
+    pub async fn open_chosen<'a>(
+        &'a self,
+        client: &'a Client,
+        clause: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Rows<'a>> {
+        let columns = self.relation.columns.iter();
+        let columns: Vec<String> = columns
+            .map(|column| format!("o.{}", quote_ident(&column.name)))
+            .collect();
+        let sql = format!(
+            "DECLARE walpost_rows NO SCROLL CURSOR WITH HOLD FOR SELECT {} FROM {} o {clause}",
+            columns.join(", "),
+            self.name,
+        );
+        let opened = client.execute(&sql, parameters).await;
+        opened.map_err(|error| sql_error(&format!("read table {}", self.name), error))?;
+        Ok(Rows {
+            table: self,
+            client,
+        })
     }
 
     /// Whether there is a row that is visible in `upto` and not in `except`, or one that [`Self::refuse_from_elsewhere`] refuses.
