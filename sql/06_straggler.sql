@@ -9,7 +9,7 @@
 create table if not exists walpost.straggler (
     number            bigint generated always as identity primary key,   -- order of arrival
     slot              text not null,          -- the replication slot it came through
-    outbox            text not null,          -- the table it was inserted into, as in SQL
+    outbox            text not null,          -- the table it was inserted into, as in SQL; or walpost.emit_transient
     id                text,                   -- message id
     topic             text,                   -- null: no topic could be made of the row
     key               text,                   -- null: the row has none

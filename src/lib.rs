@@ -30,6 +30,10 @@
 //! | a rolled-back transaction is never published | Postgres sends only committed ones ([`pgoutput`]) | `tests/delivery.rs` |
 //! | an event that cannot be published is not lost | it is stored before the LSN passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`pipe`]) | `tests/stragglers.rs`, `tests/unpublishable.rs` |
 //! | a row is marked or deleted only behind its receipt, and every such row in the end | ids come from receipts alone; what was lost is found ([`scanner::after_publish`], [`scanner::unmarked`]) | `tests/after_publish.rs` |
+//! | an event without a table takes the same route, in its transaction's place | its envelope is read as a row ([`outbox::Envelopes`]) and counted as one ([`pipe`]) | `tests/ends/transient.rs` |
+//! | a wrong argument fails the business transaction, not the message | `walpost.emit` checks what the route will ask for (`sql/10_emit.sql`) | `tests/ends/emit.rs` |
+//! | System B does a message's work once | its id is committed with the work, and acknowledged afterwards ([`inbox`]) | `tests/ends/inbox.rs`, `tests/ends/demo.rs` |
+//! | each end has the rights it needs and no others | `sql/12_roles.sql` | `tests/roles.rs` |
 //! | nothing undelivered goes by retention | one condition for rows and partitions, looked at under a lock ([`scanner::retention`]) | `tests/retention.rs` |
 //! | no secret is printed, at any log level | secrets are of a type without `Display`, answers of servers are not repeated ([`config`], [`http`]) | `tests/security.rs` |
 //!
@@ -43,7 +47,8 @@
 //! 5. [`outbox`]: from a row to an event and its topic.
 //! 6. [`pulsar`]: lanes, batches, receipts, brokers.
 //! 7. [`scanner`]: what comes from the table, and what happens to rows once they are published.
-//! 8. [`config`], [`cli`]: settings and commands. [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
+//! 8. [`inbox`]: the other end, System B.
+//! 9. [`config`], [`cli`]: settings and commands. [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
 
 // A test that unwraps fails, which is what it is for; its casts are of numbers it chose.
 #![cfg_attr(
@@ -63,6 +68,7 @@ pub mod error;
 pub mod feedback;
 pub mod gulp;
 pub mod http;
+pub mod inbox;
 pub mod logging;
 pub mod lsn;
 pub mod outbox;

@@ -24,6 +24,17 @@
 //! ([`crate::scanner::straggler`]); they are acknowledged when they are in their table. Where there is no such table the first of them
 //! is an error, and nothing passes it.
 //!
+//! # Events without a table
+//!
+//! A transactional logical message with the prefix `walpost` is an event too ([`crate::outbox::Envelopes`]): it counts as a row
+//! of its transaction, in its place among them, and goes the same way.
+//!
+//! One that is not transactional is refused: logged, counted, not published. It has no commit, so nothing says which
+//! transaction it belongs to, in which order it stands to a key's other events or which sequence id is its own, and it is in
+//! the log even if what it tells of is rolled back. Postgres itself lets anybody write it, and a reader of the log cannot send
+//! it back: refusing means that it is not taken for an event, and that somebody is told. It holds nothing up, since no
+//! transaction waits for it.
+//!
 //! # A slot that was changed
 //!
 //! A transaction that was cut and does not come again was taken out of the slot by somebody; going on would confirm it half
@@ -34,12 +45,18 @@ use std::collections::HashSet;
 use tracing::{debug, info, warn};
 
 use crate::ack::{AckTracker, TxnNo};
-use crate::outbox::{Columns, EventError, Extractor, Scratch, TopicTemplate, key_hash};
-use crate::pgoutput::{self, Message, RelationCache, Tuple};
+use crate::outbox::{
+    Columns, ENVELOPE_OID, Envelopes, EventError, Extractor, PREFIX, Salvaged, Scratch,
+    TopicTemplate, key_hash,
+};
+use crate::pgoutput::{self, LogicalMessage, Message, RelationCache, Tuple};
 use crate::postgres::{Frame, TableName};
 use crate::pulsar::{BrokerEvent, Outgoing, Publisher, Row, RowTag};
 use crate::scanner::straggler::{Report, Stragglers};
 use crate::{Error, Lsn, Result};
+
+/// Memory kept for the next envelope's row; a larger one's is given back.
+const ENVELOPE_KEPT_BYTES: usize = 1024 * 1024;
 
 /// What passed through, since the start of the process.
 #[derive(Clone, Copy, Debug, Default)]
@@ -56,6 +73,8 @@ pub struct Counters {
     pub transactions: u64,
     /// Messages that are no business of ours: other tables, updates, deletes, truncates, unknown types.
     pub skipped: u64,
+    /// Logical messages for us that belong to no transaction.
+    pub refused: u64,
 }
 
 /// Which tables and columns are read, and where their rows go.
@@ -139,6 +158,9 @@ pub struct Pipe {
     relations: RelationCache,
     /// One per relation seen, with the table's place in the settings; `None` for a table that is no outbox.
     extractors: Vec<(u32, Option<(Extractor, u16)>)>,
+    envelopes: Envelopes,
+    /// Memory for an envelope's row.
+    envelope_row: Vec<u8>,
     /// Tables that are no outbox and had rows: told once.
     foreign: Vec<u32>,
     /// Values in the stream are binary where their type allows.
@@ -168,6 +190,8 @@ impl Pipe {
         confirmed: Lsn,
     ) -> Self {
         Self {
+            envelopes: Envelopes::new(&routing.columns, &routing.template),
+            envelope_row: Vec::new(),
             routing,
             publisher,
             stragglers,
@@ -380,12 +404,7 @@ impl Pipe {
                 namespace,
                 name,
             } => self.relations.note_type(id, namespace, name),
-            Message::Logical(message) => {
-                self.counters.skipped += 1;
-                if message.prefix == "walpost" {
-                    warn!(%at, "a logical message with the prefix walpost is not read by this version");
-                }
-            }
+            Message::Logical(message) => return self.logical(&message, at),
             Message::Unknown(tag) => {
                 self.counters.skipped += 1;
                 debug!(tag, %at, "a message of an unknown type is skipped");
@@ -552,7 +571,7 @@ impl Pipe {
             txn: open.no,
             commit_lsn: open.commit_lsn,
             row,
-            mark: self.routing.report_rows.then_some(Row {
+            mark: (self.routing.report_rows && relation_id != ENVELOPE_OID).then_some(Row {
                 table: u32::from(*table),
                 xid: open.xid,
                 id: event.id,
@@ -568,6 +587,70 @@ impl Pipe {
         self.tracker.track();
         self.counters.events += 1;
         self.hand_on_diverted();
+        Ok(Format::Fits)
+    }
+}
+
+/// Events without a table: see the module's documentation.
+impl Pipe {
+    fn logical(&mut self, message: &LogicalMessage<'_>, at: Lsn) -> Result<Format> {
+        if message.prefix != PREFIX {
+            self.counters.skipped += 1;
+            return Ok(Format::Fits);
+        }
+        if !message.transactional {
+            self.counters.refused += 1;
+            // Not a line for each: whoever writes one writes many.
+            if self.counters.refused.is_power_of_two() {
+                warn!(
+                    at = %message.lsn, refused = self.counters.refused,
+                    "a logical message for walpost is not transactional: it is refused, not published \
+                     (hint: pg_logical_emit_message(true, 'walpost', …), or walpost.emit_transient)"
+                );
+            }
+            return Ok(Format::Fits);
+        }
+        if !self.extractors.iter().any(|(id, _)| *id == ENVELOPE_OID) {
+            let extractor = self.envelopes.extractor()?;
+            let read = Some((extractor, self.envelope_place()));
+            self.extractors.push((ENVELOPE_OID, read));
+        }
+        let mut row = std::mem::take(&mut self.envelope_row);
+        let taken = match self.envelopes.encode(message.content, &mut row) {
+            Ok(()) => Tuple::decode(&row)
+                .map_err(|error| Error::bug("an envelope made no row").caused_by(error))
+                .and_then(|tuple| self.insert(ENVELOPE_OID, &tuple, at)),
+            Err(error) => self.unreadable(message.content, error, at),
+        };
+        row.clear();
+        row.shrink_to(ENVELOPE_KEPT_BYTES);
+        self.envelope_row = row;
+        taken
+    }
+
+    /// Behind the tables' places: see [`Stragglers`].
+    fn envelope_place(&self) -> u16 {
+        u16::try_from(self.routing.tables.len()).unwrap_or(u16::MAX)
+    }
+
+    /// A message for us that is no envelope: kept as it is.
+    fn unreadable(&mut self, content: &[u8], error: EventError, at: Lsn) -> Result<Format> {
+        let Some(open) = self.next_row(at)? else {
+            return Ok(Format::Fits);
+        };
+        let row = RowTag::new(self.envelope_place(), open.rows);
+        let Some(stragglers) = &mut self.stragglers else {
+            return Err(unusable(error, open.commit_lsn));
+        };
+        let why = Error::from(error).report();
+        warn!("a logical message cannot be published, it becomes a dead straggler: {why}");
+        let whole = Salvaged {
+            payload: Some(content.to_vec()),
+            ..Salvaged::default()
+        };
+        stragglers.unusable(whole, (open.no, open.commit_lsn, row), why);
+        self.tracker.track();
+        self.counters.events += 1;
         Ok(Format::Fits)
     }
 }
