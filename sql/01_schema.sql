@@ -1,4 +1,4 @@
--- walpost 1/9: the schema.
+-- walpost 1/13: the schema.
 -- Needs: CREATE on the database. May be applied again.
 
 do $walpost$

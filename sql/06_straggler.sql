@@ -1,4 +1,4 @@
--- walpost 6/9: stragglers: events that could not be published when their turn came, whole, until they can.
+-- walpost 6/13: stragglers: events that could not be published when their turn came, whole, until they can.
 -- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again. Whoever runs walpost needs SELECT, INSERT, UPDATE and DELETE on it.
 --
 -- A row is written before the replication slot (or the scan of the table) moves past its event, and deleted when the broker has
@@ -10,7 +10,7 @@
 create table if not exists walpost.straggler (
     number            bigint generated always as identity primary key,   -- order of arrival
     slot              text not null,          -- the replication slot it came through
-    outbox            text not null,          -- the table it was inserted into, as in SQL
+    outbox            text not null,          -- the table it was inserted into, as in SQL; or walpost.emit_transient
     id                text,                   -- message id
     topic             text,                   -- null: no topic could be made of the row
     key               text,                   -- null: the row has none

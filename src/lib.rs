@@ -36,6 +36,10 @@
 //! | a rolled-back transaction is never published | Postgres sends only committed ones ([`pgoutput`]) | `tests/delivery.rs` |
 //! | an event that cannot be published is not lost | it is stored before the LSN, or the scan, passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`outlet`]) | `tests/stragglers.rs`, `tests/stragglers/scan.rs`, `tests/unpublishable.rs` |
 //! | a row is marked or deleted only behind its receipt, and every such row in the end | ids come from receipts alone; what was lost is found ([`scanner::after_publish`], [`scanner::unmarked`]) | `tests/after_publish.rs`, `tests/poll/modes.rs` |
+//! | an event without a table takes the same route, in its transaction's place | its envelope is read as a row ([`outbox::Envelopes`]) and counted as one ([`pipe`]) | `tests/ends/transient.rs` |
+//! | a wrong argument fails the business transaction, not the message | `walpost.emit` checks what the route will ask for (`sql/09_emit.sql`) | `tests/ends/emit.rs` |
+//! | System B does a message's work once | its id is committed with the work, and acknowledged afterwards ([`inbox`]) | `tests/ends/inbox.rs`, `tests/ends/demo.rs` |
+//! | each end has the rights it needs and no others | `sql/12_roles.sql` | `tests/roles.rs` |
 //! | what is claimed of the topics can be proven | table and topics are compared, id by id and key by key, in bounded memory ([`cli::verify`]) | `tests/verify.rs` |
 //! | a replay changes nothing but the topic | dry first, names of its own, the row's message as it was ([`cli::replay`]) | `tests/replay.rs` |
 //! | nothing undelivered goes by retention | one condition for rows and partitions, looked at under a lock ([`scanner::retention`]) | `tests/retention.rs`, `tests/poll/modes.rs` |
@@ -52,8 +56,9 @@
 //! 5. [`outbox`]: from a row to an event and its topic.
 //! 6. [`pulsar`]: lanes, batches, receipts, brokers.
 //! 7. [`scanner`]: what comes from the table, and what happens to rows once they are published.
-//! 8. [`meter`], [`admin`]: what people, probes and Prometheus are told.
-//! 9. [`config`], [`cli`]: settings and commands. [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
+//! 8. [`inbox`]: the other end, System B.
+//! 9. [`meter`], [`admin`]: what people, probes and Prometheus are told.
+//! 10. [`config`], [`cli`]: settings and commands. [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
 
 // A test that unwraps fails, which is what it is for; its casts are of numbers it chose.
 #![cfg_attr(
@@ -74,6 +79,7 @@ pub mod error;
 pub mod feedback;
 pub mod gulp;
 pub mod http;
+pub mod inbox;
 pub mod logging;
 pub mod lsn;
 pub mod meter;

@@ -178,6 +178,7 @@ pub struct Meter {
     recognized: AtomicU64,
     transactions: AtomicU64,
     skipped: AtomicU64,
+    refused: AtomicU64,
     confirmed: AtomicU64,
     received: AtomicU64,
     in_flight_messages: AtomicU64,
@@ -295,6 +296,7 @@ impl Meter {
         self.suppressed.fetch_add(new.suppressed, Relaxed);
         self.transactions.fetch_add(new.transactions, Relaxed);
         self.skipped.fetch_add(new.skipped, Relaxed);
+        self.refused.fetch_add(new.refused, Relaxed);
     }
 
     /// The broker's deduplication knew that many messages: it stored nothing, and gave its receipt.
@@ -389,6 +391,7 @@ impl Meter {
             suppressed: self.suppressed.load(Relaxed),
             transactions: self.transactions.load(Relaxed),
             skipped: self.skipped.load(Relaxed),
+            refused: self.refused.load(Relaxed),
         }
     }
 

@@ -21,7 +21,7 @@ use tracing::warn;
 
 use crate::ack::{AckTracker, TxnNo};
 use crate::meter::Meter;
-use crate::outbox::{EventError, Extractor, Scratch, key_hash};
+use crate::outbox::{EventError, Extractor, Salvaged, Scratch, key_hash};
 use crate::pgoutput::Tuple;
 use crate::pulsar::{BrokerEvent, Outgoing, Publisher, Row, RowTag};
 use crate::scanner::straggler::{Report, Stragglers};
@@ -47,6 +47,8 @@ pub struct Origin {
     pub row: RowTag,
     /// The transaction that inserted it, without the epoch; 0 when the row was read by SQL.
     pub xid: u32,
+    /// There is a row in a table that may be marked. (An event of `walpost.emit_transient` has none.)
+    pub is_row: bool,
 }
 
 /// Something an outlet hears.
@@ -179,7 +181,10 @@ impl Outlet {
         });
         let event = match event {
             Ok(event) => event,
-            Err(error) => return self.unusable(error, extractor, tuple, origin),
+            Err(error) => {
+                self.unusable(error, extractor.salvage(tuple), origin)?;
+                return Ok(true);
+            }
         };
         if is_known(event.id) {
             return Ok(false);
@@ -192,7 +197,7 @@ impl Outlet {
             txn: origin.txn,
             commit_lsn: origin.commit_lsn,
             row: origin.row,
-            mark: self.report_rows.then_some(Row {
+            mark: (self.report_rows && origin.is_row).then_some(Row {
                 table: origin.row.table(),
                 xid: origin.xid,
                 id: event.id,
@@ -228,30 +233,32 @@ impl Outlet {
             commit_lsn: position,
             row,
             xid: 0,
+            is_row: true,
         };
         let taken = self.take(extractor, tuple, origin, |_| false);
         self.tracker.commit(position);
         taken.map(|_| ())
     }
 
-    /// Stores a row that is no event, if the row is at fault and there is a table for it.
-    fn unusable(
+    /// Stores what is no event, if it is itself at fault and there is a table for it.
+    ///
+    /// # Errors
+    /// Refused where that is not so.
+    pub fn unusable(
         &mut self,
         error: EventError,
-        extractor: &Extractor,
-        tuple: &Tuple<'_>,
+        salvaged: Salvaged,
         origin: Origin,
-    ) -> Result<bool> {
-        let salvaged = extractor.salvage(tuple);
+    ) -> Result<()> {
         match &mut self.stragglers {
             Some(stragglers) if error.problem().is_of_the_row() => {
                 let why = Error::from(error).report();
-                warn!("a row cannot be published, it becomes a dead straggler: {why}");
+                warn!("an event cannot be published, it becomes a dead straggler: {why}");
                 let known_by = self.source.known_by(origin.commit_lsn);
                 stragglers.unusable(salvaged, (origin.txn, known_by, origin.row), why);
                 self.tracker.track();
                 self.counts.events += 1;
-                Ok(true)
+                Ok(())
             }
             _ => {
                 let (what, hint) = match self.source {

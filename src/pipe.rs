@@ -22,6 +22,17 @@
 //!
 //! [`Outlet`] sees to it, as it does for rows that are read from the table.
 //!
+//! # Events without a table
+//!
+//! A transactional logical message with the prefix `walpost` is an event too ([`crate::outbox::Envelopes`]): it counts as a row
+//! of its transaction, in its place among them, and goes the same way.
+//!
+//! One that is not transactional is refused: logged, counted, not published. It has no commit, so nothing says which
+//! transaction it belongs to, in which order it stands to a key's other events or which sequence id is its own, and it is in
+//! the log even if what it tells of is rolled back. Postgres itself lets anybody write it, and a reader of the log cannot send
+//! it back: refusing means that it is not taken for an event, and that somebody is told. It holds nothing up, since no
+//! transaction waits for it.
+//!
 //! # A slot that was changed
 //!
 //! A transaction that was cut and does not come again was taken out of the slot by somebody; going on would confirm it half
@@ -33,13 +44,18 @@ use std::time::Duration;
 use tracing::{debug, info, warn};
 
 use crate::ack::TxnNo;
-use crate::outbox::{Columns, Extractor, TopicTemplate};
+use crate::outbox::{
+    Columns, ENVELOPE_OID, Envelopes, EventError, Extractor, PREFIX, Salvaged, TopicTemplate,
+};
 use crate::outlet::{Counts, Event, Origin, Outlet, Source};
-use crate::pgoutput::{self, Message, RelationCache, Tuple};
+use crate::pgoutput::{self, LogicalMessage, Message, RelationCache, Tuple};
 use crate::postgres::{Frame, TableName};
 use crate::pulsar::{Publisher, RowTag};
 use crate::scanner::straggler::Stragglers;
 use crate::{Error, Lsn, Result};
+
+/// Memory kept for the next envelope's row; a larger one's is given back.
+const ENVELOPE_KEPT_BYTES: usize = 1024 * 1024;
 
 /// What passed through, since the start of the process.
 #[derive(Clone, Copy, Debug, Default)]
@@ -56,6 +72,8 @@ pub struct Counters {
     pub transactions: u64,
     /// Messages that are no business of ours: other tables, updates, deletes, truncates, unknown types.
     pub skipped: u64,
+    /// Logical messages for us that belong to no transaction.
+    pub refused: u64,
 }
 
 impl Counters {
@@ -68,6 +86,7 @@ impl Counters {
             suppressed: self.suppressed - earlier.suppressed,
             transactions: self.transactions - earlier.transactions,
             skipped: self.skipped - earlier.skipped,
+            refused: self.refused - earlier.refused,
         }
     }
 }
@@ -119,6 +138,19 @@ struct OpenTxn {
     rows: u64,
 }
 
+impl OpenTxn {
+    /// Its last row, of the table at that place in the settings.
+    fn origin(&self, table: u16, is_row: bool) -> Origin {
+        Origin {
+            txn: self.no,
+            commit_lsn: self.commit_lsn,
+            row: RowTag::new(table, self.rows),
+            xid: self.xid,
+            is_row,
+        }
+    }
+}
+
 /// Where the stream stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stream {
@@ -141,6 +173,9 @@ pub struct Pipe {
     relations: RelationCache,
     /// One per relation seen, with the table's place in the settings; `None` for a table that is no outbox.
     extractors: Vec<(u32, Option<(Extractor, u16)>)>,
+    envelopes: Envelopes,
+    /// Memory for an envelope's row.
+    envelope_row: Vec<u8>,
     /// Tables that are no outbox and had rows: told once.
     foreign: Vec<u32>,
     /// Values in the stream are binary where their type allows.
@@ -163,6 +198,7 @@ pub struct Pipe {
     suppressed: u64,
     transactions: u64,
     skipped: u64,
+    refused: u64,
     /// What the meter knows of all that was counted.
     metered: Counters,
 }
@@ -177,6 +213,8 @@ impl Pipe {
     ) -> Self {
         let report_rows = routing.report_rows;
         Self {
+            envelopes: Envelopes::new(&routing.columns, &routing.template),
+            envelope_row: Vec::new(),
             routing,
             outlet: Outlet::new(publisher, stragglers, Source::Log, report_rows, confirmed),
             relations: RelationCache::new(),
@@ -193,6 +231,7 @@ impl Pipe {
             suppressed: 0,
             transactions: 0,
             skipped: 0,
+            refused: 0,
             metered: Counters::default(),
         }
     }
@@ -284,6 +323,7 @@ impl Pipe {
             suppressed: self.suppressed,
             transactions: self.transactions,
             skipped: self.skipped,
+            refused: self.refused,
         }
     }
 
@@ -362,12 +402,7 @@ impl Pipe {
                 namespace,
                 name,
             } => self.relations.note_type(id, namespace, name),
-            Message::Logical(message) => {
-                self.skipped += 1;
-                if message.prefix == "walpost" {
-                    warn!(%at, "a logical message with the prefix walpost is not read by this version");
-                }
-            }
+            Message::Logical(message) => return self.logical(&message, at),
             Message::Unknown(tag) => {
                 self.skipped += 1;
                 debug!(tag, %at, "a message of an unknown type is skipped");
@@ -507,18 +542,70 @@ impl Pipe {
             }
             return Ok(Format::Fits);
         };
-        let origin = Origin {
-            txn: open.no,
-            commit_lsn: open.commit_lsn,
-            row: RowTag::new(*table, open.rows),
-            xid: open.xid,
-        };
+        let origin = open.origin(*table, relation_id != ENVELOPE_OID);
         let scanned = &mut self.scanned;
         let is_scanned =
             |id: &str| !scanned.is_empty() && scanned.remove(&(relation_id, id.to_owned()));
         if !self.outlet.take(extractor, tuple, origin, is_scanned)? {
             self.suppressed += 1;
         }
+        Ok(Format::Fits)
+    }
+}
+
+/// Events without a table: see the module's documentation.
+impl Pipe {
+    fn logical(&mut self, message: &LogicalMessage<'_>, at: Lsn) -> Result<Format> {
+        if message.prefix != PREFIX {
+            self.skipped += 1;
+            return Ok(Format::Fits);
+        }
+        if !message.transactional {
+            self.refused += 1;
+            // Not a line for each: whoever writes one writes many.
+            if self.refused.is_power_of_two() {
+                warn!(
+                    at = %message.lsn, refused = self.refused,
+                    "a logical message for walpost is not transactional: it is refused, not published \
+                     (hint: pg_logical_emit_message(true, 'walpost', …), or walpost.emit_transient)"
+                );
+            }
+            return Ok(Format::Fits);
+        }
+        if !self.extractors.iter().any(|(id, _)| *id == ENVELOPE_OID) {
+            let extractor = self.envelopes.extractor()?;
+            let read = Some((extractor, self.envelope_place()));
+            self.extractors.push((ENVELOPE_OID, read));
+        }
+        let mut row = std::mem::take(&mut self.envelope_row);
+        let taken = match self.envelopes.encode(message.content, &mut row) {
+            Ok(()) => Tuple::decode(&row)
+                .map_err(|error| Error::bug("an envelope made no row").caused_by(error))
+                .and_then(|tuple| self.insert(ENVELOPE_OID, &tuple, at)),
+            Err(error) => self.unreadable(message.content, error, at),
+        };
+        row.clear();
+        row.shrink_to(ENVELOPE_KEPT_BYTES);
+        self.envelope_row = row;
+        taken
+    }
+
+    /// Behind the tables' places: see [`Stragglers`].
+    fn envelope_place(&self) -> u16 {
+        u16::try_from(self.routing.tables.len()).unwrap_or(u16::MAX)
+    }
+
+    /// A message for us that is no envelope: kept as it is.
+    fn unreadable(&mut self, content: &[u8], error: EventError, at: Lsn) -> Result<Format> {
+        let Some(open) = self.next_row(at)? else {
+            return Ok(Format::Fits);
+        };
+        let whole = Salvaged {
+            payload: Some(content.to_vec()),
+            ..Salvaged::default()
+        };
+        let origin = open.origin(self.envelope_place(), false);
+        self.outlet.unusable(error, whole, origin)?;
         Ok(Format::Fits)
     }
 }

@@ -64,6 +64,11 @@ fn events(page: &mut Page, meter: &Meter) {
         counters.skipped,
     );
     page.counter(
+        "walpost_messages_refused_total",
+        "Logical messages for walpost that are not transactional, and so no events.",
+        counters.refused,
+    );
+    page.counter(
         "walpost_stragglers_stored_total",
         "Events stored in walpost.straggler because they could not be published.",
         counters.stragglers,

@@ -56,6 +56,7 @@ pub(super) fn status(context: &Context, seen: Option<&Observed>, view: &View) ->
             "acknowledged": counters.acknowledged,
             "transactions": counters.transactions,
             "skipped": counters.skipped,
+            "refused": counters.refused,
             "stragglers_stored": counters.stragglers,
             "duplicates_suppressed": meter.duplicates_suppressed(),
             "reconnects_postgres": meter.times_lost(Side::Postgres),

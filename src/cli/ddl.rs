@@ -16,7 +16,10 @@ const PROGRESS: &str = include_str!("../../sql/05_progress.sql");
 const STRAGGLER: &str = include_str!("../../sql/06_straggler.sql");
 const STATUS: &str = include_str!("../../sql/07_status.sql");
 const AFTER_PUBLISH: &str = include_str!("../../sql/08_after_publish.sql");
-const SLOT: &str = include_str!("../../sql/09_slot.sql");
+const EMIT: &str = include_str!("../../sql/09_emit.sql");
+const EMIT_TRANSIENT: &str = include_str!("../../sql/10_emit_transient.sql");
+const SLOT: &str = include_str!("../../sql/11_slot.sql");
+const ROLES: &str = include_str!("../../sql/12_roles.sql");
 
 /// What the dollar quotes of the files look like: the one text that no name may contain.
 const DOLLAR_QUOTE: &str = "$walpost$";
@@ -79,6 +82,10 @@ pub struct Ddl {
     pub status: Option<String>,
     /// What the modes mark and delete need; absent in the mode keep.
     pub after_publish: Option<String>,
+    /// The function that inserts; absent when the settings name only other tables.
+    pub emit: Option<String>,
+    /// The function that emits without a table.
+    pub emit_transient: String,
     /// The slot: to be applied alone, outside a transaction that writes.
     pub slot: String,
 }
@@ -105,19 +112,9 @@ impl Ddl {
         } else {
             None
         };
-        let tables: Vec<String> = config
-            .outbox_tables
-            .iter()
-            .map(|table| quote_literal(&table.to_string()).trim().to_owned())
-            .collect();
         let name = quote_literal(&config.publication);
         let publication = fill(PUBLICATION, "publication", "'walpost'", name.trim())?;
-        let publication = fill(
-            &publication,
-            "tables",
-            "'walpost.outbox'",
-            &tables.join(", "),
-        )?;
+        let publication = fill_tables(&publication, config)?;
         let after_publish = match config.after_publish {
             AfterPublish::Keep => None,
             mode => {
@@ -134,6 +131,8 @@ impl Ddl {
         Ok(Self {
             schema: SCHEMA.to_owned(),
             status: outbox.is_some().then(|| STATUS.to_owned()),
+            emit: outbox.is_some().then(|| EMIT.to_owned()),
+            emit_transient: emit_transient_sql(payload)?,
             outbox,
             straggler: STRAGGLER.to_owned(),
             publication,
@@ -151,11 +150,41 @@ impl Ddl {
             .chain([&self.publication, &self.progress, &self.straggler])
             .chain(&self.status)
             .chain(&self.after_publish)
-            .chain([&self.slot])
+            .chain(&self.emit)
+            .chain([&self.emit_transient, &self.slot])
             .map(String::as_str)
             .collect();
         parts.join("\n")
     }
+}
+
+/// What makes the function that emits without a table, taking this type.
+///
+/// # Errors
+/// A bug, if the file has lost its mark.
+pub fn emit_transient_sql(payload: Payload) -> Result<String> {
+    fill(EMIT_TRANSIENT, "payload", "json", payload.sql_type())
+}
+
+/// The two roles, and what they may do in these settings' mode.
+///
+/// # Errors
+/// A configuration error for a name that cannot stand in it.
+pub fn roles_sql(config: &Config) -> Result<String> {
+    let mode = quote_literal(config.after_publish.name());
+    let sql = fill(ROLES, "mode", "'keep'", mode.trim())?;
+    let retention = config.retention.is_some().to_string();
+    let sql = fill(&sql, "retention", "false", &retention)?;
+    fill_tables(&sql, config)
+}
+
+fn fill_tables(sql: &str, config: &Config) -> Result<String> {
+    let tables: Vec<String> = config
+        .outbox_tables
+        .iter()
+        .map(|table| quote_literal(&table.to_string()).trim().to_owned())
+        .collect();
+    fill(sql, "tables", "'walpost.outbox'", &tables.join(", "))
 }
 
 /// What makes the slot, with a snapshot before and after it in `walpost.progress`; does nothing where there is one.
@@ -206,6 +235,8 @@ mod tests {
             PROGRESS,
             STRAGGLER,
             STATUS,
+            EMIT,
+            EMIT_TRANSIENT,
             SLOT,
         ]
         .join("\n");
@@ -228,7 +259,24 @@ mod tests {
         assert!(text.contains("publication constant text := 'it''s';"));
         assert!(text.contains("set_config('walpost.slot', 's1', false)"));
         assert!(text.contains("array['walpost.outbox', 'shop.events'];"));
-        assert!(text.contains("payload       bytea,"));
+        assert_eq!(
+            text.matches("payload       bytea,").count(),
+            2,
+            "the table and emit_transient"
+        );
+    }
+
+    #[test]
+    fn the_roles_are_those_of_the_mode() {
+        let config = config(&[
+            ("after-publish", "mark"),
+            ("retention", "7d"),
+            ("outbox-table", "walpost.outbox,shop.events"),
+        ]);
+        let sql = roles_sql(&config).unwrap();
+        assert!(sql.contains("mode constant text := 'mark';"), "{sql}");
+        assert!(sql.contains("retention constant boolean := true;"));
+        assert!(sql.contains("array['walpost.outbox', 'shop.events'];"));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio_postgres::{Client, Transaction};
 
-use super::ddl::{Ddl, Payload, own_table};
+use super::ddl::{Ddl, Payload, emit_transient_sql, own_table, roles_sql};
 use super::print;
 use crate::config::{Config, Mode};
 use crate::postgres::slot::{SlotState, slot_state};
@@ -34,7 +34,7 @@ const INSUFFICIENT_PRIVILEGE: &str = "42501";
 const SLOT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Makes what is missing. `payload` is the type that was asked for, if one was: an existing table must then have it; and so
-/// with `partition_by`.
+/// with `partition_by`. With `roles`, also what `sql/12_roles.sql` says, last.
 ///
 /// # Errors
 /// Refused (exit 69) with a command that mends it, when the server, the role or an existing object does not fit.
@@ -42,6 +42,7 @@ pub async fn run(
     config: &Config,
     payload: Option<Payload>,
     partition_by: Option<Span>,
+    roles: bool,
     out: &mut dyn Write,
 ) -> Result<()> {
     let ddl = Ddl::new(config, payload.unwrap_or_default(), partition_by.is_some())?;
@@ -83,14 +84,17 @@ pub async fn run(
         print(out, &format!("{line}\n"))?;
     }
 
-    if !streams {
-        return Ok(());
+    if streams {
+        let line = match slot {
+            Some(slot) => existing_slot_line(&slot, &config.slot, &server),
+            None => create_slot(&client, &config.slot).await?,
+        };
+        print(out, &format!("{line}\n"))?;
     }
-    let line = match slot {
-        Some(slot) => existing_slot_line(&slot, &config.slot, &server),
-        None => create_slot(&client, &config.slot).await?,
-    };
-    print(out, &format!("{line}\n"))
+    if roles {
+        apply_roles(&client, config, out).await?;
+    }
+    Ok(())
 }
 
 /// Refuses tables that cannot serve; the one that `init` makes may be missing.
@@ -204,7 +208,61 @@ async fn apply(
         step(transaction, doing, after_publish).await?;
         lines.push(line(existed.get(0), "table walpost.after_publish"));
     }
+    lines.extend(apply_emit(transaction, ddl, before, &after).await?);
     Ok(lines)
+}
+
+/// Makes the functions of System A.
+async fn apply_emit(
+    transaction: &Transaction<'_>,
+    ddl: &Ddl,
+    before: &Catalog,
+    after: &Catalog,
+) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    let own = after.tables.iter().find(|(name, _)| *name == own_table());
+    let own = own.and_then(|(_, table)| table.as_ref());
+    if let Some(emit) = &ddl.emit
+        && (before.has_emit || own.is_some_and(Table::has_emit_columns))
+    {
+        if !before.has_emit {
+            step(transaction, "create function walpost.emit", emit).await?;
+        }
+        lines.push(line(before.has_emit, "function walpost.emit"));
+    }
+    if !before.has_emit_transient {
+        // One type of payload for both, where there is a table.
+        let of_own = own.and_then(|table| table.column_type("payload"));
+        let sql = match of_own.and_then(Payload::from_name) {
+            Some(payload) => emit_transient_sql(payload)?,
+            None => ddl.emit_transient.clone(),
+        };
+        step(transaction, "create function walpost.emit_transient", &sql).await?;
+    }
+    lines.push(line(
+        before.has_emit_transient,
+        "function walpost.emit_transient",
+    ));
+    Ok(lines)
+}
+
+/// Makes the roles of System A and of the connector, or brings their rights up to these settings.
+async fn apply_roles(client: &Client, config: &Config, out: &mut dyn Write) -> Result<()> {
+    let applied = client.batch_execute(&roles_sql(config)?).await;
+    applied.map_err(|error| {
+        let error = sql_error("make the roles", error);
+        if sqlstate(&error) == Some(INSUFFICIENT_PRIVILEGE) {
+            error.hint("let a superuser apply what walpost sql --roles prints: it takes CREATEROLE and the tables' owner")
+        } else {
+            error
+        }
+    })?;
+    print(
+        out,
+        "granted walpost_producer and walpost_connector what each needs in this database\n\
+         to use them: GRANT walpost_producer TO <the application's role>;\n\
+         CREATE ROLE <connector> LOGIN REPLICATION PASSWORD '<password>'; GRANT walpost_connector TO <connector>;\n",
+    )
 }
 
 /// Makes the first partitions; refuses a table that was there and has none, or others.

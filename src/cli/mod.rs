@@ -41,6 +41,8 @@ pub enum Command {
         partition_by: Option<Span>,
         /// Turn on the broker's deduplication too.
         enable_deduplication: bool,
+        /// Make the roles too.
+        roles: bool,
     },
     /// Look at both sides and say what holds.
     Check {
@@ -68,6 +70,8 @@ pub enum Command {
         payload: Payload,
         /// How the table is to be partitioned, if at all.
         partition_by: Option<Span>,
+        /// Which part of it.
+        part: sql::Part,
     },
 }
 
@@ -116,6 +120,7 @@ pub fn parse(
             payload: payload(matches),
             partition_by: partition_by(matches),
             enable_deduplication: matches.get_flag(ENABLE_DEDUPLICATION),
+            roles: matches.get_flag("roles"),
         },
         "check" => Command::Check {
             json: matches.get_flag("json"),
@@ -123,6 +128,11 @@ pub fn parse(
         "sql" => Command::Sql {
             payload: payload(matches).unwrap_or_default(),
             partition_by: partition_by(matches),
+            part: match (matches.get_flag("roles"), matches.get_flag("inbox")) {
+                (true, _) => sql::Part::Roles,
+                (_, true) => sql::Part::Inbox,
+                _ => sql::Part::Outbox,
+            },
         },
         "stragglers" => stragglers_command(action, matches),
         "status" => Command::Status(status::Options {
@@ -147,6 +157,7 @@ pub async fn dispatch(invocation: Invocation, warnings: Warnings) -> Result<u8> 
             payload,
             partition_by,
             enable_deduplication,
+            roles,
         } => {
             // Asked first and turned on last: a refusal touches nothing.
             let deduplication = if enable_deduplication {
@@ -154,7 +165,7 @@ pub async fn dispatch(invocation: Invocation, warnings: Warnings) -> Result<u8> 
             } else {
                 None
             };
-            init::run(&config, payload, partition_by, out).await?;
+            init::run(&config, payload, partition_by, roles, out).await?;
             if let Some(wanted) = deduplication {
                 wanted.enable(out).await?;
             }
@@ -163,7 +174,8 @@ pub async fn dispatch(invocation: Invocation, warnings: Warnings) -> Result<u8> 
         Command::Sql {
             payload,
             partition_by,
-        } => sql::run(&config, payload, partition_by, out)?,
+            part,
+        } => sql::run(&config, payload, partition_by, part, out)?,
         Command::Stragglers { action, chosen } => {
             return stragglers::run(&config, action, &chosen, out).await;
         }
@@ -292,11 +304,12 @@ fn demo_options(matches: &ArgMatches) -> demo::Options {
         seconds: u64::from(number("seconds")),
         rate: number("rate"),
         writers: number("writers"),
+        kills: number("kills"),
         keep: matches.get_flag("keep"),
     }
 }
 
-fn demo_args() -> [Arg; 4] {
+fn demo_args() -> [Arg; 5] {
     let number =
         |name: &'static str, range: std::ops::RangeInclusive<i64>, default: &'static str| {
             Arg::new(name)
@@ -309,6 +322,9 @@ fn demo_args() -> [Arg; 4] {
         number("seconds", 1..=3600, "15").help("how long System A commits orders"),
         number("rate", 1..=1_000_000, "1000").help("orders a second, over all writers"),
         number("writers", 1..=64, "8").help("connections that commit at the same time"),
+        number("kills", 0..=100, "1").help(
+            "how often connector, System B and System A are killed and started again, after those seconds",
+        ),
         switch("keep").help("go on streaming until Ctrl-C, and remove nothing"),
     ]
 }
@@ -337,6 +353,10 @@ pub fn command() -> clap::Command {
                 .arg(
                     switch(ENABLE_DEDUPLICATION)
                         .help("also turn on the broker's deduplication for the topics' namespace (needs WALPOST_PULSAR_ADMIN_URL)"),
+                )
+                .arg(
+                    switch("roles")
+                        .help("also make the roles walpost_producer and walpost_connector, and grant each what it needs"),
                 ),
         )
         .subcommand(
@@ -368,7 +388,13 @@ pub fn command() -> clap::Command {
             clap::Command::new("sql")
                 .about("Print the SQL that init would apply")
                 .arg(payload_arg())
-                .arg(partition_arg()),
+                .arg(partition_arg())
+                .arg(switch("roles").help("print instead what init --roles applies besides"))
+                .arg(
+                    switch("inbox")
+                        .help("print instead what System B, the consuming application, needs in its database")
+                        .conflicts_with("roles"),
+                ),
         )
         .args(settings::ALL.iter().map(setting_arg))
 }
@@ -428,7 +454,8 @@ mod tests {
             Command::Init {
                 payload: None,
                 partition_by: None,
-                enable_deduplication: false
+                enable_deduplication: false,
+                roles: false
             }
         );
         assert_eq!(
@@ -436,14 +463,16 @@ mod tests {
             Command::Init {
                 payload: Some(Payload::Bytea),
                 partition_by: None,
-                enable_deduplication: true
+                enable_deduplication: true,
+                roles: false
             }
         );
         assert_eq!(
-            asked(&["sql"]),
+            asked(&["sql", "--inbox"]),
             Command::Sql {
                 payload: Payload::Json,
-                partition_by: None
+                partition_by: None,
+                part: sql::Part::Inbox
             }
         );
         assert!(matches!(

@@ -73,6 +73,8 @@ pub enum Problem {
     TopicPartition,
     /// The row's own topic is neither a full nor a short topic name.
     TopicShape,
+    /// A logical message that is no envelope (see [`super::Envelopes`]), and why.
+    Envelope(String),
 }
 
 impl EventError {
@@ -164,6 +166,7 @@ impl fmt::Display for Problem {
                 "makes the topic name end in -partition-<number>, which is one partition of another topic",
             ),
             Self::TopicShape => f.write_str("is no topic name"),
+            Self::Envelope(why) => write!(f, "the envelope {why}"),
         }
     }
 }
@@ -190,6 +193,9 @@ impl Problem {
             | Self::TopicPartition => {
                 "a topic name's pieces consist of A-Z a-z 0-9 _ - = : . ; constrain the column, or route by another \
                  with WALPOST_TOPIC"
+            }
+            Self::Envelope(_) => {
+                "let walpost.emit_transient write it, or see its members in what walpost sql prints"
             }
             Self::TopicShape => {
                 "write persistent://tenant/namespace/name, non-persistent://tenant/namespace/name, or a name alone, \

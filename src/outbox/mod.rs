@@ -10,10 +10,13 @@
 //! Tuple ────► Extractor::extract ─► OutboxEvent ─► Extractor::topic_into ─► topic
 //!                                             └──► key_hash(aggregateid) % lanes ─► lane
 //! ```
+//! An event may also come as a logical message, without a table: [`Envelopes`] makes a row of it, and the rest is the same.
+//!
 //! A row that cannot be an event is an [`EventError`]: it is never dropped and never sent elsewhere, and the confirmed LSN
 //! must not pass it.
 
 mod columns;
+mod envelope;
 mod error;
 mod event;
 mod extract;
@@ -25,6 +28,7 @@ mod topic;
 mod value;
 
 pub use columns::{Columns, Role};
+pub use envelope::{ENVELOPE_OID, ENVELOPE_TABLE, Envelopes, PREFIX};
 pub use error::{EventError, Problem};
 pub use event::{Headers, OutboxEvent, Scratch};
 pub use extract::Extractor;

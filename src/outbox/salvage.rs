@@ -50,7 +50,8 @@ impl Problem {
             | Self::TopicCharacter { .. }
             | Self::TopicDots
             | Self::TopicPartition
-            | Self::TopicShape => true,
+            | Self::TopicShape
+            | Self::Envelope(_) => true,
             Self::Unchanged
             | Self::ColumnCount { .. }
             | Self::NotUtf8

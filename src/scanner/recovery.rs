@@ -137,7 +137,7 @@ pub async fn prepare(
 
 /// Makes the slot, with a snapshot before and after in `walpost.progress`.
 ///
-/// What `sql/09_slot.sql` does.
+/// What `sql/11_slot.sql` does.
 ///
 /// # Errors
 /// Refused when the progress is from another cluster, and for what [`slot::create_slot`] refuses.

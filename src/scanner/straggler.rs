@@ -33,7 +33,7 @@ use super::straggler_store::Store;
 use super::straggler_task;
 use crate::ack::TxnNo;
 use crate::config::Config;
-use crate::outbox::Salvaged;
+use crate::outbox::{ENVELOPE_TABLE, Salvaged};
 use crate::pulsar::{Diverted, Parked, PublisherConfig, RowTag};
 use crate::{Error, Lsn, Result};
 
@@ -111,6 +111,7 @@ pub struct Stragglers {
     /// While no publisher keeps it.
     parked: Parked,
     task: JoinHandle<()>,
+    /// The tables, in the order of the settings, and behind them what stands for events without one.
     outboxes: Vec<String>,
     messages: usize,
     bytes: usize,
@@ -148,6 +149,7 @@ impl Stragglers {
                 .outbox_tables
                 .iter()
                 .map(ToString::to_string)
+                .chain([ENVELOPE_TABLE.to_owned()])
                 .collect(),
             messages: 0,
             bytes: 0,

@@ -59,6 +59,11 @@ impl Python {
         python
     }
 
+    /// The interpreter, for a program that is no part of these tests.
+    pub(crate) fn path() -> &'static str {
+        interpreter()
+    }
+
     /// Sends one more line.
     pub(crate) async fn tell(&mut self, order: &Value) {
         let pipe = self.orders.as_mut().expect("closed only by `rest`");

@@ -1,20 +1,26 @@
 //! `walpost demo`: both systems and the connector between them, with the sums at the end.
 //!
-//! System A (`system_a`) commits orders with their outbox rows, and rolls some back. The real connector streams, on a
-//! thread of its own. System B (`system_b`) consumes from Pulsar with the pulsar crate's own consumer. Both report to one
+//! System A (`system_a`) commits orders with their events by `walpost.emit`, and rolls some back. The real connector streams, on
+//! a thread of its own. System B (`system_b`) consumes from Pulsar and takes stock through the inbox. Both report to one
 //! `Ledger`, which alone knows what should and what did arrive. Everything in Postgres happens in a database of its own
 //! with a slot of its own; both are removed at the end unless `--keep` was given.
+//!
+//! After the part whose latency is measured the work goes on while connector, System B and System A are killed and started
+//! again, one after the other: cut off wherever they stand, without a last word to Postgres or Pulsar. What a System A
+//! that was killed in COMMIT never heard, the table tells.
 
 mod ledger;
 mod system_a;
 mod system_b;
 
+use std::collections::HashSet;
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tokio_postgres::Client;
 
 use super::{init, print, run::shutdown_signal};
@@ -27,8 +33,14 @@ use ledger::{Ledger, Report};
 
 /// Name of the demo's database and of its slot.
 const NAME: &str = "walpost_demo";
-/// For what is under way when System A stops.
+/// Without another arrival, for what is under way when System A stops; a broker that was cut off may take a while.
 const SETTLE: Duration = Duration::from_secs(30);
+/// Between two kills, so that each falls into work that has begun again.
+const KILL_EVERY: Duration = Duration::from_secs(1);
+/// For everything to wake up before the load.
+const WARM_UP: Duration = Duration::from_secs(60);
+/// Until the last kill tells System A when to stop.
+const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// After everything has arrived: long enough for what should not arrive to show itself.
 const GRACE: Duration = Duration::from_secs(1);
 /// For the connector to drain and free the slot.
@@ -43,6 +55,8 @@ pub struct Options {
     pub rate: u32,
     /// Connections that commit at the same time.
     pub writers: u32,
+    /// How often connector, System B and System A are killed, after the measured part.
+    pub kills: u32,
     /// Go on streaming until a signal, and remove nothing.
     pub keep: bool,
 }
@@ -50,8 +64,10 @@ pub struct Options {
 /// What A and B report to the ledger.
 #[derive(Debug)]
 enum Fact {
-    /// A transaction committed; `at` is when COMMIT was issued.
-    Committed { id: String, at: Instant },
+    /// COMMIT is about to be issued.
+    Committing { id: String },
+    /// A transaction committed; `at` is when COMMIT was issued, if that is known.
+    Committed { id: String, at: Option<Instant> },
     /// A transaction was rolled back after its outbox row was written.
     RolledBack { id: String },
     /// A message arrived. `number` counts this customer's orders.
@@ -63,7 +79,7 @@ enum Fact {
     },
 }
 
-/// Runs the demo. The exit code is 1 when a committed order was lost or a rolled-back one arrived.
+/// Runs the demo. The exit code is 1 when a committed order was lost, a rolled-back one arrived, or the sums differ.
 pub async fn run(config: &Config, options: Options, out: &mut dyn Write) -> Result<u8> {
     let admin = connect_sql(&config.postgres, "walpost demo").await?;
     remove(&admin).await?;
@@ -89,7 +105,7 @@ pub async fn run(config: &Config, options: Options, out: &mut dyn Write) -> Resu
             config.postgres.display_url()
         ),
     )?;
-    init::run(&config, None, None, out).await?;
+    init::run(&config, None, None, false, out).await?;
 
     let mut connector = Connector::start(config.clone())?;
     let outcome = drive(
@@ -128,7 +144,62 @@ pub async fn run(config: &Config, options: Options, out: &mut dyn Write) -> Resu
     Ok(report.map_or(0, |report| u8::from(!report.is_exact())))
 }
 
-const EXAMPLE: &str = "insert into walpost.outbox (aggregatetype, aggregateid, type, payload) values ('order', 'you', 'OrderPlaced', '{\"hello\": \"world\"}');";
+const EXAMPLE: &str =
+    "select walpost.emit('order', 'you', 'OrderPlaced', '{\"hello\": \"world\"}');";
+
+/// The two systems at work.
+struct Systems {
+    facts: mpsc::UnboundedSender<Fact>,
+    a: system_a::SystemA,
+    b: JoinHandle<Result<()>>,
+    /// When System A is to stop by itself: not before the last kill.
+    until: watch::Sender<Instant>,
+    next_kill: Instant,
+    /// How many receipts the connectors had that were killed.
+    published: u64,
+    /// How often something was killed.
+    kills: u32,
+}
+
+impl Systems {
+    /// Kills and starts anew: the connector first, then System B, then System A, and again.
+    async fn kill_next(
+        &mut self,
+        config: &Config,
+        options: Options,
+        topic: &str,
+        connector: &mut Connector,
+    ) -> Result<&'static str> {
+        let round = self.kills / 3 + 1;
+        let victim = self.kills % 3;
+        self.kills += 1;
+        let killed = match victim {
+            0 => {
+                self.published += connector.progress.borrow().counters.acknowledged;
+                connector.kill().await?;
+                *connector = Connector::start(config.clone())?;
+                "the connector"
+            }
+            1 => {
+                self.b.abort();
+                self.b = system_b::start(config, topic, self.facts.clone()).await?;
+                "System B"
+            }
+            _ => {
+                self.a.task.abort();
+                let life = (u64::from(round), self.until.subscribe());
+                self.a = system_a::start(config, options, life, self.facts.clone()).await?;
+                "System A"
+            }
+        };
+        // From now, not from the last one: starting again may have taken longer.
+        self.next_kill = Instant::now() + KILL_EVERY;
+        if self.kills == 3 * options.kills {
+            self.until.send_replace(self.next_kill);
+        }
+        Ok(killed)
+    }
+}
 
 /// Lets both systems run and prints how it goes; `None` when a signal ended it early.
 async fn drive(
@@ -141,14 +212,35 @@ async fn drive(
 ) -> Result<Option<Report>> {
     // As many facts as can come are counted anyway: the ledger remembers every order of the demo.
     let (facts, mut reported) = mpsc::unbounded_channel();
-    let mut system_b = system_b::start(config, topic, facts.clone()).await?;
-    let mut system_a = system_a::start(config, options, facts).await?;
+    let books = connect_sql(&config.postgres, "walpost demo books").await?;
+    system_b::prepare(&books).await?;
+    let warm_up = system_a::prepare(&books).await?;
+    let b = system_b::start(config, topic, facts.clone()).await?;
+    warm(&mut reported, warm_up).await?;
+
+    let measured_until = Instant::now() + Duration::from_secs(options.seconds);
+    let last = if options.kills == 0 {
+        measured_until
+    } else {
+        measured_until + FOR_EVER
+    };
+    let (until, of_a) = watch::channel(last);
+    let a = system_a::start(config, options, (0, of_a), facts.clone()).await?;
+    let mut systems = Systems {
+        facts,
+        a,
+        b,
+        until,
+        next_kill: measured_until,
+        published: 0,
+        kills: 0,
+    };
     let mut shutdown = std::pin::pin!(shutdown_signal()?);
-    let mut ledger = Ledger::new();
+    let mut ledger = Ledger::new(measured_until);
     let mut display = Display::new();
     let mut tick = interval(Duration::from_millis(500));
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut settle_by = None;
+    let mut a_ended: Option<Instant> = None;
     loop {
         tokio::select! {
             biased;
@@ -157,33 +249,92 @@ async fn drive(
                 ended?;
                 return Err(Error::bug("the connector stopped without being told to"));
             }
+            () = sleep_until(systems.next_kill), if systems.kills < 3 * options.kills => {
+                let killed = systems.kill_next(config, options, topic, connector).await?;
+                display.end(out)?;
+                print(out, &format!("killed {killed}, and started it again\n"))?;
+            }
             fact = reported.recv() => {
-                if let Some(fact) = fact {
+                // One of the orders before the load may come again, like any other.
+                let is_warm_up = |fact: &Fact| matches!(fact, Fact::Received { customer, .. } if customer.starts_with(system_a::WARM_UP));
+                if let Some(fact) = fact.filter(|fact| !is_warm_up(fact)) {
                     ledger.note(fact);
                 }
             }
-            ended = &mut system_a.task, if settle_by.is_none() => {
+            ended = &mut systems.a.task, if a_ended.is_none() => {
                 ended.map_err(|error| Error::bug("System A panicked").caused_by(error))??;
-                settle_by = Some(Instant::now() + SETTLE);
+                a_ended = Some(Instant::now());
             }
-            ended = &mut system_b => {
+            ended = &mut systems.b => {
                 ended.map_err(|error| Error::bug("System B panicked").caused_by(error))??;
             }
             _ = tick.tick() => {
                 let lag_bytes = lag_bytes(admin).await?;
                 display.show(&ledger, &connector.progress.borrow(), lag_bytes, out)?;
-                let settled = ledger.is_settled() && ledger.since_last_arrival() > GRACE;
-                if settle_by.is_some_and(|by| settled || Instant::now() > by) {
+                let Some(a_ended) = a_ended else { continue };
+                resolve(&books, &mut ledger).await?;
+                let quiet = ledger.since_last_arrival().min(a_ended.elapsed());
+                if quiet > SETTLE || (ledger.is_settled() && quiet > GRACE) {
                     display.end(out)?;
                     break;
                 }
             }
         }
     }
-    system_b.abort();
-    let report = ledger.report(connector.progress.borrow().counters.acknowledged);
+    systems.b.abort();
+    let published = systems.published + connector.progress.borrow().counters.acknowledged;
+    let report = ledger.report(published, sums(&books).await?);
     print(out, &report.to_string())?;
     Ok(Some(report))
+}
+
+/// Waits until System B has taken each of the orders `ids`, which no ledger books: the first message of a topic, a lane or a
+/// subscription takes the broker's first seconds.
+async fn warm(reported: &mut mpsc::UnboundedReceiver<Fact>, ids: Vec<String>) -> Result<()> {
+    let mut missing: HashSet<String> = ids.into_iter().collect();
+    let warmed = async {
+        while !missing.is_empty() {
+            if let Some(Fact::Received { id, .. }) = reported.recv().await {
+                missing.remove(&id);
+            }
+        }
+    };
+    timeout(WARM_UP, warmed).await.map_err(|_| {
+        Error::temporary(format!(
+            "the orders before the load did not arrive within {} s",
+            WARM_UP.as_secs()
+        ))
+        .hint("run walpost check")
+    })
+}
+
+/// Asks the table about the orders whose COMMIT nobody lived to hear of.
+async fn resolve(books: &Client, ledger: &mut Ledger) -> Result<()> {
+    let in_doubt = ledger.in_doubt();
+    if in_doubt.is_empty() {
+        return Ok(());
+    }
+    let sql = "select id::text from walpost.outbox where id = any($1::text[]::uuid[])";
+    let found = books
+        .query(sql, &[&in_doubt])
+        .await
+        .map_err(|error| sql_error("look for orders in doubt", error))?;
+    for row in found {
+        let id = row.get(0);
+        ledger.note(Fact::Committed { id, at: None });
+    }
+    Ok(())
+}
+
+/// What was ordered by the table of System A, and taken by that of System B.
+async fn sums(books: &Client) -> Result<(i64, i64)> {
+    let sql = "select (select coalesce(sum(quantity), 0) from demo.orders)::bigint, \
+                      (select coalesce(sum(taken), 0) from demo.stock)::bigint";
+    let row = books
+        .query_one(sql, &[])
+        .await
+        .map_err(|error| sql_error("add up orders and stock", error))?;
+    Ok((row.get(0), row.get(1)))
 }
 
 /// Bytes of log that the slot has not confirmed.
@@ -263,6 +414,7 @@ impl Display {
 /// The real connector on a thread and a runtime of its own, as it would be in a process of its own.
 struct Connector {
     stop: Option<oneshot::Sender<()>>,
+    kill: Option<oneshot::Sender<()>>,
     ended: oneshot::Receiver<Result<()>>,
     progress: watch::Receiver<Progress>,
 }
@@ -277,6 +429,7 @@ impl Connector {
             .build()
             .map_err(failed)?;
         let (stop, stopped) = oneshot::channel::<()>();
+        let (kill, killed) = oneshot::channel::<()>();
         let (end, ended) = oneshot::channel();
         let (sender, progress) = watch::channel(Progress::default());
         let work = move || {
@@ -284,7 +437,14 @@ impl Connector {
                 // A sender that is gone means the same: the demo is over.
                 let _ = stopped.await;
             };
-            let result = runtime.block_on(connector::run(config, sender, Arc::default(), shutdown));
+            let result = runtime.block_on(async {
+                tokio::select! {
+                    result = connector::run(config, sender, Arc::default(), shutdown) => result,
+                    // Dropped where it stands, and with the runtime all its sockets: nothing is drained, nothing is said.
+                    Ok(()) = killed => Ok(()),
+                }
+            });
+            drop(runtime);
             // Nobody listens when the demo ended first.
             let _ = end.send(result);
         };
@@ -294,6 +454,7 @@ impl Connector {
             .map_err(failed)?;
         Ok(Self {
             stop: Some(stop),
+            kill: Some(kill),
             ended,
             progress,
         })
@@ -304,6 +465,14 @@ impl Connector {
         (&mut self.ended)
             .await
             .unwrap_or_else(|_| Err(Error::bug("the connector's thread died")))
+    }
+
+    /// Ends it as SIGKILL would: at once, without a word.
+    async fn kill(&mut self) -> Result<()> {
+        if let Some(kill) = self.kill.take() {
+            let _ended = kill.send(());
+        }
+        self.ended().await
     }
 
     async fn stop(mut self) -> Result<()> {

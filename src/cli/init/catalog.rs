@@ -181,6 +181,14 @@ impl Table {
         columns.all(|column| self.column_type(column).is_some())
     }
 
+    /// Whether `walpost.emit` can insert into it.
+    pub(super) fn has_emit_columns(&self) -> bool {
+        let optional = ["topic", "headers", "deliver_at"];
+        let needed = ["id", "aggregatetype", "aggregateid", "type", "payload"];
+        let mut columns = needed.iter().chain(&optional);
+        columns.all(|column| self.column_type(column).is_some())
+    }
+
     /// Refuses a view and a table that lacks a column which every event needs.
     pub(super) fn check(&self, name: &TableName, config: &Config) -> Result<()> {
         if let Some((why, hint)) = &self.unfit {
@@ -270,6 +278,8 @@ pub(super) struct Catalog {
     pub(super) progress: ProgressTable,
     pub(super) has_status: bool,
     pub(super) has_straggler: bool,
+    pub(super) has_emit: bool,
+    pub(super) has_emit_transient: bool,
     pub(super) id_function: IdFunction,
     /// In the order of the settings.
     pub(super) tables: Vec<(TableName, Option<Table>)>,
@@ -291,7 +301,9 @@ impl Catalog {
                            where has_table_privilege(oid, 'select') and has_table_privilege(oid, 'insert')
                              and has_table_privilege(oid, 'update')),
                    exists (select from pg_class where relnamespace = schema and relname = 'outbox_status'),
-                   exists (select from pg_class where relnamespace = schema and relname = 'straggler')
+                   exists (select from pg_class where relnamespace = schema and relname = 'straggler'),
+                   exists (select from pg_proc where proname = 'emit' and pronamespace = schema),
+                   exists (select from pg_proc where proname = 'emit_transient' and pronamespace = schema)
             from ours";
         let schema = client
             .query_one(query, &[])
@@ -318,6 +330,8 @@ impl Catalog {
             },
             has_status: schema.get(6),
             has_straggler: schema.get(7),
+            has_emit: schema.get(8),
+            has_emit_transient: schema.get(9),
             id_function: match (schema.get(2), schema.get(3)) {
                 (true, _) => IdFunction::Native,
                 (false, true) => IdFunction::Ours,

@@ -3,7 +3,7 @@
 //! Pure: from the catalogue to a list. All that is lacking is told at once, so that a DBA is asked once. What
 //! this list cannot foresee is refused by Postgres itself (SQLSTATE 42501), and each step has its hint for that.
 
-use super::catalog::{Catalog, ProgressTable, Server};
+use super::catalog::{Catalog, ProgressTable, Server, Table};
 use crate::cli::ddl::own_table;
 use crate::config::Mode;
 use crate::postgres::quote_ident;
@@ -51,7 +51,15 @@ fn all(server: &Server, catalog: &Catalog, mode: Mode, slot_missing: bool) -> Ve
         .tables
         .iter()
         .any(|(name, table)| table.is_none() && *name == own_table());
-    if own_missing || catalog.progress == ProgressTable::Missing || !catalog.has_straggler {
+    let own_can_emit = catalog.tables.iter().any(|(name, table)| {
+        *name == own_table() && table.as_ref().is_some_and(Table::has_emit_columns)
+    });
+    if own_missing
+        || catalog.progress == ProgressTable::Missing
+        || !catalog.has_straggler
+        || !catalog.has_emit_transient
+        || (own_can_emit && !catalog.has_emit)
+    {
         if !catalog.has_schema {
             lacks.extend(create_in_database(server));
         } else if !catalog.may_create_in_schema {

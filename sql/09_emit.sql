@@ -1,0 +1,86 @@
+-- walpost 9/13: System A in one line. walpost.emit checks its arguments and inserts the row; the plain INSERT stays equally good.
+-- Needs: CREATE on schema walpost, walpost.outbox as 03_outbox.sql makes it. Before the slot. May be applied again.
+--
+--   select walpost.emit('order', 'customer-7', 'OrderPlaced', '{"order": 1}');
+--   select walpost.emit('order', 'customer-7', 'OrderPlaced', '{"order": 1}', headers => '{"traceparent": "00-…"}',
+--                       deliver_at => now() + interval '5 minutes');
+--
+-- Gives back the message id. A wrong argument is an error that names it (SQLSTATE 22004: null, 22023: any other; the argument
+-- is also the error's COLUMN field), so that the business transaction fails where the mistake was made, instead of leaving a
+-- message behind that no topic takes. It runs with its caller's rights: whoever may insert may emit.
+
+-- One that took another type of payload would make calls ambiguous.
+do $walpost$
+declare
+    old regprocedure;
+begin
+    for old in
+        select p.oid from pg_proc p join pg_attribute a on a.attrelid = 'walpost.outbox'::regclass and a.attname = 'payload'
+        where p.pronamespace = 'walpost'::regnamespace and p.proname = 'emit' and p.proargtypes[3] <> a.atttypid
+    loop
+        execute format('drop function %s', old);
+    end loop;
+end
+$walpost$;
+
+create or replace function walpost.emit(
+    aggregatetype text,                       -- routes to a topic
+    aggregateid   text,                       -- message key: order is kept per key
+    type          text,                       -- event type
+    payload       walpost.outbox.payload%type,                          -- the bytes of the message; null = tombstone
+    headers       jsonb default null,         -- string properties, {"name": "value"}
+    topic         text default null,          -- overrides the routing template
+    deliver_at    timestamptz default null    -- delayed delivery
+) returns walpost.outbox.id%type
+    language plpgsql volatile parallel unsafe
+as $walpost$
+declare
+    -- "id" alone would be the column as well.
+    message_id walpost.outbox.id%type;
+    wrong text;
+begin
+    -- All is well: one expression. Otherwise the same is asked once more, piece by piece.
+    if (aggregatetype <> '' and aggregateid is not null and type <> ''
+        and (headers is null or jsonb_typeof(headers) = 'object')
+        and (deliver_at is null or isfinite(deliver_at))
+        and case
+                when topic is null then aggregatetype ~ '^[-A-Za-z0-9_=:.]+$' and aggregatetype !~ '-partition-[0-9]+$'
+                else topic ~ '^(((non-)?persistent://)?([-A-Za-z0-9_=:.]+/){2})?[-A-Za-z0-9_=:.]+$'
+                    and topic !~ '-partition-[0-9]+$|(^|/)[.][.]?(/|$)'
+            end) is true
+    then
+        insert into walpost.outbox (aggregatetype, aggregateid, type, payload, headers, topic, deliver_at)
+            values (emit.aggregatetype, emit.aggregateid, emit.type, emit.payload, emit.headers, emit.topic, emit.deliver_at)
+            returning outbox.id into message_id;
+        return message_id;
+    end if;
+
+    wrong := case
+        when aggregatetype is null then 'aggregatetype' when aggregateid is null then 'aggregateid' when type is null then 'type'
+    end;
+    if wrong is not null then
+        raise exception 'walpost.emit: % is null, and every event needs it', wrong
+            using errcode = 'null_value_not_allowed', column = wrong;
+    elsif aggregatetype = '' then
+        raise exception 'walpost.emit: aggregatetype is empty'
+            using errcode = 'invalid_parameter_value', column = 'aggregatetype',
+                  hint = 'it says what the event is about and routes it, such as ''order''';
+    elsif type = '' then
+        raise exception 'walpost.emit: type is empty'
+            using errcode = 'invalid_parameter_value', column = 'type', hint = 'it says what happened, such as ''OrderPlaced''';
+    elsif jsonb_typeof(headers) <> 'object' then
+        raise exception 'walpost.emit: headers is a JSON %, not an object', jsonb_typeof(headers)
+            using errcode = 'invalid_parameter_value', column = 'headers', hint = 'such as ''{"traceparent": "00-…"}''';
+    elsif not isfinite(deliver_at) then
+        raise exception 'walpost.emit: deliver_at is infinite'
+            using errcode = 'invalid_parameter_value', column = 'deliver_at', hint = 'null delivers at once';
+    elsif topic is not null then
+        raise exception 'walpost.emit: topic is no topic name: %', quote_literal(left(topic, 200))
+            using errcode = 'invalid_parameter_value', column = 'topic',
+                  hint = 'a name of A-Z a-z 0-9 - _ = : . alone or behind persistent://tenant/namespace/, not one partition of a topic';
+    end if;
+    raise exception 'walpost.emit: aggregatetype cannot stand in a topic name: %', quote_literal(left(aggregatetype, 200))
+        using errcode = 'invalid_parameter_value', column = 'aggregatetype',
+              hint = 'it may have A-Z a-z 0-9 - _ = : . and not end in -partition-<number>; or name a topic';
+end
+$walpost$;
