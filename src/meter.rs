@@ -217,6 +217,7 @@ impl Meter {
             recognized: zero(),
             transactions: zero(),
             skipped: zero(),
+            refused: zero(),
             confirmed: zero(),
             received: zero(),
             in_flight_messages: zero(),
