@@ -29,12 +29,12 @@
 //! | Postgres 14 to 18 do the same | what is newer is used where it is ([`postgres::slot`]) | `tests/majors.rs` for the oldest and the newest |
 //! | a row shown as sent is in its topic | the delivered snapshot is stored behind the confirmed LSN ([`scanner`]) | `tests/delivered.rs` |
 //! | one instance at a time, another takes over | the slot, and an advisory lock around it ([`scanner::recovery`]) | `tests/ha.rs` |
-//! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]); in the stream, in a scan, and in poll mode | `tests/stragglers.rs`, `tests/stragglers/scan.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs` |
+//! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]); in the stream, in a scan, and in poll mode | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs` |
 //! | the confirmed LSN passes no unacknowledged event | one function decides it ([`ack`]) | `tests/confirmed_lsn.rs` |
 //! | memory is bounded | in-flight limits in messages and bytes pause the intake ([`pulsar`], [`pipe`]) | `tests/memory.rs` |
 //! | an idle outbox pins no WAL | the keepalive's WAL end counts while nothing is in flight ([`ack`]) | `tests/idle_slot.rs` |
 //! | a rolled-back transaction is never published | Postgres sends only committed ones ([`pgoutput`]) | `tests/delivery.rs` |
-//! | an event that cannot be published is not lost | it is stored before the LSN, or the scan, passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`outlet`]) | `tests/stragglers.rs`, `tests/stragglers/scan.rs`, `tests/unpublishable.rs` |
+//! | an event that cannot be published is not lost | it is stored before the LSN, or the scan, passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`outlet`]) | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs` |
 //! | a row is marked or deleted only behind its receipt, and every such row in the end | ids come from receipts alone; what was lost is found ([`scanner::after_publish`], [`scanner::unmarked`]) | `tests/after_publish.rs`, `tests/poll/modes.rs` |
 //! | an event without a table takes the same route, in its transaction's place | its envelope is read as a row ([`outbox::Envelopes`]) and counted as one ([`pipe`]) | `tests/ends/transient.rs` |
 //! | a wrong argument fails the business transaction, not the message | `walpost.emit` checks what the route will ask for (`sql/09_emit.sql`) | `tests/ends/emit.rs` |

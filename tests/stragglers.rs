@@ -9,6 +9,8 @@ mod dead;
 mod refused;
 #[path = "stragglers/scan.rs"]
 mod scan;
+#[path = "stragglers/scan_refused.rs"]
+mod scan_refused;
 mod support;
 
 use std::time::Duration;
