@@ -44,7 +44,9 @@ begin
         and (headers is null or jsonb_typeof(headers) = 'object')
         and (deliver_at is null or isfinite(deliver_at))
         and case
-                when topic is null then aggregatetype ~ '^[-A-Za-z0-9_=:.]+$' and aggregatetype !~ '-partition-[0-9]+$'
+                -- One regular expression is enough for almost all.
+                when topic is null then aggregatetype ~ '^[-A-Za-z0-9_=:.]+$'
+                    and (strpos(aggregatetype, '-partition-') = 0 or aggregatetype !~ '-partition-[0-9]+$')
                 else topic ~ '^(((non-)?persistent://)?([-A-Za-z0-9_=:.]+/){2})?[-A-Za-z0-9_=:.]+$'
                     and topic !~ '-partition-[0-9]+$|(^|/)[.][.]?(/|$)'
             end) is true

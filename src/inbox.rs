@@ -2,7 +2,7 @@
 //!
 //! Owns nothing but the consumer's name and its settings. Input: messages of a Pulsar consumer (the pulsar crate's). Output: the
 //! work of a [`Handler`], committed together with the message id in `walpost.inbox` (`sql/13_inbox.sql`), and the
-//! acknowledgement to the broker, after that commit.
+//! acknowledgement to the broker, after that commit; of a batch, after its last message's (see [`ends_its_entry`]).
 //!
 //! ```text
 //! Pulsar ─► begin; inbox_claim(consumer, id) ─ new ──► Handler, in the same transaction ─► commit ─► acknowledge
@@ -196,7 +196,8 @@ impl Inbox {
 
     /// Handles one message, once.
     ///
-    /// Acknowledge it to the broker for every [`Outcome`] but [`Outcome::Failed`], and only when this has returned.
+    /// Acknowledge it to the broker for every [`Outcome`] but [`Outcome::Failed`], only when this has returned, and only if it
+    /// [`ends_its_entry`].
     ///
     /// # Errors
     /// When the message is not at fault: the database is away, or a conflict with another transaction. Nothing is committed, or
@@ -334,9 +335,10 @@ impl Inbox {
         }
     }
 
-    /// Consumes until the future is dropped: handles each message, however long that takes, and acknowledges it then.
+    /// Consumes until the future is dropped: handles each message, however long that takes, and acknowledges each entry when its last message is done.
     ///
-    /// Cancel safe: what was under way is rolled back, or finds its id when it comes again. `heard` is told what became of each
+    /// Cancel safe: what was under way is rolled back, or finds its id when it comes again. (Close the consumer then: the pulsar
+    /// crate does not tell the broker when one is dropped, and what was not acknowledged stays with it.) `heard` is told what became of each
     /// message before it is acknowledged.
     ///
     /// # Errors
@@ -361,9 +363,12 @@ impl Inbox {
             let of_it = Message::from(&message);
             let outcome = self.settle(postgres, &mut session, &of_it, handler).await?;
             heard(&of_it, outcome);
-            consumer.ack(&message).await.map_err(|error| {
-                Error::temporary("cannot acknowledge to Pulsar").caused_by(error)
-            })?;
+            if ends_its_entry(&message) {
+                let acknowledged = consumer.ack(&message).await;
+                acknowledged.map_err(|error| {
+                    Error::temporary("cannot acknowledge to Pulsar").caused_by(error)
+                })?;
+            }
             if let (Some(age), Some(client)) = (self.settings.retention, &session)
                 && pruned.is_none_or(|at| at.elapsed() > PRUNE_INTERVAL)
             {
@@ -428,6 +433,17 @@ impl Inbox {
             .ok_or_else(|| Error::bug("a session was just opened"))?;
         self.handle(client, message, handler).await
     }
+}
+
+/// Whether `message` is the last one of its entry (batch), or alone in it: the one to be acknowledged.
+///
+/// An acknowledgement by the pulsar crate is one of the whole entry, whichever of its messages it names: to the broker the ones
+/// behind it would be done as well, and lost to a consumer that dies now. An entry that was not acknowledged comes again
+/// whole, in order, and what was handled of it is a [`Outcome::Duplicate`].
+pub fn ends_its_entry(message: &pulsar::consumer::Message<Vec<u8>>) -> bool {
+    let index = message.message_id().batch_index.unwrap_or(-1);
+    let count = message.payload.metadata.num_messages_in_batch.unwrap_or(1);
+    index < 0 || index + 1 >= count
 }
 
 /// Whether an error is the database's own: the same work may succeed in a while.

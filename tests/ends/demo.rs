@@ -30,8 +30,10 @@ async fn the_sums_agree_although_connector_system_a_and_system_b_are_killed() {
         assert_eq!(said.matches(&line).count(), 2, "{line}: {said}");
     }
     let value = |name: &str| -> u64 {
-        let line = said.lines().find(|line| line.starts_with(name));
-        let value = line.and_then(|line| line.split_whitespace().last()?.parse().ok());
+        // A line of the table, not one of those before it.
+        let value = said
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
         value.unwrap_or_else(|| panic!("no number {name:?} in: {said}"))
     };
     assert!(

@@ -12,6 +12,7 @@
 mod ledger;
 mod system_a;
 mod system_b;
+mod thread;
 
 use std::collections::HashSet;
 use std::io::{self, IsTerminal, Write};
@@ -19,7 +20,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tokio_postgres::Client;
 
@@ -30,6 +30,7 @@ use crate::outbox::TopicTemplate;
 use crate::postgres::{connect_sql, quote_ident, sql_error};
 use crate::{Error, Lsn, Result};
 use ledger::{Ledger, Report};
+use thread::Thread;
 
 /// Name of the demo's database and of its slot.
 const NAME: &str = "walpost_demo";
@@ -151,7 +152,7 @@ const EXAMPLE: &str =
 struct Systems {
     facts: mpsc::UnboundedSender<Fact>,
     a: system_a::SystemA,
-    b: JoinHandle<Result<()>>,
+    b: Thread,
     /// When System A is to stop by itself: not before the last kill.
     until: watch::Sender<Instant>,
     next_kill: Instant,
@@ -176,13 +177,13 @@ impl Systems {
         let killed = match victim {
             0 => {
                 self.published += connector.progress.borrow().counters.acknowledged;
-                connector.kill().await?;
+                connector.thread.kill().await?;
                 *connector = Connector::start(config.clone())?;
                 "the connector"
             }
             1 => {
-                self.b.abort();
-                self.b = system_b::start(config, topic, self.facts.clone()).await?;
+                self.b.kill().await?;
+                self.b = system_b::start(config, topic, self.facts.clone())?;
                 "System B"
             }
             _ => {
@@ -215,8 +216,14 @@ async fn drive(
     let books = connect_sql(&config.postgres, "walpost demo books").await?;
     system_b::prepare(&books).await?;
     let warm_up = system_a::prepare(&books).await?;
-    let b = system_b::start(config, topic, facts.clone()).await?;
-    warm(&mut reported, warm_up).await?;
+    let mut b = system_b::start(config, topic, facts.clone())?;
+    tokio::select! {
+        warmed = warm(&mut reported, warm_up) => warmed?,
+        ended = b.ended() => {
+            ended?;
+            return Err(Error::bug("System B stopped without being told to"));
+        }
+    }
 
     let measured_until = Instant::now() + Duration::from_secs(options.seconds);
     let last = if options.kills == 0 {
@@ -265,8 +272,9 @@ async fn drive(
                 ended.map_err(|error| Error::bug("System A panicked").caused_by(error))??;
                 a_ended = Some(Instant::now());
             }
-            ended = &mut systems.b => {
-                ended.map_err(|error| Error::bug("System B panicked").caused_by(error))??;
+            ended = systems.b.ended() => {
+                ended?;
+                return Err(Error::bug("System B stopped without being told to"));
             }
             _ = tick.tick() => {
                 let lag_bytes = lag_bytes(admin).await?;
@@ -281,7 +289,7 @@ async fn drive(
             }
         }
     }
-    systems.b.abort();
+    systems.b.kill().await?;
     let published = systems.published + connector.progress.borrow().counters.acknowledged;
     let report = ledger.report(published, sums(&books).await?);
     print(out, &report.to_string())?;
@@ -411,68 +419,32 @@ impl Display {
     }
 }
 
-/// The real connector on a thread and a runtime of its own, as it would be in a process of its own.
+/// The real connector.
 struct Connector {
     stop: Option<oneshot::Sender<()>>,
-    kill: Option<oneshot::Sender<()>>,
-    ended: oneshot::Receiver<Result<()>>,
+    thread: Thread,
     progress: watch::Receiver<Progress>,
 }
 
 impl Connector {
     fn start(config: Config) -> Result<Self> {
-        let failed = |error: io::Error| {
-            Error::temporary("cannot start the connector's thread").caused_by(error)
-        };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(failed)?;
         let (stop, stopped) = oneshot::channel::<()>();
-        let (kill, killed) = oneshot::channel::<()>();
-        let (end, ended) = oneshot::channel();
         let (sender, progress) = watch::channel(Progress::default());
-        let work = move || {
-            let shutdown = async {
-                // A sender that is gone means the same: the demo is over.
-                let _ = stopped.await;
-            };
-            let result = runtime.block_on(async {
-                tokio::select! {
-                    result = connector::run(config, sender, Arc::default(), shutdown) => result,
-                    // Dropped where it stands, and with the runtime all its sockets: nothing is drained, nothing is said.
-                    Ok(()) = killed => Ok(()),
-                }
-            });
-            drop(runtime);
-            // Nobody listens when the demo ended first.
-            let _ = end.send(result);
+        let shutdown = async {
+            // A sender that is gone means the same: the demo is over.
+            let _ = stopped.await;
         };
-        std::thread::Builder::new()
-            .name("connector".to_owned())
-            .spawn(work)
-            .map_err(failed)?;
+        let work = move || connector::run(config, sender, Arc::default(), shutdown);
         Ok(Self {
             stop: Some(stop),
-            kill: Some(kill),
-            ended,
+            thread: Thread::start("the connector", work)?,
             progress,
         })
     }
 
     /// Completes when the connector has ended by itself. Cancel safe.
     async fn ended(&mut self) -> Result<()> {
-        (&mut self.ended)
-            .await
-            .unwrap_or_else(|_| Err(Error::bug("the connector's thread died")))
-    }
-
-    /// Ends it as SIGKILL would: at once, without a word.
-    async fn kill(&mut self) -> Result<()> {
-        if let Some(kill) = self.kill.take() {
-            let _ended = kill.send(());
-        }
-        self.ended().await
+        self.thread.ended().await
     }
 
     async fn stop(mut self) -> Result<()> {

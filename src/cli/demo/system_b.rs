@@ -7,11 +7,11 @@ use futures::future::try_join_all;
 use pulsar::consumer::InitialPosition;
 use pulsar::{Authentication, Consumer, ConsumerOptions, Pulsar, SubType, TokioExecutor};
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_postgres::{Client, Transaction};
 
 use super::Fact;
+use super::thread::Thread;
 use crate::config::Config;
 use crate::inbox::{Handler, HandlerError, Inbox, Message, Settings};
 use crate::postgres::sql_error;
@@ -53,38 +53,37 @@ impl Handler for Stock {
     }
 }
 
-/// Subscribes from the topic's beginning and works until the task is aborted, wherever it stands then.
-pub(super) async fn start(
+/// Subscribes from the topic's beginning and works until it is killed.
+pub(super) fn start(
     config: &Config,
     topic: &str,
     facts: mpsc::UnboundedSender<Fact>,
-) -> Result<JoinHandle<Result<()>>> {
-    let mut consumers = Vec::new();
-    for _ in 0..WORKERS {
-        consumers.push(Box::pin(subscribe(config, topic)).await?);
-    }
+) -> Result<Thread> {
+    let (config, topic) = (config.clone(), topic.to_owned());
+    Thread::start("System B", move || work(config, topic, facts))
+}
+
+async fn work(config: Config, topic: String, facts: mpsc::UnboundedSender<Fact>) -> Result<()> {
     let inbox = Inbox::new("demo-system-b", Settings::default())?;
-    let postgres = config.postgres.clone();
-    Ok(tokio::spawn(async move {
-        let workers = consumers.into_iter().map(|mut consumer| {
-            let (inbox, postgres, facts) = (&inbox, &postgres, facts.clone());
-            Box::pin(async move {
-                let heard = |message: &Message, _| {
-                    let order: serde_json::Value =
-                        serde_json::from_slice(&message.payload).unwrap_or_default();
-                    // The ledger is gone when the demo was stopped.
-                    let _ended = facts.send(Fact::Received {
-                        id: message.id.clone(),
-                        customer: message.key.clone().unwrap_or_default(),
-                        number: order["number"].as_u64().unwrap_or_default(),
-                        at: Instant::now(),
-                    });
-                };
-                inbox.run(postgres, &mut consumer, &mut Stock, heard).await
-            })
+    let heard = |message: &Message, _| {
+        let order: serde_json::Value = serde_json::from_slice(&message.payload).unwrap_or_default();
+        // The ledger is gone when the demo was stopped.
+        let _ended = facts.send(Fact::Received {
+            id: message.id.clone(),
+            customer: message.key.clone().unwrap_or_default(),
+            number: order["number"].as_u64().unwrap_or_default(),
+            at: Instant::now(),
         });
-        try_join_all(workers).await.map(drop)
-    }))
+    };
+    let workers = (0..WORKERS).map(|_| {
+        Box::pin(async {
+            let mut consumer = Box::pin(subscribe(&config, &topic)).await?;
+            inbox
+                .run(&config.postgres, &mut consumer, &mut Stock, heard)
+                .await
+        })
+    });
+    try_join_all(workers).await.map(drop)
 }
 
 async fn subscribe(config: &Config, topic: &str) -> Result<Consumer<Vec<u8>, TokioExecutor>> {
