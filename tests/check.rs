@@ -41,6 +41,10 @@ impl Setup {
         self.walpost(args, settings).run(DEADLINE).await
     }
 
+    fn topic_of(&self, aggregatetype: &str) -> String {
+        self.topic.replace("{aggregatetype}", aggregatetype)
+    }
+
     async fn policy(&self) -> String {
         let path = format!("/admin/v2/namespaces/{}/deduplication", self.namespace);
         let policy = admin(&servers().pulsar_admin_url, "GET", &path, "").await;
@@ -69,6 +73,15 @@ async fn check_says_what_is_missing_and_which_guarantee_holds() {
     for expected in [
         "ok    postgres",
         "ok    slot",
+        "ok    version      Postgres ",
+        "ok    wal_level    logical",
+        "ok    rights",
+        "warn  wal          max_slot_wal_keep_size is -1",
+        "-> ALTER SYSTEM SET max_slot_wal_keep_size",
+        "ok    slots",
+        "ok    senders",
+        "ok    topics       no row names a topic yet",
+        "ok    size",
         "ok    broker",
         "5242880 bytes",
         "at least once, because deduplication is off for namespace",
@@ -123,6 +136,79 @@ async fn the_same_as_json() {
         assert_eq!(status(check), "ok", "{said}");
     }
     assert_eq!(status("guarantee"), "warn", "{said}");
+}
+
+#[tokio::test]
+async fn each_topic_of_the_rows_is_tried_and_payloads_are_measured() {
+    // GIVEN rows for two topics, one of them with its own, and a payload that no message can hold
+    let setup = Setup::new().await;
+    setup.run(&["init"], &[]).await;
+    let insert =
+        "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, topic) VALUES";
+    let (fine, ended) = (setup.topic_of("fine"), setup.topic_of("ended"));
+    setup
+        .database
+        .sql(&format!(
+            "{insert} ('fine', 'k', 't', to_json(repeat('x', 6000000)), NULL), ('x', 'k', 't', 'null', '{ended}');
+             {insert} ('fine', 'k', 't', 'null', NULL)"
+        ))
+        .await;
+
+    // WHEN both take producers, THEN that is told, with what the payload is; nothing was sent
+    let (code, said) = setup.run(&["check"], &[]).await;
+    assert_eq!(code, 0, "{said}");
+    let both = format!("ok    topics       a producer can be opened on {ended}, {fine}");
+    assert!(said.contains(&both), "{said}");
+    assert!(
+        said.contains(
+            "warn  size         the largest payload has 6000002 bytes, a message may have 5242880"
+        ),
+        "{said}"
+    );
+    let topics = [&ended, &fine];
+    for topic in topics {
+        let sent = support::consume(&servers().pulsar_url, topic, 0, DEADLINE).await;
+        assert!(sent.is_empty());
+    }
+
+    // WHEN one is terminated, THEN it is named and the other is not
+    let path = format!("/admin/v2/{}/terminate", ended.replacen("://", "/", 1));
+    admin(&servers().pulsar_admin_url, "POST", &path, "").await;
+    let (code, said) = setup.run(&["check"], &[]).await;
+    assert_eq!(code, 69, "{said}");
+    let refused = format!("fail  topics       the broker refuses topic {ended}");
+    assert!(
+        said.contains(&refused) && said.contains("-> route the events to another topic"),
+        "{said}"
+    );
+    assert!(!said.contains(&fine), "{said}");
+
+    // AND WHEN a role may not read what the scanner needs, THEN the statement that mends it is told
+    let role = &setup.database.name;
+    setup
+        .database
+        .sql(&format!("CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'p'; GRANT USAGE ON SCHEMA walpost TO {role}"))
+        .await;
+    let (_, server) = setup
+        .database
+        .url
+        .rsplit_once('@')
+        .expect("a URL with a user");
+    let url = format!("postgres://{role}:p@{server}");
+    let (_, said) = setup
+        .run(&["check"], &[("WALPOST_POSTGRES_URL", &url)])
+        .await;
+    setup
+        .database
+        .sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}"))
+        .await;
+    for expected in [
+        "warn  rights".to_owned(),
+        format!("GRANT SELECT, INSERT, UPDATE, DELETE ON walpost.straggler TO {role};"),
+        format!("GRANT SELECT ON walpost.outbox TO \"{role}\";"),
+    ] {
+        assert!(said.contains(&expected), "no {expected:?} in:\n{said}");
+    }
 }
 
 #[tokio::test]

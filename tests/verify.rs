@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use pulsar::{Pulsar, TokioExecutor, producer};
 use serde_json::{Value, json};
-use support::{Database, Load, admin, eventually, servers};
+use support::{Database, Load, Proxy, admin, eventually, servers};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 /// A million rows, in a build without optimization on a machine that is busy.
@@ -342,6 +342,38 @@ async fn a_straggler_is_told_as_one_and_not_as_missing() {
 }
 
 #[tokio::test]
+async fn a_connection_that_breaks_on_the_way_changes_nothing_of_the_verdict() {
+    // GIVEN 40 MB of delivered messages, and a way to the broker that can be cut
+    let database = Database::create("verify_cut").await;
+    database.init(&[], &[]).await;
+    let walpost = database.start(&[("WALPOST_SCAN_INTERVAL", "100ms")]).await;
+    let rows = "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload)
+                SELECT 't', 'k' || n % 100, 't', to_json(repeat(md5(n::text), 125)) FROM generate_series(1, 10000) n";
+    database.sql(rows).await;
+    wait_delivered(&database).await;
+    walpost.stop().await;
+    let proxy = Proxy::before_broker(&servers().pulsar_addr);
+    let url = format!("pulsar://{}", proxy.addr());
+
+    // WHEN it is cut while the topic is being read
+    let settings = [QUIET, ("WALPOST_PULSAR_URL", &*url)];
+    let mut child = database.walpost(&["verify", "--json"], &settings).spawn();
+    eventually(LONG, "a part of the topic", async || {
+        (proxy.to_client_bytes() > 4_000_000).then_some(())
+    })
+    .await;
+    let before = proxy.accepted();
+    proxy.cut();
+    let code = child.wait_exit(LONG).await;
+
+    // THEN it was read on elsewhere, and every message was counted once
+    assert!(proxy.accepted() > before, "the cut came too late");
+    let report = serde_json::from_str(&child.output()).expect("JSON");
+    assert_good(code, &report);
+    assert_eq!(report["messages"], 10_000, "{report:#}");
+}
+
+#[tokio::test]
 async fn what_cannot_be_verified_is_an_error_that_says_what_to_do() {
     let database = Database::create("verify_errors").await;
     let run = async |args: &[&str], settings: &[(&str, &str)]| {
@@ -373,7 +405,7 @@ async fn what_cannot_be_verified_is_an_error_that_says_what_to_do() {
     database
         .sql("INSERT INTO walpost.outbox (aggregatetype, aggregateid, type) VALUES ('t', 'k', 't')")
         .await;
-    let nowhere = support::Proxy::start(&servers().pulsar_addr).addr();
+    let nowhere = Proxy::start(&servers().pulsar_addr).addr();
     let away = format!("pulsar://{nowhere}");
     expect(
         run(&[], &[("WALPOST_PULSAR_URL", &away)]).await,

@@ -1,10 +1,16 @@
 //! `walpost check`: looks at both sides without changing anything, and says what is wrong, how to mend it, and which
 //! delivery guarantee holds.
 //!
-//! A list of small checks; each gives one [`Finding`] and none needs another's result. Input: the settings. Output: a line
-//! (or a JSON object) for each finding. Exit code: 0 if nothing failed, 75 if all that failed may pass, else 69.
+//! A list of small checks; each gives a [`Finding`] or a few, and none needs another's result. `server` looks at Postgres'
+//! settings and the role's rights, `tables` at the outbox tables, `topics` at the right to publish and the payloads' size.
+//! (A producer is opened on each topic, which makes a topic that the broker makes on first use; nothing else is touched.)
+//!
+//! Input: the settings. Output: a line (or a JSON object) for each finding. Exit code: 0 if nothing failed, 75 if all that
+//! failed may pass, else 69.
 
+mod server;
 mod tables;
+mod topics;
 mod waiting;
 
 use std::io::Write;
@@ -94,6 +100,7 @@ impl Finding {
 pub async fn run(config: &Config, json: bool, out: &mut dyn Write) -> Result<u8> {
     let mut findings = postgres(config).await;
     findings.extend(pulsar(config).await);
+    findings.extend(topics::check(config).await);
     findings.push(guarantee(config).await);
     let code = exit_code(&findings);
     if json {
@@ -161,6 +168,7 @@ async fn postgres(config: &Config) -> Vec<Finding> {
         Err(error) => Finding::fail(CHECK, &error),
     };
     let mut findings = vec![server, slot_state(&client, &config.slot).await];
+    findings.extend(server::check(&client, config).await);
     findings.extend(tables::check(&client, config).await);
     findings.extend(waiting::check(&client, config).await);
     findings
