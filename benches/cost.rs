@@ -12,7 +12,8 @@
 //!
 //! Counted is everything from the first transaction until the last event is confirmed and, where the case has it, marked or
 //! gone, and a VACUUM of the outbox then: log bytes, and the processor time of all of Postgres' processes. What a case adds is
-//! its figure less that of `insert`, and the ratio is what it adds over what the poller adds. The time of a transaction
+//! its figure less that of `insert`, and the ratio is what it adds over what the poller adds (a round in which noise makes that
+//! less than nothing has none). The time of a transaction
 //! (clients over TPS) is shown too, but all programs share one machine: there walpost and the broker weigh on it, and the
 //! poller publishes nothing.
 //!
@@ -95,10 +96,15 @@ fn record(results: &mut Results, round: u64, case: &str, cost: Cost, references:
             ("added_wal_bytes", wal),
             ("added_cpu_us", cpu),
             ("added_transaction_us", time),
-            ("wal_over_poller", wal / poller_wal),
-            ("cpu_over_poller", cpu / poller_cpu),
-            ("transaction_over_poller", time / poller_time),
         ]);
+        let ratios = [
+            ("wal_over_poller", wal, poller_wal),
+            ("cpu_over_poller", cpu, poller_cpu),
+            ("transaction_over_poller", time, poller_time),
+        ];
+        // Where noise makes the poller seem to add nothing there is no ratio.
+        let told = ratios.into_iter().filter(|(.., poller)| *poller > 0.0);
+        figures.extend(told.map(|(name, added, poller)| (name, added / poller)));
     }
     results.record(case, round, &figures);
 }
