@@ -369,3 +369,31 @@ async fn check_warns_of_stragglers_of_partitions_running_out_and_of_a_clock_that
         "{said}"
     );
 }
+
+#[tokio::test]
+async fn in_poll_mode_no_slot_is_asked_for_and_one_that_is_left_behind_is_told() {
+    // GIVEN nothing: THEN what poll mode lacks is named, and nothing of streaming
+    let setup = Setup::new().await;
+    let poll = [("WALPOST_MODE", "poll")];
+    let (code, said) = setup.run(&["check"], &poll).await;
+    assert_eq!(code, 69, "{said}");
+    assert!(said.contains("WALPOST_MODE=poll walpost init"), "{said}");
+    assert!(!said.contains("wal_level"), "{said}");
+
+    // WHEN it is made: THEN check is content
+    let (code, said) = setup.run(&["init"], &poll).await;
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = setup.run(&["check"], &poll).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("can be polled: walpost.outbox"), "{said}");
+    assert!(said.contains("none is needed"), "{said}");
+
+    // AND a slot that would keep log for nobody is told
+    let (code, said) = setup.run(&["init"], &[]).await;
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = setup.run(&["check"], &poll).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("warn  slot"), "{said}");
+    let mend = format!("SELECT pg_drop_replication_slot('{}')", setup.database.slot);
+    assert!(said.contains(&mend), "{said}");
+}

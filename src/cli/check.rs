@@ -19,9 +19,10 @@ use serde_json::json;
 use tokio_postgres::Client;
 
 use super::{deduplication, print};
-use crate::config::Config;
+use crate::config::{Config, Mode};
 use crate::postgres::{connect_sql, preflight, slot};
 use crate::pulsar::{Broker, Deduplication, probe};
+use crate::scanner::poll;
 use crate::{Error, Result};
 
 const REFUSED: u8 = 69;
@@ -135,43 +136,74 @@ fn exit_code(findings: &[Finding]) -> u8 {
     failed.min().unwrap_or(0)
 }
 
+/// The check that says whether Postgres has what the mode needs.
+const POSTGRES: &str = "postgres";
+
 async fn postgres(config: &Config) -> Vec<Finding> {
-    const CHECK: &str = "postgres";
     let client = match connect_sql(&config.postgres, "walpost check").await {
         Ok(client) => client,
-        Err(error) => return vec![Finding::fail(CHECK, &error)],
+        Err(error) => return vec![Finding::fail(POSTGRES, &error)],
     };
+    let mut findings = match config.mode {
+        Mode::Stream => streamed(&client, config).await,
+        Mode::Poll => polled(&client, config).await,
+    };
+    findings.extend(tables::check(&client, config).await);
+    findings.extend(waiting::check(&client, config).await);
+    findings
+}
+
+/// What streaming needs of Postgres.
+async fn streamed(client: &Client, config: &Config) -> Vec<Finding> {
     let ready = preflight(
-        &client,
+        client,
         &config.slot,
         &config.publication,
         &config.outbox_tables,
     )
     .await;
     let server = match ready {
-        Ok(()) => {
-            let tables: Vec<String> = config
-                .outbox_tables
-                .iter()
-                .map(ToString::to_string)
-                .collect();
-            Finding::ok(
-                CHECK,
-                format!(
-                    "{} can be streamed: publication {} has {}",
-                    config.postgres.display_url(),
-                    config.publication,
-                    tables.join(", ")
-                ),
-            )
-        }
-        Err(error) => Finding::fail(CHECK, &error),
+        Ok(()) => Finding::ok(
+            POSTGRES,
+            format!(
+                "{} can be streamed: publication {} has {}",
+                config.postgres.display_url(),
+                config.publication,
+                table_names(config)
+            ),
+        ),
+        Err(error) => Finding::fail(POSTGRES, &error),
     };
-    let mut findings = vec![server, slot_state(&client, &config.slot).await];
-    findings.extend(server::check(&client, config).await);
-    findings.extend(tables::check(&client, config).await);
-    findings.extend(waiting::check(&client, config).await);
+    let mut findings = vec![server, slot_state(client, &config.slot).await];
+    findings.extend(server::check(client, config).await);
     findings
+}
+
+/// What poll mode needs of it: neither a slot nor logical replication.
+async fn polled(client: &Client, config: &Config) -> Vec<Finding> {
+    let server = match poll::preflight(client, config).await {
+        Ok(()) => Finding::ok(
+            POSTGRES,
+            format!(
+                "{} can be polled: {}",
+                config.postgres.display_url(),
+                table_names(config)
+            ),
+        ),
+        Err(error) => Finding::fail(POSTGRES, &error),
+    };
+    let slot = match slot::slot_state(client, &config.slot).await {
+        Ok(None) => Finding::ok("slot", "none, and none is needed"),
+        Ok(Some(_)) => Finding::warn("slot", poll::SLOT_LEFT, poll::drop_slot(&config.slot)),
+        Err(error) => Finding::fail("slot", &error),
+    };
+    vec![server, server::version(client).await, slot]
+}
+
+fn table_names(config: &Config) -> String {
+    let tables = config.outbox_tables.iter();
+    let tables: Vec<String> = tables.map(ToString::to_string).collect();
+    tables.join(", ")
 }
 
 async fn slot_state(client: &Client, name: &str) -> Finding {

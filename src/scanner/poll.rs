@@ -46,7 +46,7 @@ use crate::config::Config;
 use crate::connector::{GOODBYE, diversion, phase_after, publisher_config, routing};
 use crate::meter::{Meter, Phase, Side};
 use crate::postgres::slot::slot_state;
-use crate::postgres::{connect_sql, sql_error};
+use crate::postgres::{connect_sql, quote_literal, sql_error};
 use crate::pulsar::PublisherConfig;
 use crate::retry::Backoff;
 use crate::{Error, Result};
@@ -292,6 +292,50 @@ impl<'a> Poller<'a> {
 async fn prepare(client: &Client, config: &Config, session: &Session) -> Result<(Progress, u32)> {
     recovery::lock(client, &config.slot).await?;
     let system_id = recovery::system_id(client).await?;
+    let progress = if let Some(progress) = stored(client, config, &system_id).await? {
+        progress
+    } else {
+        progress::begin(client, &config.slot, &system_id).await?;
+        Progress {
+            system_id,
+            ..Progress::default()
+        }
+    };
+    progress::claim(client, &config.slot, &session.name).await?;
+    check_tables(client, config).await?;
+    if slot_state(client, &config.slot).await?.is_some() {
+        warn!("{} (hint: {})", SLOT_LEFT, drop_slot(&config.slot));
+    }
+    let sql = "SELECT timeline_id FROM pg_control_checkpoint()";
+    let row = client.query_one(sql, &[]).await;
+    let row = row.map_err(|error| sql_error("ask for the timeline", error))?;
+    let timeline: i32 = row.get(0);
+    Ok((progress, timeline.unsigned_abs()))
+}
+
+/// What is wrong with a slot beside poll mode.
+pub(crate) const SLOT_LEFT: &str =
+    "a replication slot of this name keeps log on the server, and poll mode does not read it";
+
+/// The statement that mends it.
+pub(crate) fn drop_slot(slot: &str) -> String {
+    format!(
+        "SELECT pg_drop_replication_slot({})",
+        quote_literal(slot).trim()
+    )
+}
+
+/// Looks, without changing anything, whether polling has what it needs.
+///
+/// # Errors
+/// Refused, with what mends it.
+pub(crate) async fn preflight(client: &Client, config: &Config) -> Result<()> {
+    let system_id = recovery::system_id(client).await?;
+    stored(client, config, &system_id).await?;
+    check_tables(client, config).await
+}
+
+async fn stored(client: &Client, config: &Config, system_id: &str) -> Result<Option<Progress>> {
     let stored = progress::read(client, &config.slot).await;
     let stored = stored.map_err(|error| {
         if progress::is_missing(&error) {
@@ -302,17 +346,13 @@ async fn prepare(client: &Client, config: &Config, session: &Session) -> Result<
             error
         }
     })?;
-    let progress = if let Some(progress) = stored {
-        recovery::check_cluster(&progress, &system_id, &config.slot)?;
-        progress
-    } else {
-        progress::begin(client, &config.slot, &system_id).await?;
-        Progress {
-            system_id,
-            ..Progress::default()
-        }
-    };
-    progress::claim(client, &config.slot, &session.name).await?;
+    if let Some(progress) = &stored {
+        recovery::check_cluster(progress, system_id, &config.slot)?;
+    }
+    Ok(stored)
+}
+
+async fn check_tables(client: &Client, config: &Config) -> Result<()> {
     for name in &config.outbox_tables {
         if ScanTable::describe(client, name).await?.is_none() {
             return Err(Error::refused(format!(
@@ -324,17 +364,5 @@ async fn prepare(client: &Client, config: &Config, session: &Session) -> Result<
             )));
         }
     }
-    if slot_state(client, &config.slot).await?.is_some() {
-        warn!(
-            slot = config.slot,
-            "a replication slot of this name keeps log on the server, and poll mode does not read it (hint: \
-             SELECT pg_drop_replication_slot('{}'))",
-            config.slot
-        );
-    }
-    let sql = "SELECT timeline_id FROM pg_control_checkpoint()";
-    let row = client.query_one(sql, &[]).await;
-    let row = row.map_err(|error| sql_error("ask for the timeline", error))?;
-    let timeline: i32 = row.get(0);
-    Ok((progress, timeline.unsigned_abs()))
+    Ok(())
 }

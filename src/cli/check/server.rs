@@ -18,7 +18,7 @@ const MIB: i64 = 1024 * 1024;
 /// A finding for each.
 pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
     let mut findings = vec![
-        or_failed("version", version(client).await),
+        version(client).await,
         or_failed("wal_level", wal_level(client).await),
         or_failed("rights", rights(client, config).await),
     ];
@@ -50,7 +50,12 @@ fn or_failed(check: &'static str, finding: Result<Finding>) -> Finding {
     finding.unwrap_or_else(|error| Finding::fail(check, &error))
 }
 
-async fn version(client: &Client) -> Result<Finding> {
+/// Whether this version of Postgres is known.
+pub(super) async fn version(client: &Client) -> Finding {
+    or_failed("version", known_version(client).await)
+}
+
+async fn known_version(client: &Client) -> Result<Finding> {
     const CHECK: &str = "version";
     let major = slot::server_version_num(client).await? / 10_000;
     if major < OLDEST {
