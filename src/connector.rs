@@ -57,6 +57,8 @@ const TICK_INTERVAL: Duration = Duration::from_secs(1);
 const REFUSED_GRACE: Duration = Duration::from_secs(3);
 /// SQLSTATE of a slot that another process streams.
 const OBJECT_IN_USE: &str = "55006";
+/// Rows that come this long after their commit are a backlog, also when they come slowly.
+const LATE: Duration = Duration::from_millis(100);
 /// Kept back from the grace period for the last status update and the goodbye.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(1);
 
@@ -585,11 +587,12 @@ async fn pump<F: Future<Output = ()>>(
             feedback.wanted |= reply_requested;
         }
         let late = pipe.lateness();
-        pipe.publisher().flush(if gulp.is_backlog() {
+        let due = if gulp.is_backlog() || late >= LATE {
             Flush::Backlog(late)
         } else {
             Flush::Due
-        });
+        };
+        pipe.publisher().flush(due);
         let now = Instant::now();
         feedback.progress(pipe, now);
         if feedback.is_due(now) {
