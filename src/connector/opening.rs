@@ -1,0 +1,229 @@
+//! Opening: from the settings to a replication stream and a pipe that belong together.
+//!
+//! In this order, and each step is a reason why: Postgres is asked who it is and the lock is taken ([`recovery`]); a pipe of
+//! another cluster, timeline or owner is dropped; what the stream will not bring is published ([`gap`]), and only then is there
+//! a pipe; the stream begins, and only then is the end of the log asked for and the stragglers of others known.
+
+use std::future::Future;
+
+use tokio_postgres::Client;
+use tracing::{info, warn};
+
+use super::publishing::{diversion, publisher_config, routing};
+use super::{Connector, Shutdown};
+use crate::config::Config;
+use crate::meter::Phase;
+use crate::pipe::Pipe;
+use crate::postgres::{
+    self, ReplicationConnection, ReplicationStream, StreamOptions, SystemIdentity, slot,
+};
+use crate::pulsar::{Publisher, PublisherConfig};
+use crate::scanner::gap::{self, Gap};
+use crate::scanner::modes;
+use crate::scanner::outbox::OutboxTable;
+use crate::scanner::recovery::{self, Prepared, Session};
+use crate::scanner::straggler::Stragglers;
+use crate::scanner::unmarked::Way;
+use crate::{Lsn, Result};
+
+/// `application_name` of our sessions.
+const APPLICATION_NAME: &str = "walpost";
+
+impl Connector {
+    /// Connects to Postgres, makes the pipe if there is none, and starts the stream. `None`: shutdown came first.
+    pub(super) async fn open<F: Future<Output = ()>>(
+        &mut self,
+        mut shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<ReplicationStream>> {
+        let config = self.config.clone();
+        // The lock goes with it, so that it can be taken again.
+        self.scanner = None;
+        let session = Session {
+            name: self.session.name.clone(),
+            ..self.session
+        };
+        let checking = check(&config, &session);
+        let Some(checked) = self.attend(checking, shutdown.as_mut()).await? else {
+            return Ok(None);
+        };
+        let Checked {
+            client,
+            connection,
+            identity,
+            confirmed,
+            prepared,
+            tables,
+        } = checked.inspect_err(|error| {
+            if recovery::is_busy(error) {
+                // The other one needs the producers' names, and publishes what is in the air here.
+                self.drop_pipe();
+            }
+        })?;
+        if prepared
+            .as_ref()
+            .is_some_and(|prepared| prepared.out_of_date)
+        {
+            // What was in the air is in the gap, or the slot sends it again, or another instance has published it.
+            self.drop_pipe();
+            self.session.told = None;
+        }
+        let known = self
+            .pipe
+            .as_ref()
+            .map(|(known, _)| (known.system_id, known.timeline));
+        if known != Some((identity.system_id, identity.timeline)) {
+            if known.is_some() {
+                warn!(
+                    timeline = identity.timeline,
+                    "another cluster or timeline answers: starting with new producer names"
+                );
+            }
+            let mut settings = self.publishing_for(&identity);
+            self.start_modes(&tables, &identity);
+            settings.rows = self.modes.queue();
+            // The old ones end first: two tasks would answer for one table.
+            self.drop_pipe();
+            let started = Stragglers::start(&config, &settings);
+            let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
+                return Ok(None);
+            };
+            let stragglers = started?;
+            settings.diversion = diversion(&config, stragglers.as_ref());
+            let closing = self.close_gap(&client, &settings, prepared, stragglers);
+            let (scanned, stragglers) = tokio::select! {
+                biased;
+                () = shutdown.as_mut() => return Ok(None),
+                closed = closing => closed?,
+            };
+            let mut publisher = Publisher::new(settings);
+            tokio::select! {
+                biased;
+                () = shutdown.as_mut() => return Ok(None),
+                connected = publisher.connect() => connected?,
+            }
+            // Only now: without a pipe the next try closes what is left of the gap.
+            let mut pipe = Pipe::new(routing(&self.config), publisher, stragglers, confirmed);
+            pipe.skip_scanned(scanned);
+            self.pipe = Some((identity, pipe));
+        }
+        let binary = self.binary;
+        let pipe = self.pipe();
+        pipe.begin_stream(binary);
+        let start = pipe.flush_lsn();
+        let options = StreamOptions {
+            binary,
+            messages: true,
+            ..StreamOptions::default()
+        };
+        let stream = connection
+            .start_replication(&config.slot, start, &config.publication, options)
+            .await?;
+        // Asked only now: while another instance still had the slot, it may have published what came after any earlier answer.
+        let log_end = slot::log_end(&client).await?;
+        pipe.publisher().set_log_end(log_end);
+        let refreshed = pipe.refresh();
+        if self.attend(refreshed, shutdown).await?.is_none() {
+            return Ok(None);
+        }
+        self.pipe().streaming(true);
+        self.meter.set_phase(Phase::Streaming);
+        info!(slot = self.config.slot, from = %start, "streaming");
+        self.scanner = Some(client);
+        Ok(Some(stream))
+    }
+
+    fn publishing_for(&self, identity: &SystemIdentity) -> PublisherConfig {
+        publisher_config(
+            &self.config,
+            &self.meter,
+            &identity.system_id.to_string(),
+            identity.timeline,
+        )
+    }
+
+    fn start_modes(&mut self, tables: &[OutboxTable], identity: &SystemIdentity) {
+        let system_id = identity.system_id.to_string();
+        let publisher = self.publishing_for(identity);
+        let routes = (routing(&self.config), publisher);
+        let way = Way::Stream(self.progress.subscribe());
+        self.modes
+            .start(&self.config, tables, &system_id, routes, way);
+    }
+
+    /// Publishes or stores what the stream will not bring, and returns what it may bring although that is done.
+    async fn close_gap(
+        &self,
+        client: &Client,
+        publisher: &PublisherConfig,
+        prepared: Option<Prepared>,
+        mut stragglers: Option<Stragglers>,
+    ) -> Result<(Vec<(u32, String)>, Option<Stragglers>)> {
+        let Some(Prepared { mut progress, .. }) = prepared else {
+            return Ok((Vec::new(), stragglers));
+        };
+        let routing = routing(&self.config);
+        if progress.gap().is_some() {
+            self.meter.set_phase(Phase::Scanning);
+            let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
+            let gap = Gap {
+                client,
+                rows: &rows,
+                slot: &self.config.slot,
+                routing: &routing,
+                publisher,
+            };
+            let retry = |stragglers: &Option<Stragglers>, may_retry| {
+                if let Some(stragglers) = stragglers {
+                    stragglers.retry(may_retry);
+                }
+            };
+            // The lock is held, so nobody else does.
+            retry(&stragglers, true);
+            stragglers = gap::close(&gap, &mut progress, stragglers).await?;
+            retry(&stragglers, false);
+        }
+        let scanned = gap::overlap(client, &routing, &progress).await?;
+        Ok((scanned, stragglers))
+    }
+}
+
+/// What a look at Postgres gave.
+struct Checked {
+    /// Holds the lock on the slot.
+    client: Client,
+    connection: ReplicationConnection,
+    identity: SystemIdentity,
+    confirmed: Lsn,
+    /// `None` without a `walpost.progress`.
+    prepared: Option<Prepared>,
+    /// What works beside the stream works on these.
+    tables: Vec<OutboxTable>,
+}
+
+/// Connects, asks who the server is, sees to a lost slot, and checks that everything the stream needs is there.
+async fn check(config: &Config, session: &Session) -> Result<Checked> {
+    let client = postgres::connect_sql(&config.postgres, APPLICATION_NAME).await?;
+    let prepared = recovery::prepare(&client, config, session).await?;
+    postgres::preflight(
+        &client,
+        &config.slot,
+        &config.publication,
+        &config.outbox_tables,
+    )
+    .await?;
+    let tables = modes::prepare(&client, config).await?;
+    let state = slot::slot_state(&client, &config.slot).await?;
+    let confirmed = state
+        .and_then(|state| state.confirmed_flush)
+        .unwrap_or(Lsn::ZERO);
+    let mut connection = ReplicationConnection::connect(&config.postgres, APPLICATION_NAME).await?;
+    let identity = connection.identify_system().await?;
+    Ok(Checked {
+        client,
+        connection,
+        identity,
+        confirmed,
+        prepared,
+        tables,
+    })
+}

@@ -1,0 +1,124 @@
+//! The pump: the loop between the replication stream and the pipe, while both are there.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+
+use super::{Shutdown, TICK_INTERVAL};
+use crate::Result;
+use crate::feedback::Feedback;
+use crate::gulp::Gulp;
+use crate::pipe::{Format, Pipe};
+use crate::postgres::ReplicationStream;
+use crate::pulsar::Flush;
+
+/// Rows that come this long after their commit are a backlog, also when they come slowly.
+const LATE: Duration = Duration::from_millis(100);
+
+/// Why the pump stopped without an error.
+pub(super) enum Stopped {
+    /// Told to stop, and between two transactions unless one takes too long to arrive.
+    Shutdown {
+        told_at: Instant,
+    },
+    NeedsText,
+}
+
+/// The loop between the two sides. Told to stop, it goes on for at most `finish_transaction`.
+///
+/// Every branch of its select is cancel safe: `next_event` is a channel receive, `fill` and `flush` keep their state in the
+/// stream, the rest are timers.
+pub(super) async fn pump<F: Future<Output = ()>>(
+    pipe: &mut Pipe,
+    stream: &mut ReplicationStream,
+    feedback: &mut Feedback,
+    finish_transaction: Duration,
+    mut shutdown: Shutdown<'_, F>,
+) -> Result<Stopped> {
+    let mut gulp = Gulp::new(stream.gulp_pause())?;
+    let mut tick_at = Instant::now() + TICK_INTERVAL;
+    // Set when told to stop: the transaction that is arriving is taken to its end, so that no row of it comes again.
+    let mut told_at: Option<Instant> = None;
+    loop {
+        // All that can be done without waiting: receipts first, they make room.
+        while let Some(event) = pipe.try_next_event() {
+            pipe.event(event)?;
+        }
+        while pipe.has_room() {
+            if let Some(told_at) = told_at.filter(|_| !pipe.is_in_transaction()) {
+                return Ok(Stopped::Shutdown { told_at });
+            }
+            let Some(frame) = stream.next_frame()? else {
+                break;
+            };
+            let (format, reply_requested) = pipe.frame(frame)?;
+            if format == Format::NeedsText {
+                return Ok(Stopped::NeedsText);
+            }
+            feedback.wanted |= reply_requested;
+        }
+        let late = pipe.lateness();
+        let due = if gulp.is_backlog() || late >= LATE {
+            Flush::Backlog(late)
+        } else {
+            Flush::Due
+        };
+        pipe.publisher().flush(due);
+        let now = Instant::now();
+        feedback.progress(pipe, now);
+        if feedback.is_due(now) {
+            feedback.tell(pipe, stream);
+        }
+        if now >= tick_at {
+            pipe.publisher().tick(now);
+            pipe.metering();
+            tick_at = now + TICK_INTERVAL;
+        }
+
+        let stop_by = told_at.map(|told_at| told_at + finish_transaction);
+        if let Some(told_at) = told_at
+            && (stop_by <= Some(now) || !pipe.is_in_transaction())
+        {
+            return Ok(Stopped::Shutdown { told_at });
+        }
+
+        let room = pipe.has_room();
+        let unsent = stream.has_unsent_status();
+        let flush_at = pipe.publisher().next_flush();
+        tokio::select! {
+            biased;
+            // 1. Told to stop.
+            () = shutdown.as_mut(), if told_at.is_none() => told_at = Some(Instant::now()),
+            // 2. Receipts make room and move the confirmed LSN.
+            event = pipe.next_event() => pipe.event(event)?,
+            // 3. Status updates, also while intake is paused: without them the server would close the connection.
+            () = sleep_until(feedback.next.min(tick_at).min(stop_by.unwrap_or(tick_at))) => {}
+            // 4. A batch has waited long enough.
+            () = sleep_until(flush_at.unwrap_or(now)), if flush_at.is_some() => {}
+            // 5. The log, while there is room for it and under backlog in gulps; else only the status that is queued.
+            filled = intake(&mut gulp, stream, room), if room || unsent => {
+                if let Some(bytes) = filled? {
+                    gulp.took(bytes)?;
+                }
+            }
+        }
+    }
+}
+
+/// Reads the log if there is room for it, and says how much; otherwise pushes out queued status updates. Cancel safe.
+async fn intake(
+    gulp: &mut Gulp,
+    stream: &mut ReplicationStream,
+    room: bool,
+) -> Result<Option<usize>> {
+    if !room {
+        stream.flush().await?;
+        return Ok(None);
+    }
+    if gulp.is_backlog() {
+        stream.flush().await?;
+        gulp.wait().await?;
+    }
+    stream.fill().await.map(Some)
+}
