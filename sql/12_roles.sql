@@ -58,7 +58,7 @@ begin
             execute format('grant delete on %s to walpost_connector', one);
         end if;
         execute format(
-            'grant usage on schema %I to walpost_connector',
+            'grant usage on schema %s to walpost_connector',
             (select relnamespace::regnamespace::text from pg_class where oid = one)
         );
     end loop;
