@@ -39,6 +39,7 @@ pub(crate) fn publisher_config(broker: (String, u16)) -> PublisherConfig {
         compression: Codec::None,
         diversion: None,
         schema: None,
+        meter: std::sync::Arc::default(),
         batch_max_messages: 1000,
         batch_max_bytes: 128 * 1024,
         batch_linger: Duration::from_millis(1),
