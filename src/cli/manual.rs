@@ -56,7 +56,7 @@ pub(super) fn asked(name: &str, matches: &clap::ArgMatches) -> Option<Result<Str
     }
 }
 
-/// A page of the manual; the settings stand in the first only, although every command takes them.
+/// A page of the manual. The settings, which every command takes, are listed in the first page only, and in no synopsis.
 fn page<'a>(words: impl Iterator<Item = &'a str>) -> Result<String> {
     let mut command = super::command();
     command.build();
@@ -70,18 +70,26 @@ fn page<'a>(words: impl Iterator<Item = &'a str>) -> Result<String> {
             ))
         })?;
     }
-    if !is_first {
-        command = command
-            .mut_args(|arg| {
-                let is_setting = arg.get_help_heading() == Some(super::SETTINGS);
-                arg.hide(is_setting)
-            })
-            .after_help("Every setting of walpost(1) may be given too.");
-    }
+    let short = Man::new(command.clone().mut_args(|arg| {
+        let is_setting = arg.get_help_heading() == Some(super::SETTINGS);
+        arg.hide(is_setting)
+    }));
     let mut text = Vec::new();
-    Man::new(command)
-        .render(&mut text)
-        .map_err(|error| Error::bug("cannot write the manual").caused_by(error))?;
+    let written = if is_first {
+        let full = Man::new(command);
+        short
+            .render_title(&mut text)
+            .and_then(|()| short.render_name_section(&mut text))
+            .and_then(|()| short.render_synopsis_section(&mut text))
+            .and_then(|()| full.render_description_section(&mut text))
+            .and_then(|()| full.render_options_section(&mut text))
+            .and_then(|()| full.render_subcommands_section(&mut text))
+            .and_then(|()| full.render_extra_section(&mut text))
+            .and_then(|()| full.render_version_section(&mut text))
+    } else {
+        short.render(&mut text)
+    };
+    written.map_err(|error| Error::bug("cannot write the manual").caused_by(error))?;
     utf8(text)
 }
 
