@@ -21,6 +21,10 @@ fn main() -> ExitCode {
             return ExitCode::from(if text.use_stderr() { EXIT_USAGE } else { 0 });
         }
         Err(Stop::Wrong(error)) => return failed(&error),
+        Err(Stop::Text(text)) => {
+            let written = cli::print(&mut std::io::stdout(), &text);
+            return written.map_or_else(|error| failed(&error), |()| ExitCode::SUCCESS);
+        }
     };
     match start(invocation) {
         Ok(code) => ExitCode::from(code),

@@ -295,3 +295,67 @@ fn a_server_that_is_away_is_worth_another_try() {
     assert!(said.starts_with("walpost: error: "), "{said}");
     assert!(!said.contains("hunter2"), "{said}");
 }
+
+#[test]
+fn the_manual_has_every_setting_and_a_page_for_each_command() {
+    // GIVEN no settings at all
+    let first = Command::new(env!("CARGO_BIN_EXE_walpost"))
+        .arg("man")
+        .env_clear()
+        .output()
+        .expect("walpost cannot be started");
+    assert!(first.status.success(), "{first:?}");
+    let page = text(&first.stdout);
+    assert!(page.contains(".TH walpost 1"), "{page}");
+    // Roff, in which a hyphen is escaped. The synopsis can be taken in at a glance.
+    assert!(!page.contains("[\\fB\\-\\-lanes\\fR]"), "{page}");
+    for setting in settings::ALL {
+        let flag = format!("--{}", setting.flag()).replace('-', "\\-");
+        assert!(page.contains(&flag), "{} is missing", setting.env);
+    }
+
+    let one = walpost(&["man", "stragglers", "discard"], &[]);
+    let page = text(&one.stdout);
+    assert!(page.contains(".TH walpost-stragglers-discard 1"), "{page}");
+    assert!(page.contains("\\-\\-yes"), "{page}");
+    assert!(
+        !page.contains("\\-\\-lanes"),
+        "settings stand in walpost(1)"
+    );
+
+    let none = walpost(&["man", "fly"], &[]);
+    assert_eq!(none.status.code(), Some(64));
+    let said = text(&none.stderr);
+    assert!(
+        said.contains("\"fly\"") && said.contains("walpost --help"),
+        "{said}"
+    );
+}
+
+#[test]
+fn completions_know_commands_and_settings_of_each_shell() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let said = walpost(&["completions", shell], &[]);
+        assert!(said.status.success(), "{shell}: {said:?}");
+        let script = text(&said.stdout);
+        for word in ["stragglers", "verify", "after-publish"] {
+            assert!(script.contains(word), "{shell} does not know {word}");
+        }
+    }
+    // Bash can say whether it is one: the word after "walpost rep" is completed.
+    let script = text(&walpost(&["completions", "bash"], &[]).stdout);
+    let asking = format!(
+        "{script}\nCOMP_WORDS=(walpost rep); COMP_CWORD=1; _walpost walpost rep walpost; echo \"${{COMPREPLY[*]}}\""
+    );
+    let file = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("walpost.bash");
+    std::fs::write(&file, asking).expect("a file");
+    let bash = Command::new("bash")
+        .arg("--norc")
+        .arg(&file)
+        .output()
+        .expect("bash cannot be started");
+    assert_eq!(text(&bash.stdout), "replay\n", "{}", text(&bash.stderr));
+    let unknown = walpost(&["completions", "dos"], &[]);
+    assert_eq!(unknown.status.code(), Some(64));
+    assert!(text(&unknown.stderr).contains("fish"));
+}

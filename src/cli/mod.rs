@@ -8,6 +8,7 @@ pub mod ddl;
 pub mod deduplication;
 pub mod demo;
 pub mod init;
+mod manual;
 pub mod replay;
 pub mod run;
 pub mod sql;
@@ -91,6 +92,8 @@ pub enum Stop {
     Usage(clap::Error),
     /// A wrong setting.
     Wrong(Error),
+    /// A text that takes no settings: it has only to be printed.
+    Text(String),
 }
 
 /// Reads the arguments (the first is the program's name) and all settings.
@@ -102,6 +105,9 @@ pub fn parse(
     let (name, mut matches) = matches
         .subcommand()
         .ok_or_else(|| Stop::Wrong(Error::bug("clap let a command line without command pass")))?;
+    if let Some(text) = manual::asked(name, matches) {
+        return Err(text.map_or_else(Stop::Wrong, Stop::Text));
+    }
     let mut action = "";
     if let Some((below, its)) = matches.subcommand() {
         (action, matches) = (below, its);
@@ -192,7 +198,7 @@ pub async fn dispatch(invocation: Invocation, warnings: Warnings) -> Result<u8> 
 }
 
 /// Writes a command's output. A reader that has gone away (`walpost sql | head`) is no error.
-pub(crate) fn print(out: &mut dyn Write, text: &str) -> Result<()> {
+pub fn print(out: &mut dyn Write, text: &str) -> Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(Error::temporary("cannot write the output").caused_by(error))
@@ -396,8 +402,12 @@ pub fn command() -> clap::Command {
                         .conflicts_with("roles"),
                 ),
         )
+        .subcommands(manual::subcommands())
         .args(settings::ALL.iter().map(setting_arg))
 }
+
+/// Above the settings in `--help`.
+const SETTINGS: &str = "Settings";
 
 /// A setting as a flag that stands before or after the command's name.
 fn setting_arg(setting: &Setting) -> Arg {
@@ -415,7 +425,7 @@ fn setting_arg(setting: &Setting) -> Arg {
         .help(format!(
             "{meaning}\n[{allowed}]\n[default: {default}] [env: {env}]"
         ))
-        .help_heading("Settings")
+        .help_heading(SETTINGS)
         // So that "--lanes -1" is answered by what is allowed, not by "unexpected argument".
         .allow_negative_numbers(true)
         .global(true)
