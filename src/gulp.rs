@@ -2,7 +2,8 @@
 //!
 //! A walsender sends every row by itself. A reader that wakes for each of them pays a wake-up a row, and makes the
 //! walsender pay for it too; one that lets the socket fill for a fraction of a millisecond takes a hundred rows at once.
-//! With little traffic nothing is ever held back, so latency is untouched.
+//! With little traffic nothing is ever held back, so latency is untouched. (Not being woken meanwhile takes a socket of its own
+//! kind: `postgres::quiet`.) Rows that are late anyway are read in gulps however slowly they come.
 //!
 //! How long the pause may be is set by the socket's buffer: when that is full the walsender stops. A Unix socket counts
 //! about 2 KiB for each small row against a fixed 208 KiB, so it holds only some ninety rows, which a fast walsender
@@ -62,8 +63,8 @@ impl Gulp {
         self.backlog
     }
 
-    /// Takes note of a read; under backlog the pause begins.
-    pub fn took(&mut self, bytes: usize) -> Result<()> {
+    /// Takes note of a read, and of whether its rows were late anyway; under backlog the pause begins.
+    pub fn took(&mut self, bytes: usize, late: bool) -> Result<()> {
         let now = Instant::now();
         if now - self.window_start < WINDOW {
             self.window_bytes += bytes;
@@ -72,7 +73,7 @@ impl Gulp {
             self.window_start = now;
             self.window_bytes = bytes;
         }
-        self.backlog = self.window_bytes >= MIN_BYTES;
+        self.backlog = late || self.window_bytes >= MIN_BYTES;
         if self.backlog {
             let it_value = Timespec {
                 tv_sec: 0,
@@ -119,10 +120,19 @@ mod tests {
     async fn little_is_read_at_once() {
         let mut gulp = Gulp::new(PAUSE).unwrap();
         for _ in 0..3 {
-            gulp.took(100).unwrap();
+            gulp.took(100, false).unwrap();
             assert!(!gulp.is_backlog());
             assert!(!gulp.pausing);
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_late_is_waited_for_however_little_it_is() {
+        let mut gulp = Gulp::new(PAUSE).unwrap();
+        gulp.took(100, true).unwrap();
+        assert!(gulp.is_backlog());
+        gulp.took(100, false).unwrap();
+        assert!(!gulp.is_backlog());
     }
 
     #[tokio::test]
@@ -130,13 +140,13 @@ mod tests {
         let mut gulp = Gulp::new(PAUSE).unwrap();
         for _ in 0..3 {
             let start = Instant::now();
-            gulp.took(MIN_BYTES).unwrap();
+            gulp.took(MIN_BYTES, false).unwrap();
             assert!(gulp.is_backlog());
             gulp.wait().await.unwrap();
             assert!(start.elapsed() >= PAUSE);
         }
         tokio::time::sleep(2 * WINDOW).await;
-        gulp.took(1).unwrap();
+        gulp.took(1, false).unwrap();
         assert!(!gulp.is_backlog());
         gulp.wait().await.unwrap();
     }

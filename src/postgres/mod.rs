@@ -15,6 +15,7 @@ pub mod frame;
 pub mod names;
 mod parameters;
 pub mod preflight;
+mod quiet;
 pub mod replication;
 pub mod replication_stream;
 pub mod server_error;

@@ -178,6 +178,9 @@ impl ReplicationConnection {
         self.session.read_copy_both().await?;
         debug!(slot, %start_lsn, publication, ?options, "streaming");
         let (stream, read_ahead) = self.session.into_parts();
+        let stream = stream.into_quiet().map_err(|error| {
+            Error::temporary("cannot make a set of descriptors to wait with").caused_by(error)
+        })?;
         Ok(ReplicationStream::new(stream, &read_ahead))
     }
 }

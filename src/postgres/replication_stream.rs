@@ -172,9 +172,10 @@ impl ReplicationStream {
 
     /// How long the socket may be left to fill while there is backlog, before the walsender would have to wait.
     pub fn gulp_pause(&self) -> Duration {
-        match &self.stream {
-            Stream::Unix(_) => UNIX_GULP_PAUSE,
-            Stream::Tcp(_) | Stream::Tls { .. } => TCP_GULP_PAUSE,
+        if self.stream.is_unix() {
+            UNIX_GULP_PAUSE
+        } else {
+            TCP_GULP_PAUSE
         }
     }
 
@@ -270,9 +271,12 @@ impl ReplicationStream {
             debug!(%error, "cannot send to the walsender");
         }
         let mut total = 0;
-        // Under TLS each read yields about one record; so read until there is nothing, or no room. After a read that did
-        // not fill the buffer tokio knows that a plain socket is empty, and this costs no system call.
-        while self.ended.is_none() && self.end < self.input.len() {
+        // Under TLS each read yields about one record; so read until there is nothing, or no room. A plain socket gives all it
+        // has at once: asking again would cost a system call, and arm a quiet one.
+        while self.ended.is_none()
+            && self.end < self.input.len()
+            && (total == 0 || self.stream.is_encrypted())
+        {
             let mut room = ReadBuf::new(&mut self.input[self.end..]);
             match Pin::new(&mut self.stream).poll_read(cx, &mut room) {
                 Poll::Ready(Ok(())) => match room.filled().len() {

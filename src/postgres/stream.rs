@@ -12,6 +12,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_postgres::tls;
 
+use super::quiet::{Quiet, Socket};
+
 /// A connection to a server, encrypted or not.
 #[derive(Debug)]
 pub enum Stream {
@@ -19,6 +21,8 @@ pub enum Stream {
     Tcp(TcpStream),
     /// A Unix socket; never encrypted, as in libpq.
     Unix(UnixStream),
+    /// Either of the two, made for reading in gulps.
+    Quiet(Quiet),
     /// TLS over TCP.
     Tls {
         /// The encrypted stream.
@@ -38,7 +42,29 @@ impl Stream {
     pub fn end_point(&self) -> Option<&[u8]> {
         match self {
             Self::Tls { end_point, .. } => end_point.as_deref(),
-            Self::Tcp(_) | Self::Unix(_) => None,
+            Self::Tcp(_) | Self::Unix(_) | Self::Quiet(_) => None,
+        }
+    }
+
+    /// The same connection as a [`Quiet`] one; an encrypted one stays as it is (its socket belongs to the TLS library).
+    ///
+    /// # Errors
+    /// When the system has no more descriptors.
+    pub(super) fn into_quiet(self) -> io::Result<Self> {
+        let socket = match self {
+            Self::Tcp(socket) => Socket::Tcp(socket.into_std()?),
+            Self::Unix(socket) => Socket::Unix(socket.into_std()?),
+            Self::Quiet(_) | Self::Tls { .. } => return Ok(self),
+        };
+        Quiet::new(socket).map(Self::Quiet)
+    }
+
+    /// Whether it is a Unix socket.
+    pub(super) fn is_unix(&self) -> bool {
+        match self {
+            Self::Unix(_) => true,
+            Self::Quiet(quiet) => quiet.socket().is_unix(),
+            Self::Tcp(_) | Self::Tls { .. } => false,
         }
     }
 }
@@ -52,6 +78,7 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Quiet(stream) => Pin::new(stream).poll_read(cx, buffer),
             Self::Tls { stream, .. } => Pin::new(stream).poll_read(cx, buffer),
         }
     }
@@ -66,6 +93,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
             Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Quiet(stream) => Pin::new(stream).poll_write(cx, bytes),
             Self::Tls { stream, .. } => Pin::new(stream).poll_write(cx, bytes),
         }
     }
@@ -74,6 +102,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Quiet(stream) => Pin::new(stream).poll_flush(cx),
             Self::Tls { stream, .. } => Pin::new(stream).poll_flush(cx),
         }
     }
@@ -82,6 +111,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Quiet(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Tls { stream, .. } => Pin::new(stream).poll_shutdown(cx),
         }
     }
