@@ -121,7 +121,8 @@ fn machine() -> Value {
         "cpu": field(&read("/proc/cpuinfo"), "model name"),
         "cores": std::thread::available_parallelism().map_or(0, usize::from),
         "memory": field(&read("/proc/meminfo"), "MemTotal"),
-        "kernel": read("/proc/sys/kernel/osrelease").trim(),
+        // The version, without the name that somebody gave a build.
+        "kernel": read("/proc/sys/kernel/osrelease").trim().split('-').next(),
         "load_1min_at_start": read("/proc/loadavg").split(' ').next().unwrap_or("unknown"),
     })
 }
