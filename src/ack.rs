@@ -21,9 +21,9 @@
 //!
 //! # Bound
 //!
-//! A transaction that awaits nothing when it commits is folded into the one before it (whose end LSN moves up: nothing
-//! between the two needs a receipt), so the queue is never longer than the events in flight, however many empty
-//! transactions the rest of the server commits while the broker is away.
+//! A transaction that has committed and awaits nothing is folded into the one before it (whose end LSN moves up: nothing
+//! between the two needs a receipt). So each transaction in the queue, but for the open one, awaits a receipt, and the queue is
+//! never longer than the events in flight, however many transactions pass while one event waits.
 //!
 //! # Panics
 //!
@@ -145,10 +145,18 @@ impl AckTracker {
         let txn = txn.expect("a receipt for a transaction that awaits none");
         assert!(txn.awaiting >= count, "more receipts than events");
         txn.awaiting -= count;
-        let commit_time_us = txn.commit_time_us;
+        let Txn {
+            awaiting,
+            end_lsn,
+            commit_time_us,
+            ..
+        } = *txn;
         self.awaiting -= count;
         if index == 0 {
             self.advance();
+        } else if awaiting == 0 && end_lsn.is_some() {
+            self.queue.remove(index);
+            self.queue[index - 1].end_lsn = end_lsn;
         }
         commit_time_us
     }
@@ -206,6 +214,29 @@ mod tests {
             .enumerate()
             .take_while(|(i, _)| acked[*i].iter().all(|&a| a));
         complete.last().map_or(Lsn::ZERO, |(i, _)| lsn(i))
+    }
+
+    #[test]
+    fn what_is_acknowledged_behind_one_that_waits_takes_no_room() {
+        let mut tracker = AckTracker::new(Lsn::ZERO);
+        let mut numbers = Vec::new();
+        for i in 0..1000 {
+            numbers.push(tracker.begin());
+            tracker.track();
+            tracker.commit(lsn(i));
+            // The newest, or the one before it: never the first.
+            if i % 2 == 0 && i > 1 {
+                tracker.ack(numbers[i], 1);
+                tracker.ack(numbers[i - 1], 1);
+            }
+            assert!(tracker.queue.len() as u64 <= tracker.awaiting());
+        }
+        assert_eq!(tracker.flush_lsn(Lsn::ZERO), Lsn::ZERO);
+        tracker.ack(numbers[0], 1);
+        assert_eq!(tracker.flush_lsn(Lsn::ZERO), lsn(998));
+        tracker.ack(numbers[999], 1);
+        assert_eq!(tracker.flush_lsn(Lsn::ZERO), lsn(999));
+        assert!(tracker.is_idle());
     }
 
     fn run(sizes: &[usize], order: impl FnOnce(&mut Vec<(usize, usize)>)) {

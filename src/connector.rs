@@ -88,7 +88,7 @@ pub async fn run(
     loop {
         let opened = connector.open(shutdown.as_mut()).await;
         let error = match opened {
-            Ok(None) => return connector.stopped_without_stream(),
+            Ok(None) => return connector.stopped_without_stream().await,
             Ok(Some(stream)) => {
                 backoff.reset();
                 match connector.stream(stream, shutdown.as_mut()).await? {
@@ -116,7 +116,7 @@ pub async fn run(
             .await?
             .is_none()
         {
-            return connector.stopped_without_stream();
+            return connector.stopped_without_stream().await;
         }
     }
 }
@@ -203,7 +203,9 @@ impl Connector {
     }
 
     /// Told to stop while Postgres is away: what it has not been told of comes again.
-    fn stopped_without_stream(&mut self) -> Result<()> {
+    async fn stopped_without_stream(&mut self) -> Result<()> {
+        // A gap scan that was cut short has published rows, too.
+        self.modes.drain(self.config.shutdown_grace).await;
         match self.pipe.as_ref().map(|(_, pipe)| pipe.unfinished()) {
             Some(missing @ 1..) => Err(unfinished(missing)),
             _ => Ok(()),

@@ -32,7 +32,8 @@ pub struct Gulp {
     window_bytes: usize,
     /// The timer runs, or has run out and was not looked at.
     pausing: bool,
-    backlog: bool,
+    fast: bool,
+    late: bool,
 }
 
 impl Gulp {
@@ -54,17 +55,23 @@ impl Gulp {
             window_start: Instant::now(),
             window_bytes: 0,
             pausing: false,
-            backlog: false,
+            fast: false,
+            late: false,
         })
     }
 
-    /// True while rows come faster than they are worth reading one by one.
+    /// True while rows come faster than they are worth reading one by one, or late.
     pub fn is_backlog(&self) -> bool {
-        self.backlog
+        self.fast || self.late
     }
 
-    /// Takes note of a read, and of whether its rows were late anyway; under backlog the pause begins.
-    pub fn took(&mut self, bytes: usize, late: bool) -> Result<()> {
+    /// Takes note of whether the rows that were read last were late anyway.
+    pub fn set_late(&mut self, late: bool) {
+        self.late = late;
+    }
+
+    /// Takes note of a read; under backlog the pause begins.
+    pub fn took(&mut self, bytes: usize) -> Result<()> {
         let now = Instant::now();
         if now - self.window_start < WINDOW {
             self.window_bytes += bytes;
@@ -73,8 +80,8 @@ impl Gulp {
             self.window_start = now;
             self.window_bytes = bytes;
         }
-        self.backlog = late || self.window_bytes >= MIN_BYTES;
-        if self.backlog {
+        self.fast = self.window_bytes >= MIN_BYTES;
+        if self.is_backlog() {
             let it_value = Timespec {
                 tv_sec: 0,
                 tv_nsec: i64::from(self.pause.subsec_nanos()),
@@ -101,7 +108,11 @@ impl Gulp {
         while self.pausing {
             let mut ready = self.timer.readable().await.map_err(failed)?;
             match rustix::io::read(ready.get_inner(), &mut [0; 8]) {
-                Ok(_) => self.pausing = false,
+                Ok(_) => {
+                    // Remembered as ready, the next wait would not give way to anything else.
+                    ready.clear_ready();
+                    self.pausing = false;
+                }
                 Err(rustix::io::Errno::AGAIN) => ready.clear_ready(),
                 Err(error) => return Err(failed(error.into())),
             }
@@ -120,7 +131,7 @@ mod tests {
     async fn little_is_read_at_once() {
         let mut gulp = Gulp::new(PAUSE).unwrap();
         for _ in 0..3 {
-            gulp.took(100, false).unwrap();
+            gulp.took(100).unwrap();
             assert!(!gulp.is_backlog());
             assert!(!gulp.pausing);
         }
@@ -129,9 +140,13 @@ mod tests {
     #[tokio::test]
     async fn what_is_late_is_waited_for_however_little_it_is() {
         let mut gulp = Gulp::new(PAUSE).unwrap();
-        gulp.took(100, true).unwrap();
+        gulp.set_late(true);
+        let start = Instant::now();
+        gulp.took(100).unwrap();
         assert!(gulp.is_backlog());
-        gulp.took(100, false).unwrap();
+        gulp.wait().await.unwrap();
+        assert!(start.elapsed() >= PAUSE);
+        gulp.set_late(false);
         assert!(!gulp.is_backlog());
     }
 
@@ -140,13 +155,13 @@ mod tests {
         let mut gulp = Gulp::new(PAUSE).unwrap();
         for _ in 0..3 {
             let start = Instant::now();
-            gulp.took(MIN_BYTES, false).unwrap();
+            gulp.took(MIN_BYTES).unwrap();
             assert!(gulp.is_backlog());
             gulp.wait().await.unwrap();
             assert!(start.elapsed() >= PAUSE);
         }
         tokio::time::sleep(2 * WINDOW).await;
-        gulp.took(1, false).unwrap();
+        gulp.took(1).unwrap();
         assert!(!gulp.is_backlog());
         gulp.wait().await.unwrap();
     }

@@ -59,6 +59,7 @@ pub(super) async fn pump<F: Future<Output = ()>>(
             feedback.wanted |= reply_requested;
         }
         let late = pipe.lateness();
+        gulp.set_late(late >= LATE);
         let due = if gulp.is_backlog() {
             Flush::Backlog(late)
         } else {
@@ -99,7 +100,7 @@ pub(super) async fn pump<F: Future<Output = ()>>(
             // 5. The log, while there is room for it and under backlog in gulps; else only the status that is queued.
             filled = intake(&mut gulp, stream, room), if room || unsent => {
                 if let Some(bytes) = filled? {
-                    gulp.took(bytes, pipe.lateness() >= LATE)?;
+                    gulp.took(bytes)?;
                 }
             }
         }

@@ -236,6 +236,12 @@ impl<'a> Members<'a> {
         };
         if json != "null" {
             let mut value = text(name, json)?;
+            if value.contains('\0') {
+                // A row has none; and it could not be stored as a straggler.
+                return Err(format!(
+                    "has a {name} with \\u0000, which is no text in Postgres"
+                ));
+            }
             if matches!(role, Role::DeliverAt | Role::CreatedAt) {
                 value = as_postgres_prints(&value);
             }

@@ -133,8 +133,8 @@ pub enum Flush {
 
 /// The part of an event's way so far that a batch may wait in a backlog.
 const BACKLOG_WAIT: u32 = 4;
-/// The longest wait in a backlog, in linger times: at full speed a lane's batch is full before that.
-const BACKLOG_MAX_LINGERS: u32 = 64;
+/// The longest wait in a backlog: at full speed a lane's batch is full before that.
+const BACKLOG_MAX_WAIT: Duration = Duration::from_millis(64);
 /// Events that are held while the broker is first asked about a topic: more are not worth their memory, one by one, for an
 /// answer that comes in a moment.
 const MAX_HELD_AT_FIRST: usize = 4096;
@@ -588,7 +588,10 @@ impl Publisher {
 
 /// How long a batch may wait in a backlog, when its events' way from commit to receipt takes this long without that.
 fn backlog_linger(linger: Duration, way: Duration) -> Duration {
-    (way / BACKLOG_WAIT).clamp(linger, linger * BACKLOG_MAX_LINGERS)
+    if linger.is_zero() {
+        return linger;
+    }
+    (way / BACKLOG_WAIT).clamp(linger, linger.max(BACKLOG_MAX_WAIT))
 }
 
 #[cfg(test)]
@@ -604,9 +607,9 @@ mod tests {
         assert_eq!(of(2), LINGER);
         assert_eq!(of(40), Duration::from_millis(10));
         assert_eq!(of(60_000), Duration::from_millis(64));
-        assert_eq!(
-            backlog_linger(Duration::ZERO, Duration::from_secs(9)),
-            Duration::ZERO
-        );
+        let late = Duration::from_secs(9);
+        assert_eq!(backlog_linger(Duration::ZERO, late), Duration::ZERO);
+        let long = Duration::from_millis(100);
+        assert_eq!(backlog_linger(long, late), long);
     }
 }

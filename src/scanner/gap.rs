@@ -232,6 +232,13 @@ impl<'a> Scan<'a> {
             return Ok(());
         }
         self.stored_at = now;
+        if gap.client.is_closed() {
+            return Err(Error::temporary(
+                "the session that holds the lock on the slot has ended: another instance may scan as well",
+            ));
+        }
+        // A topic with few rows never fills a batch; unsent it would hold up the position, and all that is behind it.
+        self.outlet.publisher().flush(Flush::Due);
         self.outlet.publisher().tick(now);
         self.metering();
         self.store(gap, progress).await?;

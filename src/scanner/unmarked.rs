@@ -265,6 +265,8 @@ impl Again {
 
     async fn publish(&mut self, table: u16, extractor: &Extractor, row: &[u8]) -> Result<()> {
         while !self.outlet.has_room() {
+            // What is not sent gets no receipt, and makes no room.
+            self.outlet.publisher().flush(Flush::All);
             self.wait().await?;
         }
         self.rows += 1;
