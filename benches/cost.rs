@@ -13,7 +13,9 @@
 //! Counted is everything from the first transaction until the last event is confirmed and, where the case has it, marked or
 //! gone, and a VACUUM of the outbox then: log bytes, and the processor time of all of Postgres' processes. What a case adds is
 //! its figure less that of `insert`, and the ratio is what it adds over what the poller adds (a round in which noise makes that
-//! less than nothing has none). The time of a transaction
+//! less than nothing has none). The *own* processor time is that of the sessions that walpost (its walsender with them) or the
+//! poller holds: what is added beyond it is other sessions' work that takes longer, on a machine shared with the broker, or
+//! more of it, such as vacuuming. The time of a transaction
 //! (clients over TPS) is shown too, but all programs share one machine: there walpost and the broker weigh on it, and the
 //! poller publishes nothing.
 //!
@@ -27,7 +29,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use support::tests::{Command, Database, Walpost, eventually, servers};
-use support::{LIMIT, Results, chosen, cpu_seconds_of_all, folder, setting};
+use support::{LIMIT, Results, chosen, cpu_seconds, cpu_seconds_of_all, folder, setting};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
@@ -48,6 +50,8 @@ const ALL: [&str; 6] = ["none", "insert", "poller", "keep", "mark", "delete"];
 struct Cost {
     wal_bytes: f64,
     cpu_us: f64,
+    /// The part of it that the consumer's own sessions used, its walsender among them.
+    own_cpu_us: f64,
     /// Of one client's transaction, while all four are at work.
     transaction_us: f64,
     tps: f64,
@@ -83,6 +87,7 @@ fn record(results: &mut Results, round: u64, case: &str, cost: Cost, references:
         ("tps", cost.tps),
         ("wal_bytes", cost.wal_bytes),
         ("cpu_us", cost.cpu_us),
+        ("own_cpu_us", cost.own_cpu_us),
         ("transaction_us", cost.transaction_us),
         ("updates", cost.updates),
         ("deletes", cost.deletes),
@@ -100,6 +105,7 @@ fn record(results: &mut Results, round: u64, case: &str, cost: Cost, references:
         let ratios = [
             ("wal_over_poller", wal, poller_wal),
             ("cpu_over_poller", cpu, poller_cpu),
+            ("own_cpu_over_poller", cost.own_cpu_us, poller.own_cpu_us),
             ("transaction_over_poller", time, poller_time),
         ];
         // Where noise makes the poller seem to add nothing there is no ratio.
@@ -120,6 +126,7 @@ async fn measure(case: &str, transactions: u64) -> Cost {
     consumer.finish(case, &database).await;
     database.sql("vacuum walpost.outbox").await;
     let cpu = postgres_cpu_seconds() - cpu;
+    let own_cpu = own_cpu_seconds(&database).await;
     let wal = database.current_wal_lsn().await.as_u64() - wal.as_u64();
     consumer.stop().await;
     let [updates, deletes] = written(&database, case, transactions).await;
@@ -127,6 +134,7 @@ async fn measure(case: &str, transactions: u64) -> Cost {
     Cost {
         wal_bytes: per_event(wal as f64),
         cpu_us: per_event(cpu * 1e6),
+        own_cpu_us: per_event(own_cpu * 1e6),
         transaction_us: CLIENTS as f64 * 1e6 / tps,
         tps,
         updates: per_event(updates as f64),
@@ -166,6 +174,16 @@ async fn prepare(case: &str) -> Database {
 fn postgres_cpu_seconds() -> f64 {
     let pid = servers().var("WALPOST_LOCAL_POSTGRES_PID");
     cpu_seconds_of_all(pid.parse().expect("a process id"))
+}
+
+/// Processor time of the sessions that walpost or the poller holds. What they used before the first transaction is in it: a few
+/// milliseconds.
+async fn own_cpu_seconds(database: &Database) -> f64 {
+    let sql = "select pid from pg_stat_activity
+               where datname = current_database() and application_name ~ '^(walpost|poller)'";
+    let rows = database.rows(sql, &[]).await;
+    let pids = rows.iter().map(|row| row.get::<_, i32>(0).cast_unsigned());
+    pids.map(cpu_seconds).sum()
 }
 
 /// Runs the transactions and returns how many there were a second.
@@ -267,6 +285,10 @@ impl Consumer {
 
 /// The poller that applications write for themselves.
 async fn poll(mut client: Client, stop: Arc<AtomicBool>) {
+    client
+        .batch_execute("set application_name = 'poller'")
+        .await
+        .expect("a name");
     let select = client
         .prepare(
             "select id::text, aggregateid, type, payload::text from walpost.outbox

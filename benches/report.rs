@@ -127,9 +127,11 @@ const SECTIONS: [Section; 6] = [
             column("deletes", "deletes", 2),
             column("adds WAL bytes", "added_wal_bytes", 0),
             column("adds CPU µs", "added_cpu_us", 0),
+            column("own CPU µs", "own_cpu_us", 0),
             column("adds µs a transaction", "added_transaction_us", 0),
             column("WAL / poller's", "wal_over_poller", 2),
             column("CPU / poller's", "cpu_over_poller", 2),
+            column("own CPU / poller's", "own_cpu_over_poller", 2),
             column("time / poller's", "transaction_over_poller", 2),
         ],
         plot: Plot {

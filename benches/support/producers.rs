@@ -13,8 +13,10 @@ use walpost::pulsar::{
 
 use super::{Latencies, rows};
 
-/// Messages of one batch of the crate's producer.
+/// Messages of one batch of the crate's producer, and fewer where their payloads would be more than [`BATCH_BYTES`].
 const BATCH: u64 = 1000;
+/// As large a batch as walpost makes by default, if one message of it is not larger.
+const BATCH_BYTES: u64 = 128 * 1024;
 /// Batches of it without receipt.
 const BATCHES_AHEAD: usize = 20;
 /// How often the plain publisher looks at the clock: as fine as the runtime's timer.
@@ -50,31 +52,41 @@ pub(crate) fn publisher_config(broker: (String, u16)) -> PublisherConfig {
     }
 }
 
-/// The `pulsar` crate's producer, in batches of 1000.
+/// The `pulsar` crate's producer, in batches of 1000 small messages.
 pub(crate) struct CrateProducer {
     producer: Producer<TokioExecutor>,
+    payload_bytes: u64,
+    batch: u64,
 }
 
 impl CrateProducer {
-    pub(crate) async fn open(pulsar_url: &str, topic: &str) -> Self {
+    pub(crate) async fn open(pulsar_url: &str, topic: &str, payload_bytes: u64) -> Self {
+        let batch = if payload_bytes <= rows::PAYLOAD_BYTES as u64 {
+            BATCH
+        } else {
+            (BATCH_BYTES / payload_bytes).max(1)
+        };
         let pulsar: Pulsar<_> = Pulsar::builder(pulsar_url, TokioExecutor)
             .build()
             .await
             .expect("the local broker can be connected to");
         let options = ProducerOptions {
-            batch_size: Some(u32::try_from(BATCH).expect("small")),
+            batch_size: Some(u32::try_from(batch).expect("small")),
             block_queue_if_full: true,
             ..ProducerOptions::default()
         };
         let producer = pulsar.producer().with_topic(topic).with_options(options);
         Self {
             producer: producer.build().await.expect("a producer"),
+            payload_bytes,
+            batch,
         }
     }
 
     /// Publishes so many messages of a drain's size and returns the seconds until the last receipt.
     pub(crate) async fn publish(&mut self, messages: u64) -> f64 {
-        let payloads: Vec<Vec<u8>> = (0..BATCH).map(rows::payload).collect();
+        let payload = |number| rows::payload_of(number, self.payload_bytes as usize);
+        let payloads: Vec<Vec<u8>> = (0..self.batch).map(payload).collect();
         let started = Instant::now();
         let mut receipts = std::collections::VecDeque::new();
         let mut left = messages;

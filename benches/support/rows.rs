@@ -50,9 +50,14 @@ pub(crate) fn relation() -> Relation {
 
 /// A payload: a JSON string of hexadecimal digits, another for each number.
 pub(crate) fn payload(number: u64) -> Vec<u8> {
+    payload_of(number, PAYLOAD_BYTES)
+}
+
+/// The same of another size.
+pub(crate) fn payload_of(number: u64, bytes: usize) -> Vec<u8> {
     let digits = (0..).map(|part: u64| format!("{:016x}", mix(number << 16 | part)));
-    let digits: String = digits.take(PAYLOAD_BYTES.div_ceil(16)).collect();
-    format!("\"{}\"", &digits[..PAYLOAD_BYTES - 2]).into_bytes()
+    let digits: String = digits.take(bytes.div_ceil(16)).collect();
+    format!("\"{}\"", &digits[..bytes - 2]).into_bytes()
 }
 
 /// An Insert message of row `number`, with values in binary form where `binary` asks for it.
