@@ -15,7 +15,7 @@ create table if not exists walpost.straggler (
     topic             text,                   -- null: no topic could be made of the row
     key               text,                   -- null: the row has none
     payload           bytea,                  -- null = tombstone
-    properties        jsonb not null default '[]',    -- [["name", "value"], …]: an array keeps the order
+    properties        json not null default '[]',     -- [["name", "value"], ...]: an array keeps the order; json, not jsonb: it holds \u0000 and what the database's encoding has not
     event_time_ms     bigint not null default 0,      -- milliseconds since 1970, 0 = none
     deliver_at_ms     bigint,                 -- delayed delivery
     commit_lsn        pg_lsn not null,        -- its transaction; 0/0: it was read from the table
@@ -28,15 +28,18 @@ create table if not exists walpost.straggler (
     created_at        timestamptz not null default clock_timestamp()
 );
 
+-- What an earlier version made: jsonb, and B-tree entries that hold only keys and ids of up to 2.7 kB.
+alter table walpost.straggler alter column properties type json;
+drop index if exists walpost.straggler_once, walpost.straggler_identity, walpost.straggler_order, walpost.straggler_event;
+
 -- A transaction that Postgres sends again, or a scan that goes on after a crash, stores nothing twice. (With the id: another
 -- timeline may use the same positions. With the table: each counts its seq from 1.)
-drop index if exists walpost.straggler_once;
-create unique index if not exists straggler_identity
-    on walpost.straggler (slot, outbox, commit_lsn, ordinal, coalesce(id, ''));
+create unique index if not exists straggler_row
+    on walpost.straggler (slot, outbox, commit_lsn, ordinal, hashtextextended(coalesce(id, ''), 0));
 
 -- What is due.
 create index if not exists straggler_due on walpost.straggler (slot, next_attempt_at) where state <> 'parked';
 -- A key's stragglers, in order.
-create index if not exists straggler_order on walpost.straggler (slot, topic, key, number);
--- By message, for walpost.outbox_status.
-create index if not exists straggler_event on walpost.straggler (outbox, id);
+create index if not exists straggler_key on walpost.straggler (slot, hashtextextended(key, 0), number);
+-- By message, for walpost.outbox_status and retention.
+create index if not exists straggler_id on walpost.straggler using hash (id);

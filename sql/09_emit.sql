@@ -2,7 +2,7 @@
 -- Needs: CREATE on schema walpost, walpost.outbox as 03_outbox.sql makes it. Before the slot. May be applied again.
 --
 --   select walpost.emit('order', 'customer-7', 'OrderPlaced', '{"order": 1}');
---   select walpost.emit('order', 'customer-7', 'OrderPlaced', '{"order": 1}', headers => '{"traceparent": "00-…"}',
+--   select walpost.emit('order', 'customer-7', 'OrderPlaced', '{"order": 1}', headers => '{"traceparent": "00-..."}',
 --                       deliver_at => now() + interval '5 minutes');
 --
 -- Gives back the message id. A wrong argument is an error that names it (SQLSTATE 22004: null, 22023: any other; the argument
@@ -72,7 +72,7 @@ begin
             using errcode = 'invalid_parameter_value', column = 'type', hint = 'it says what happened, such as ''OrderPlaced''';
     elsif jsonb_typeof(headers) <> 'object' then
         raise exception 'walpost.emit: headers is a JSON %, not an object', jsonb_typeof(headers)
-            using errcode = 'invalid_parameter_value', column = 'headers', hint = 'such as ''{"traceparent": "00-…"}''';
+            using errcode = 'invalid_parameter_value', column = 'headers', hint = 'such as ''{"traceparent": "00-..."}''';
     elsif not isfinite(deliver_at) then
         raise exception 'walpost.emit: deliver_at is infinite'
             using errcode = 'invalid_parameter_value', column = 'deliver_at', hint = 'null delivers at once';

@@ -16,7 +16,7 @@
 --   headers                              an object, as the column
 --   deliver_at, created_at               texts, ISO 8601: 2026-01-02T03:04:05.678+00:00, or as Postgres prints a timestamptz
 -- null stands for an absent member, except that a payload of null is the JSON text null. Any other member is an error.
--- Any application may write it itself: select pg_logical_emit_message(true, 'walpost', '{…}'). What is no such envelope is
+-- Any application may write it itself: select pg_logical_emit_message(true, 'walpost', '{...}'). What is no such envelope is
 -- kept as a dead straggler. A message that is not transactional is refused: walpost logs, counts and skips it.
 --
 -- Whoever may connect may call pg_logical_emit_message, and so publish. Where not everybody should, as a superuser (on 17 and

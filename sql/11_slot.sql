@@ -34,7 +34,7 @@ begin
 
     -- Kept in step on standbys that ask for it (sync_replication_slots), so that it survives a failover. Before 17 a statement
     -- that says "failover" is not understood, so one is prepared that is. It is executed below, by itself: inside of this block the
-    -- making of a slot that has to wait for other transactions fails now and then ("snapshot reference … is not owned by
+    -- making of a slot that has to wait for other transactions fails now and then ("snapshot reference ... is not owned by
     -- resource owner").
     if exists (select from pg_prepared_statements where name = 'walpost_make_slot') then
         deallocate walpost_make_slot;

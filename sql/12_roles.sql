@@ -6,9 +6,9 @@
 --
 -- Roles are known to the whole cluster; what is granted here, to this database. To use them:
 --   grant walpost_producer to shop;                                     -- the application's role
---   create role walpost login replication password '…';                 -- replication is an attribute: no membership gives it
+--   create role walpost login replication password '...';                 -- replication is an attribute: no membership gives it
 --   grant walpost_connector to walpost;
--- and WALPOST_POSTGRES_URL=postgres://walpost@…. On Amazon RDS: grant rds_replication to walpost, instead of the attribute.
+-- and WALPOST_POSTGRES_URL=postgres://walpost@.... On Amazon RDS: grant rds_replication to walpost, instead of the attribute.
 -- The replication connection also has to be let in by pg_hba.conf (a line for the database, not for "replication").
 --
 -- Not granted, because only an owner has it: making and dropping partitions. For a partitioned outbox grant the owner's role to
@@ -36,7 +36,7 @@ begin
     end loop;
 
     grant usage on schema walpost to walpost_producer, walpost_connector;
-    -- Not txid and seq, which say what is delivered, and not sent_at. The id is for INSERT … RETURNING id.
+    -- Not txid and seq, which say what is delivered, and not sent_at. The id is for INSERT ... RETURNING id.
     if to_regclass('walpost.outbox') = any (tables::regclass[]) then
         grant insert (id, aggregatetype, aggregateid, type, payload, topic, headers, deliver_at, created_at), select (id)
             on walpost.outbox to walpost_producer;

@@ -6,8 +6,8 @@
 -- transaction as the work:
 --
 --   begin;
---   select walpost.inbox_claim('stock', '0198…');   -- false: handled before, or given up: leave the work out
---   update stock …;                                  -- the work
+--   select walpost.inbox_claim('stock', '0198...');   -- false: handled before, or given up: leave the work out
+--   update stock ...;                                  -- the work
 --   commit;                                          -- and only now acknowledge to the broker
 --
 -- A second consumer with the same message waits in inbox_claim for the first one's end, and is told then.

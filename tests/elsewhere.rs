@@ -196,3 +196,88 @@ async fn a_delivered_snapshot_of_the_future_is_refused_and_each_way_out_does_wha
     let received = consume(&servers().pulsar_url, &topic, 2 * committed.len(), DEADLINE).await;
     assert_eq!(committed.assert_at_least_once(&received), committed.len());
 }
+
+/// Somebody else's table, with columns for the order and the transaction that may be empty.
+async fn with_loose_columns() -> (Database, [(&'static str, &'static str); 2]) {
+    let database = Database::create("loose").await;
+    database
+        .sql(
+            "CREATE TABLE events (id text PRIMARY KEY, aggregatetype text, aggregateid text, type text, payload text,
+                                  seq bigint, txid xid8 DEFAULT pg_current_xact_id())",
+        )
+        .await;
+    (database, [("WALPOST_OUTBOX_TABLE", "events"), NOTED_SOON])
+}
+
+async fn insert_loose(database: &Database, id: &str, seq: &str) {
+    let sql = format!("INSERT INTO events VALUES ('{id}', 't', 'k', 't', '{id}', {seq})");
+    database.sql(&sql).await;
+}
+
+/// The payloads of the table's topic, in order.
+async fn arrived(database: &Database, expected: usize) -> Vec<String> {
+    let topic = database.topic("t");
+    let received = consume(&servers().pulsar_url, &topic, expected, DEADLINE).await;
+    let text = |message: support::Received| String::from_utf8(message.payload).expect("UTF-8");
+    received.into_iter().map(text).collect()
+}
+
+#[tokio::test]
+async fn rows_without_a_place_in_the_order_are_refused_until_they_have_one() {
+    for mode in [("WALPOST_MODE", "stream"), POLL] {
+        // GIVEN rows from before the slot, three of them with numbers that no scan begins with
+        let (database, settings) = with_loose_columns().await;
+        for (id, seq) in [
+            ("null", "NULL"),
+            ("zero", "0"),
+            ("below", "-5"),
+            ("one", "1"),
+        ] {
+            insert_loose(&database, id, seq).await;
+        }
+        database.init(&[], &settings).await;
+        let settings = [&settings[..], &[mode]].concat();
+
+        // THEN nothing is passed over
+        let said = refused(&database, &settings).await;
+        assert!(
+            said.contains("3 rows of table public.events have a seq that is NULL or below 1"),
+            "{said}"
+        );
+
+        // AND WHEN the statement is run, THEN all arrive, in the order that it gave them
+        let mend = between(&said, "for instance: ", "; then restart");
+        database.sql(mend).await;
+        let walpost = database.walpost(&["run"], &settings).spawn();
+        assert_eq!(
+            arrived(&database, 4).await,
+            ["one", "null", "below", "zero"]
+        );
+        walpost.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn rows_without_a_transaction_are_refused_until_they_have_one() {
+    for mode in [("WALPOST_MODE", "stream"), POLL] {
+        let (database, settings) = with_loose_columns().await;
+        insert_loose(&database, "old", "1").await;
+        database.sql("UPDATE events SET txid = NULL").await;
+        database.init(&[], &settings).await;
+        let settings = [&settings[..], &[mode]].concat();
+
+        let said = refused(&database, &settings).await;
+        assert!(
+            said.contains("1 rows of table public.events have no txid"),
+            "{said}"
+        );
+
+        let publish = between(&said, "to publish them: ", ", and after its commit ");
+        database.sql(publish).await;
+        let again = between(&said, ", and after its commit ", "; if they are");
+        database.sql(again).await;
+        let walpost = database.walpost(&["run"], &settings).spawn();
+        assert_eq!(arrived(&database, 1).await, ["old"]);
+        walpost.stop().await;
+    }
+}

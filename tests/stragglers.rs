@@ -11,6 +11,8 @@ mod refused;
 mod scan;
 #[path = "stragglers/scan_refused.rs"]
 mod scan_refused;
+#[path = "stragglers/storable.rs"]
+mod storable;
 mod support;
 
 use std::time::Duration;
@@ -217,7 +219,7 @@ async fn a_null_key_is_stored_dead_and_the_stream_goes_on() {
     assert_eq!((text(0), text(1)), (Some("public.events"), Some("4711")));
     assert_eq!((text(2), text(3)), (Some(&*database.topic("t")), None));
     assert_eq!(row.get::<_, &[u8]>(4), SECRET.as_bytes());
-    assert!(text(5).expect("properties").contains(r#"["type", "made"]"#));
+    assert!(text(5).expect("properties").contains(r#"["type","made"]"#));
     assert_eq!(text(6), Some("dead"));
     let reason = text(7).expect("a reason");
     assert!(

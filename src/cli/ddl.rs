@@ -319,6 +319,15 @@ mod tests {
     }
 
     #[test]
+    fn a_database_in_any_encoding_can_read_it() {
+        for mode in ["keep", "delete", "mark"] {
+            let config = config(&[("after-publish", mode), ("slot", "s1")]);
+            let text = Ddl::new(&config, Payload::Json, false).unwrap().text();
+            assert!(text.is_ascii(), "comments, too, are sent to Postgres");
+        }
+    }
+
+    #[test]
     fn each_payload_type_has_its_name() {
         for payload in Payload::ALL {
             assert_eq!(Payload::from_name(payload.sql_type()), Some(payload));

@@ -88,6 +88,10 @@ pub async fn close(
         };
         // Of all tables, before the first is scanned: nothing is half done when it is refused.
         table.refuse_from_elsewhere(gap.rows, gap.slot).await?;
+        let except = progress.delivered.as_ref();
+        table
+            .refuse_unscannable(gap.rows, gap.slot, &upto, except)
+            .await?;
         tables.push((place, table));
     }
     for (place, table) in &tables {

@@ -38,6 +38,7 @@ use crate::pulsar::{Diverted, Parked, PublisherConfig, RowTag};
 use crate::{Error, Lsn, Result};
 
 /// An event to be stored.
+#[derive(Clone)]
 pub(crate) struct Straggler {
     pub(crate) outbox: String,
     pub(crate) id: Option<String>,

@@ -3,12 +3,18 @@
 //!
 //! Every change is one transaction, so that a process that is killed leaves the table in one of its states. Errors are
 //! temporary where another attempt may help; the session is then made anew.
+//!
+//! What the database cannot hold (an envelope is UTF-8 whatever the database's encoding) must not hold up the rest for ever:
+//! such an event is stored with its texts escaped, dead, and its payload as it was.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
+use serde::Serialize;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Row};
+use tokio_postgres::{Client, GenericClient, Row};
+use tracing::warn;
 
 use super::straggler::Straggler;
 use crate::config::Config;
@@ -33,7 +39,7 @@ const INSERT: &str = "
     )
     insert into walpost.straggler (slot, outbox, id, topic, key, payload, properties, event_time_ms, deliver_at_ms,
                                    commit_lsn, ordinal, reason, state, next_attempt_at)
-    select $1, outbox, id, topic, key, payload, properties::jsonb, event_time_ms, deliver_at_ms,
+    select $1, outbox, id, topic, key, payload, properties::json, event_time_ms, deliver_at_ms,
            commit_lsn::pg_lsn, ordinal, reason,
            case
                when hopeless then 'dead'
@@ -41,7 +47,8 @@ const INSERT: &str = "
                    row_number() over (partition by topic, key, hopeless order by place) > 1
                    or exists (
                        select from walpost.straggler s
-                       where s.slot = $1 and s.topic = event.topic and s.key = event.key and (s.state <> 'dead' or $15)
+                       where s.slot = $1 and hashtextextended(s.key, 0) = hashtextextended(event.key, 0)
+                             and s.key = event.key and s.topic = event.topic and (s.state <> 'dead' or $15)
                    )
                ) then 'parked'
                else 'retrying'
@@ -211,36 +218,19 @@ impl Store {
         &mut self,
         events: &[Straggler],
     ) -> Result<Vec<(String, String, i64)>> {
-        fn column<'a, T>(events: &'a [Straggler], get: impl Fn(&'a Straggler) -> T + 'a) -> Vec<T> {
-            events.iter().map(get).collect()
-        }
-        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
-        let initial = self.retry_initial.as_secs_f64();
-        let (slot, order, block) = (self.slot.clone(), self.keep_key_order, self.dead_block);
-        let rows = self
-            .rows_of(
-                "store stragglers",
-                INSERT,
-                &[
-                    &slot,
-                    &column(events, |event| event.outbox.as_str()),
-                    &column(events, |event| event.id.as_deref()),
-                    &column(events, |event| event.topic.as_deref()),
-                    &column(events, |event| event.key.as_deref()),
-                    &column(events, |event| event.payload.as_deref()),
-                    &column(events, |event| pairs_to_json(&event.properties)),
-                    &column(events, |event| number(event.event_time_ms)),
-                    &column(events, |event| event.deliver_at_ms),
-                    &column(events, |event| event.commit_lsn.to_string()),
-                    &column(events, |event| number(event.ordinal)),
-                    &column(events, |event| event.reason.replace('\0', " ")),
-                    &column(events, |event| event.hopeless),
-                    &order,
-                    &block,
-                    &initial,
-                ],
-            )
-            .await?;
+        let (order, block) = (self.keep_key_order, self.dead_block);
+        let insert = Insert {
+            slot: self.slot.clone(),
+            order,
+            block,
+            retry_initial: self.retry_initial.as_secs_f64(),
+        };
+        let client = self.client()?;
+        let rows = match insert.all(client, events).await {
+            Err(error) if is_about_a_value(&error) => insert.one_by_one(client, events).await,
+            rows => rows,
+        };
+        let rows = rows.map_err(|error| sql_error("store stragglers", error))?;
         self.rows += i64::try_from(rows.len()).unwrap_or(0);
         let mut changes: HashMap<Key, i64> = HashMap::new();
         if !order {
@@ -291,7 +281,8 @@ impl Store {
             select r.* from unnest($2::text[], $3::text[]) k(topic, key) cross join lateral (
                 select number, id, topic, key, payload, properties::text, event_time_ms, deliver_at_ms, reason, attempts, false, outbox
                 from walpost.straggler s
-                where s.slot = $1 and s.topic = k.topic and s.key = k.key and s.state <> 'dead'
+                where s.slot = $1 and hashtextextended(s.key, 0) = hashtextextended(k.key, 0)
+                      and s.key = k.key and s.topic = k.topic and s.state <> 'dead'
                 order by number limit $4
             ) r order by r.number";
         let topics: Vec<&str> = keys.iter().map(|(topic, _)| topic.as_str()).collect();
@@ -351,9 +342,10 @@ impl Store {
             where s.number = f.number and before.number = f.number
             returning s.topic, s.key, s.state = 'dead' and before.state <> 'dead'";
         let numbers: Vec<i64> = failures.iter().map(|failure| failure.number).collect();
+        // In ASCII: what a broker says is it mostly, and then every database can hold it.
         let reasons: Vec<String> = failures
             .iter()
-            .map(|failure| failure.reason.replace('\0', " "))
+            .map(|failure| ascii(&failure.reason.replace('\0', " ")))
             .collect();
         let attempts: Vec<i32> = failures.iter().map(|failure| failure.attempts).collect();
         let pauses: Vec<f64> = failures
@@ -395,16 +387,155 @@ impl Store {
     }
 }
 
+/// The settings that [`INSERT`] takes with the events.
+struct Insert {
+    slot: String,
+    order: bool,
+    block: bool,
+    retry_initial: f64,
+}
+
+impl Insert {
+    async fn all(
+        &self,
+        client: &impl GenericClient,
+        events: &[Straggler],
+    ) -> Result<Vec<Row>, tokio_postgres::Error> {
+        fn column<'a, T>(events: &'a [Straggler], get: impl Fn(&'a Straggler) -> T + 'a) -> Vec<T> {
+            events.iter().map(get).collect()
+        }
+        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let with: [&(dyn ToSql + Sync); 16] = [
+            &self.slot,
+            &column(events, |event| event.outbox.as_str()),
+            &column(events, |event| event.id.as_deref()),
+            &column(events, |event| event.topic.as_deref()),
+            &column(events, |event| event.key.as_deref()),
+            &column(events, |event| event.payload.as_deref()),
+            &column(events, |event| ascii_json(&event.properties)),
+            &column(events, |event| number(event.event_time_ms)),
+            &column(events, |event| event.deliver_at_ms),
+            &column(events, |event| event.commit_lsn.to_string()),
+            &column(events, |event| number(event.ordinal)),
+            &column(events, |event| event.reason.replace('\0', " ")),
+            &column(events, |event| event.hopeless),
+            &self.order,
+            &self.block,
+            &self.retry_initial,
+        ];
+        client.query(INSERT, &with).await
+    }
+
+    /// Where one event cannot be stored as it is, it is stored as well as it can be, and the others as ever. All or nothing.
+    async fn one_by_one(
+        &self,
+        client: &mut Client,
+        events: &[Straggler],
+    ) -> Result<Vec<Row>, tokio_postgres::Error> {
+        let mut transaction = client.transaction().await?;
+        let mut rows = Vec::new();
+        for event in events {
+            for event in [event.clone(), event.with_plain_reason(), event.in_ascii()] {
+                let savepoint = transaction.savepoint("event").await?;
+                match self.all(&savepoint, std::slice::from_ref(&event)).await {
+                    Ok(stored) => {
+                        savepoint.commit().await?;
+                        rows.extend(stored);
+                        break;
+                    }
+                    Err(error) if is_about_a_value(&error) && !event.is_plain() => {
+                        savepoint.rollback().await?;
+                        warn!(
+                            ?event,
+                            "a straggler cannot be stored as it is, and is stored with escapes: {}",
+                            sql_error("store it", error).report()
+                        );
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        transaction.commit().await?;
+        Ok(rows)
+    }
+}
+
+impl Straggler {
+    /// The same with its reason in ASCII.
+    fn with_plain_reason(&self) -> Self {
+        Self {
+            reason: ascii(&self.reason),
+            ..self.clone()
+        }
+    }
+
+    /// The same with every text in ASCII, where it is not so already as a JSON string; then nothing can be attempted with it.
+    fn in_ascii(&self) -> Self {
+        let escaped = |text: &Option<String>| {
+            let escaped = |text: &String| {
+                if is_plain(text) {
+                    text.clone()
+                } else {
+                    ascii_json(text)
+                }
+            };
+            text.as_ref().map(escaped)
+        };
+        Self {
+            id: escaped(&self.id),
+            topic: escaped(&self.topic),
+            key: escaped(&self.key),
+            reason: format!(
+                "id, topic or key stand here as a JSON string, because this database cannot hold their characters: {}",
+                ascii(&self.reason)
+            ),
+            hopeless: true,
+            ..self.clone()
+        }
+    }
+
+    fn is_plain(&self) -> bool {
+        let names = [&self.id, &self.topic, &self.key];
+        names.into_iter().flatten().all(|text| is_plain(text)) && self.reason.is_ascii()
+    }
+}
+
+/// True when every database can hold it.
+fn is_plain(text: &str) -> bool {
+    text.is_ascii() && !text.contains('\0')
+}
+
+/// True when another value would have been taken: class 22, data exceptions (characters that the database's encoding has not
+/// are one), and 54, limits.
+fn is_about_a_value(error: &tokio_postgres::Error) -> bool {
+    let code = error.code().map(SqlState::code);
+    code.is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
+}
+
 fn listed(changes: HashMap<Key, i64>) -> Vec<(String, String, i64)> {
     let real = changes.into_iter().filter(|(_, count)| *count != 0);
     real.map(|((topic, key), count)| (topic, key, count))
         .collect()
 }
 
-fn pairs_to_json(pairs: &[(String, String)]) -> String {
-    let json = serde_json::to_string(pairs).unwrap_or_else(|_| "[]".to_owned());
-    // The one character that jsonb cannot hold.
-    json.replace("\\u0000", "\\ufffd")
+/// As JSON in ASCII, which needs nothing of the database's encoding.
+fn ascii_json(value: &impl Serialize) -> String {
+    // Texts and lists of texts can always be written.
+    ascii(&serde_json::to_string(value).unwrap_or_default())
+}
+
+/// Everything else as JSON escapes it.
+fn ascii(text: &str) -> String {
+    let mut ascii = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_ascii() {
+            ascii.push(character);
+        } else {
+            let units = character.encode_utf16(&mut [0; 2]).to_vec();
+            ascii.extend(units.iter().map(|unit| format!("\\u{unit:04x}")));
+        }
+    }
+    ascii
 }
 
 fn stored(row: &Row) -> Result<Stored> {

@@ -17,6 +17,9 @@ use crate::{Error, Result};
 const FETCH_ROWS: u32 = 1_000;
 const TXID: &str = "txid";
 const SEQ: &str = "seq";
+/// SQL: rows that a scan would not see; see [`ScanTable::refuse_unscannable`].
+const WITHOUT_TXID: &str = "txid IS NULL";
+const WITHOUT_SEQ: &str = "seq IS NULL OR seq < 1";
 
 /// SQL: whether a row's `txid` is one that this cluster has not come to. What a statement sees was committed before its own
 /// snapshot ends, so such a row was not inserted here with this `txid`. In the form that the index over `txid` serves.
@@ -26,9 +29,17 @@ pub const FROM_ELSEWHERE: &str =
 /// The statements for rows that are [`FROM_ELSEWHERE`]. Transaction 3 is the first that a cluster has, so it is visible in
 /// every snapshot, `4:4:` included, in which nothing else is.
 pub fn mend_from_elsewhere(table: &TableName, slot: &str) -> String {
+    mend_txid(
+        table,
+        slot,
+        "txid >= pg_snapshot_xmax(pg_current_snapshot())",
+    )
+}
+
+/// The same for the rows that this condition chooses.
+fn mend_txid(table: &TableName, slot: &str, rows: &str) -> String {
     let slot = quote_literal(slot);
     let slot = slot.trim();
-    let rows = "txid >= pg_snapshot_xmax(pg_current_snapshot())";
     format!(
         "to publish them: UPDATE {table} SET txid = pg_current_xact_id() WHERE {rows}, and after its commit UPDATE walpost.progress \
          SET scan_upto = pg_current_snapshot(), scan_position = NULL WHERE slot = {slot}; if they are published already: \
@@ -45,6 +56,10 @@ pub struct ScanTable {
     /// Its columns, as pgoutput would describe them.
     pub relation: Relation,
     seq: usize,
+    /// Whether the catalog leaves a `seq` possible that is NULL or below 1; an identity column's is neither.
+    may_lack_seq: bool,
+    /// Whether it leaves a `txid` possible that is NULL.
+    may_lack_txid: bool,
 }
 
 /// A row that was read.
@@ -79,10 +94,17 @@ impl ScanTable {
         let (Some(seq), Some(_)) = (relation.position(SEQ), relation.position(TXID)) else {
             return Ok(None);
         };
+        let sql = "SELECT coalesce(bool_or(attname = $2 AND attidentity <> 'a'), false),
+                          coalesce(bool_or(attname = $3 AND NOT attnotnull), false)
+                   FROM pg_attribute WHERE attrelid = $1 AND attname IN ($2, $3)";
+        let row = client.query_one(sql, &[&relation.id, &SEQ, &TXID]).await;
+        let row = row.map_err(|error| sql_error("look at the outbox table", error))?;
         Ok(Some(Self {
             name: name.clone(),
             relation,
             seq,
+            may_lack_seq: row.get(0),
+            may_lack_txid: row.get(1),
         }))
     }
 
@@ -135,6 +157,52 @@ impl ScanTable {
         .hint(mend_from_elsewhere(name, slot)))
     }
 
+    /// Refuses rows of the same range as [`Self::open`] that it would pass over in silence: without a place in the order (the scan
+    /// begins behind 0), or without a transaction (no snapshot shows them). Costs a walk over that range of a table that
+    /// walpost has not made, and nothing where the columns' definitions rule both out.
+    ///
+    /// # Errors
+    /// Refused, with the statements that mend it.
+    pub async fn refuse_unscannable(
+        &self,
+        client: &Client,
+        slot: &str,
+        upto: &Snapshot,
+        except: Option<&Snapshot>,
+    ) -> Result<()> {
+        let name = &self.name;
+        let count = async |rows: &str| -> Result<i64> {
+            let sql = format!("SELECT count(*) FROM {name} WHERE {rows}");
+            let row = client.query_one(&sql, &[]).await;
+            let row = row.map_err(|error| sql_error(&format!("look into {name}"), error))?;
+            Ok(row.get(0))
+        };
+        if self.may_lack_txid {
+            let rows = count(WITHOUT_TXID).await?;
+            if rows > 0 {
+                return Err(Error::refused(format!(
+                    "{rows} rows of table {name} have no txid: it cannot be told whether they are published"
+                ))
+                .hint(mend_txid(name, slot, WITHOUT_TXID)));
+            }
+        }
+        if self.may_lack_seq {
+            let rows = count(&format!("({WITHOUT_SEQ}) AND {}", between(upto, except)?)).await?;
+            if rows > 0 {
+                return Err(Error::refused(format!(
+                    "{rows} rows of table {name} have a seq that is NULL or below 1: their place in the order is not known"
+                ))
+                .hint(format!(
+                    "number them from 1 on in the order in which they are to be published, for instance: \
+                     UPDATE {name} t SET seq = n.seq FROM (SELECT ctid, (SELECT greatest(max(seq), 0) FROM {name}) + \
+                     row_number() OVER (ORDER BY seq NULLS FIRST, ctid) AS seq FROM {name} WHERE {WITHOUT_SEQ}) n \
+                     WHERE t.ctid = n.ctid; then restart walpost run"
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// Prepares to read the rows that `clause` (`WHERE …`, `ORDER BY …`) chooses, with its parameters.
     pub async fn open_chosen<'a>(
         &'a self,
@@ -159,18 +227,22 @@ impl ScanTable {
         })
     }
 
-    /// Whether there is a row that is visible in `upto` and not in `except`, or one that [`Self::refuse_from_elsewhere`] refuses.
+    /// Whether there is a row that is visible in `upto` and not in `except`, or one that [`Self::refuse_from_elsewhere`] or
+    /// [`Self::refuse_unscannable`] refuses.
     pub async fn any(
         &self,
         client: &Client,
         upto: &Snapshot,
         except: Option<&Snapshot>,
     ) -> Result<bool> {
-        let sql = format!(
-            "SELECT EXISTS (SELECT FROM {0} WHERE {1}) OR EXISTS (SELECT FROM {0} WHERE {FROM_ELSEWHERE})",
-            self.name,
-            between(upto, except)?
-        );
+        // Each by itself, so that each can use its index.
+        let mut conditions = vec![between(upto, except)?, FROM_ELSEWHERE.to_owned()];
+        if self.may_lack_txid {
+            conditions.push(WITHOUT_TXID.to_owned());
+        }
+        let exist = |rows: &String| format!("EXISTS (SELECT FROM {} WHERE {rows})", self.name);
+        let exist: Vec<String> = conditions.iter().map(exist).collect();
+        let sql = format!("SELECT {}", exist.join(" OR "));
         let row = client.query_one(&sql, &[]).await;
         let row = row.map_err(|error| sql_error(&format!("look into {}", self.name), error))?;
         Ok(row.get(0))

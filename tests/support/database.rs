@@ -36,10 +36,21 @@ impl Database {
 
     /// The same on another server, for instance one of `Servers::up(&["--postgres", "18"])`.
     pub(crate) async fn create_on(servers: &super::Servers, prefix: &str) -> Self {
+        Self::create_with(servers, prefix, "").await
+    }
+
+    /// The same on the shared server, with a text encoding of its own.
+    pub(crate) async fn create_in(encoding: &str, prefix: &str) -> Self {
+        let options =
+            format!("ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0");
+        Self::create_with(servers(), prefix, &options).await
+    }
+
+    async fn create_with(servers: &super::Servers, prefix: &str, options: &str) -> Self {
         let name = unique(prefix);
         let admin = connect(&servers.postgres_socket_url).await;
         admin
-            .batch_execute(&format!("CREATE DATABASE {name}"))
+            .batch_execute(&format!("CREATE DATABASE {name} {options}"))
             .await
             .unwrap_or_else(|error| panic!("cannot create database {name}: {error:?}"));
         let socket_url = with_database(&servers.postgres_socket_url, &name);
