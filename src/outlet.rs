@@ -182,7 +182,11 @@ impl Outlet {
         let event = match event {
             Ok(event) => event,
             Err(error) => {
-                self.unusable(error, extractor.salvage(tuple), origin)?;
+                let salvaged = extractor.salvage(tuple);
+                if salvaged.id.as_deref().is_some_and(is_known) {
+                    return Ok(false);
+                }
+                self.unusable(error, salvaged, origin)?;
                 return Ok(true);
             }
         };
@@ -348,7 +352,7 @@ impl Outlet {
                     self.tracker.ack(txn, count);
                     self.counts.stragglers += count;
                 }
-                self.publisher.stored(diverted);
+                self.publisher.stored(diverted)?;
             }
             Report::Parked(changes) => {
                 for (topic, key, count) in changes {

@@ -45,11 +45,14 @@ pub(super) async fn pump<F: Future<Output = ()>>(
         while let Some(event) = pipe.try_next_event() {
             pipe.event(event)?;
         }
+        // Read on only when all that was read is taken. Asked once a round: room may come by time alone.
+        let mut taken = false;
         while pipe.has_room() {
             if let Some(told_at) = told_at.filter(|_| !pipe.is_in_transaction()) {
                 return Ok(Stopped::Shutdown { told_at });
             }
             let Some(frame) = stream.next_frame()? else {
+                taken = true;
                 break;
             };
             let (format, reply_requested) = pipe.frame(frame)?;
@@ -84,7 +87,6 @@ pub(super) async fn pump<F: Future<Output = ()>>(
             return Ok(Stopped::Shutdown { told_at });
         }
 
-        let room = pipe.has_room();
         let unsent = stream.has_unsent_status();
         let flush_at = pipe.publisher().next_flush();
         tokio::select! {
@@ -98,7 +100,7 @@ pub(super) async fn pump<F: Future<Output = ()>>(
             // 4. A batch has waited long enough.
             () = sleep_until(flush_at.unwrap_or(now)), if flush_at.is_some() => {}
             // 5. The log, while there is room for it and under backlog in gulps; else only the status that is queued.
-            filled = intake(&mut gulp, stream, room), if room || unsent => {
+            filled = intake(&mut gulp, stream, taken), if taken || unsent => {
                 if let Some(bytes) = filled? {
                     gulp.took(bytes)?;
                 }

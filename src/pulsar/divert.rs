@@ -107,7 +107,10 @@ impl Publisher {
     }
 
     /// `count` diverted events more are safe, in the order in which they were diverted: what waits for them may go.
-    pub fn stored(&mut self, count: u64) {
+    ///
+    /// # Errors
+    /// As [`Publisher::handle`]: what was held back may go too, and may be something that can never be published.
+    pub fn stored(&mut self, count: u64) -> crate::Result<()> {
         self.stored_events += count;
         for lane in &mut self.lanes {
             lane.stored(self.stored_events, &mut self.scratch);
@@ -116,6 +119,8 @@ impl Publisher {
             self.divert_refused(lane);
         }
         self.drained();
+        self.finish_changes();
+        self.release()
     }
 
     /// `count` events more of this topic and key are kept elsewhere (fewer, when negative). Events of a key that has any are

@@ -128,10 +128,7 @@ impl Task {
     }
 
     pub(super) fn heard(&mut self, event: BrokerEvent) {
-        if let Err(error) = self.publisher.handle(event) {
-            // With diversion on only a producer name that somebody else has used says this.
-            warn!("a straggler's producer: {}", error.report());
-        }
+        warn_of(self.publisher.handle(event));
         let acked: Vec<i64> = self
             .publisher
             .take_acked()
@@ -143,29 +140,32 @@ impl Task {
 
     /// What the publisher gives back has failed: the first of each key counts, the others only wait.
     fn take_diverted(&mut self) {
-        let diverted = self.publisher.take_diverted();
-        if diverted.is_empty() {
-            return;
-        }
-        // Nothing is kept from being sent by them.
-        self.publisher.stored(diverted.len() as u64);
-        let mut firsts: HashSet<Key> = HashSet::new();
-        let mut topics: HashSet<String> = HashSet::new();
-        for event in diverted {
-            let number = event.event.txn.straggler();
-            topics.insert(event.topic);
-            let key = self.sent.get(&number).and_then(|sent| sent.key.clone());
-            let is_first = !self.order || key.is_none_or(|key| firsts.insert(key));
-            if is_first {
-                self.failure(number, &event.reason);
-            } else {
-                self.take_sent(number);
+        loop {
+            let diverted = self.publisher.take_diverted();
+            if diverted.is_empty() {
+                return;
             }
-        }
-        for topic in topics {
-            // The next attempt must be one.
-            self.publisher.forget_refusal(&topic);
-            self.refused.insert(topic);
+            // Nothing is kept from being sent by them; what is sent now may come back as well.
+            let stored = self.publisher.stored(diverted.len() as u64);
+            warn_of(stored);
+            let mut firsts: HashSet<Key> = HashSet::new();
+            let mut topics: HashSet<String> = HashSet::new();
+            for event in diverted {
+                let number = event.event.txn.straggler();
+                topics.insert(event.topic);
+                let key = self.sent.get(&number).and_then(|sent| sent.key.clone());
+                let is_first = !self.order || key.is_none_or(|key| firsts.insert(key));
+                if is_first {
+                    self.failure(number, &event.reason);
+                } else {
+                    self.take_sent(number);
+                }
+            }
+            for topic in topics {
+                // The next attempt must be one.
+                self.publisher.forget_refusal(&topic);
+                self.refused.insert(topic);
+            }
         }
     }
 
@@ -196,6 +196,13 @@ impl Task {
 }
 
 /// Topic and properties, if it can be a message as it stands in the table; else what is wrong with it.
+/// With diversion on only a producer name that somebody else has used says this.
+fn warn_of(heard: crate::Result<()>) {
+    if let Err(error) = heard {
+        warn!("a straggler's producer: {}", error.report());
+    }
+}
+
 fn checked(row: &Stored) -> Result<(String, Vec<(String, String)>), String> {
     let topic = row
         .topic

@@ -264,11 +264,7 @@ impl Again {
     }
 
     async fn publish(&mut self, table: u16, extractor: &Extractor, row: &[u8]) -> Result<()> {
-        while !self.outlet.has_room() {
-            // What is not sent gets no receipt, and makes no room.
-            self.outlet.publisher().flush(Flush::All);
-            self.wait().await?;
-        }
+        self.until(Outlet::has_room).await?;
         self.rows += 1;
         let (tag, position) = (RowTag::new(table, self.rows), Lsn::new(self.rows << 3));
         self.outlet
@@ -276,14 +272,20 @@ impl Again {
     }
 
     async fn receipts(&mut self) -> Result<()> {
+        self.until(|outlet| outlet.unfinished() == 0).await
+    }
+
+    /// Sends, and waits until receipts have brought that about, but not for ever.
+    async fn until(&mut self, done: impl Fn(&Outlet) -> bool) -> Result<()> {
         let deadline = Instant::now() + RECEIPTS;
-        while self.outlet.unfinished() > 0 {
+        while !done(&self.outlet) {
             if Instant::now() > deadline {
                 return Err(
                     Error::temporary("rows that were never marked get no receipt")
                         .hint("what the broker has against their topic stands above"),
                 );
             }
+            // What is not sent gets no receipt, and makes no room.
             self.outlet.publisher().flush(Flush::All);
             self.wait().await?;
         }

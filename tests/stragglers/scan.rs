@@ -286,3 +286,28 @@ async fn two_rows_with_one_seq_are_refused_and_nothing_of_them_is_lost() {
     assert_numbers(&database.topic("t"), 5, 100).await;
     walpost.stop().await;
 }
+
+#[tokio::test]
+async fn a_row_that_is_no_event_and_comes_from_table_and_log_is_stored_once() {
+    // GIVEN rows behind the slot's first position, which the slot's making leaves to the scan as well
+    let database = prepared("bothways").await;
+    insert(&database, "t", "k", "before").await;
+    insert(&database, "a/b", "k", "no topic").await;
+    insert(&database, "t", "k", "after").await;
+    database
+        .sql("UPDATE walpost.progress SET scan_upto = pg_current_snapshot()")
+        .await;
+
+    // WHEN both bring them
+    let walpost = database.start(&QUICK).await;
+    database.wait_all_confirmed(DEADLINE).await;
+
+    // THEN each is there once
+    wait_for_count(&database, "dead", 1).await;
+    insert(&database, "t", "k", "last").await;
+    database.wait_all_confirmed(DEADLINE).await;
+    assert_eq!(count(&database, "dead").await, 1);
+    let received = payloads(&database.topic("t"), 3).await;
+    assert_eq!(received, ["before", "after", "last"]);
+    walpost.stop().await;
+}
