@@ -6,7 +6,7 @@
 --
 -- Roles are known to the whole cluster; what is granted here, to this database. To use them:
 --   grant walpost_producer to shop;                                     -- the application's role
---   create role walpost login replication password '...';                 -- replication is an attribute: no membership gives it
+--   create role walpost login replication password '...';               -- replication is an attribute: no membership gives it
 --   grant walpost_connector to walpost;
 -- and WALPOST_POSTGRES_URL=postgres://walpost@.... On Amazon RDS: grant rds_replication to walpost, instead of the attribute.
 -- The replication connection also has to be let in by pg_hba.conf (a line for the database, not for "replication").

@@ -226,7 +226,7 @@ async fn nothing_is_lost_and_every_row_goes_when_the_connector_is_killed_eight_t
     // GIVEN writers at work, and a table that remembers what they committed
     let database = Database::create("modes").await;
     database.init(&[], &[DELETE]).await;
-    Load::prepare(&database).await;
+    Load::counters(&database).await;
     database
         .sql(
             "CREATE TABLE committed (id uuid);

@@ -123,7 +123,7 @@ async fn a_mode_that_the_table_cannot_have_is_refused_with_the_statement_that_me
     ] {
         for command in ["run", "check"] {
             let (code, said) = database
-                .walpost(&[command], &[TABLE, setting])
+                .walpost(&[command], &[TABLE, setting, database.as_owner()])
                 .run(DEADLINE)
                 .await;
             assert_eq!(code, 69, "{command} {setting:?}: {said}");

@@ -122,7 +122,7 @@ impl Standby {
             "{started:?}\n{:?}",
             std::fs::read_to_string(&log)
         );
-        let url = database.url_through(&format!("127.0.0.1:{port}"));
+        let url = database.owner_url_through(&format!("127.0.0.1:{port}"));
         Self {
             data: copy,
             bin,

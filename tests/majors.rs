@@ -97,7 +97,9 @@ async fn does_all_that_matters(major: i32) {
     // AND with a retention an old partition goes whole
     attach_old(&database).await;
     let retention = ("WALPOST_RETENTION", "20s");
-    let walpost = database.start(&[OFTEN, MARK, retention]).await;
+    let walpost = database
+        .start(&[OFTEN, MARK, retention, database.as_owner()])
+        .await;
     wait_none(&database, "pg_class WHERE relname = 'outbox_old'").await;
     stop_and_count(&database, walpost, 2 * ROWS + 1).await;
 
@@ -106,7 +108,7 @@ async fn does_all_that_matters(major: i32) {
         let list = "ALTER PUBLICATION walpost SET TABLE walpost.outbox (id, aggregatetype, aggregateid, type, payload, created_at)";
         database.sql(list).await;
     }
-    let walpost = database.start(&[OFTEN, DELETE]).await;
+    let walpost = database.start(&[OFTEN, DELETE, database.as_owner()]).await;
     insert(&database, 1 + 2 * ROWS).await;
     let left = format!("walpost.outbox WHERE payload::int > {}", 2 * ROWS);
     wait_none(&database, &left).await;

@@ -14,7 +14,7 @@ const ROWS: usize = 300_000;
 /// The promise for a transaction of this size with the default limits.
 const PEAK_RSS_KIB: u64 = 96 * 1024;
 /// The default of `WALPOST_MAX_IN_FLIGHT_BYTES`.
-const MAX_IN_FLIGHT_BYTES: u64 = 32 * 1024 * 1024;
+const MAX_IN_FLIGHT_BYTES: u64 = 24 * 1024 * 1024;
 /// What frames add to the messages in them, commands, and the one message that goes over the limit.
 const OVERHEAD_BYTES: u64 = 1024 * 1024;
 

@@ -54,11 +54,11 @@ async fn deliver(database: &Database, slot: &str) {
 
 async fn start(settings: &[(&str, &str)]) -> (Database, Walpost) {
     let database = Database::create("retention").await;
-    database.init(&["--payload", "text"], settings).await;
+    let settings = [&[RETENTION, OFTEN], settings].concat();
+    database.init(&["--payload", "text"], &settings).await;
     database
         .sql("INSERT INTO walpost.progress (slot, system_id) SELECT 'other', system_identifier::text FROM pg_control_system()")
         .await;
-    let settings = [&[RETENTION, OFTEN], settings].concat();
     let walpost = database.start(&settings).await;
     (database, walpost)
 }
@@ -242,7 +242,8 @@ async fn partitions_are_made_ahead_and_stream_and_drop_whole_once_every_row_is_d
         )
         .await;
 
-    let walpost = database.start(&[RETENTION, OFTEN]).await;
+    let settings = [RETENTION, OFTEN, database.as_owner()];
+    let walpost = database.start(&settings).await;
 
     // WHEN what can be seen is delivered: THEN no partition goes while a writer is at work
     deliver(&database, OTHER).await;
@@ -305,7 +306,7 @@ async fn a_partition_that_is_missing_ahead_is_made_by_run() {
     for name in &made[1..] {
         database.sql(&format!("DROP TABLE {name}")).await;
     }
-    let walpost = database.start(&[]).await;
+    let walpost = database.start(&[database.as_owner()]).await;
     eventually(DEADLINE, "the partitions", async || {
         (partitions(&database).await == made).then_some(())
     })

@@ -23,7 +23,10 @@ struct Roles {
 impl Roles {
     async fn create(settings: &[(&str, &str)]) -> Self {
         let mut database = Database::create("roles").await;
-        database.init(&["--roles"], settings).await;
+        // Not by the support's own step: here the logins are the test's.
+        let init = database.walpost(&["init", "--roles"], settings);
+        let (code, said) = init.run(DEADLINE).await;
+        assert_eq!(code, 0, "{said}");
         let (_, server) = database.url.rsplit_once('@').expect("the URL has a user");
         let logins = MEMBERS.map(|_| unique("login"));
         let urls = [0, 1].map(|n: usize| format!("postgres://{}:p@{server}", logins[n]));

@@ -46,7 +46,7 @@ pub(crate) fn publisher_config(broker: (String, u16)) -> PublisherConfig {
         batch_max_bytes: 128 * 1024,
         batch_linger: Duration::from_millis(1),
         max_in_flight_messages: 100_000,
-        max_in_flight_bytes: 32 * 1024 * 1024,
+        max_in_flight_bytes: 24 * 1024 * 1024,
         send_timeout: Duration::from_secs(30),
         reconnect: (Duration::from_millis(100), Duration::from_secs(5)),
     }

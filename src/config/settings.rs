@@ -334,7 +334,7 @@ settings! {
         "a batch is sent when its first message has waited this long",
     );
     MAX_IN_FLIGHT_BYTES = Setting::new(
-        "WALPOST_MAX_IN_FLIGHT_BYTES", Value("32MiB"), Kind::Size { min: KIB, max: 64 * GIB },
+        "WALPOST_MAX_IN_FLIGHT_BYTES", Value("24MiB"), Kind::Size { min: KIB, max: 64 * GIB },
         "bytes without a receipt at which intake pauses",
     );
     MAX_IN_FLIGHT_MESSAGES = Setting::new(

@@ -42,7 +42,7 @@ fn nothing_given_is_the_defaults_of_the_design() {
     assert_eq!(config.batch_max_messages, 1000);
     assert_eq!(config.batch_max_bytes, 128 * 1024);
     assert_eq!(config.batch_linger, Duration::from_millis(1));
-    assert_eq!(config.max_in_flight_bytes, 32 * 1024 * 1024);
+    assert_eq!(config.max_in_flight_bytes, 24 * 1024 * 1024);
     assert_eq!(config.max_in_flight_messages, 100_000);
     assert_eq!(config.send_timeout, Duration::from_secs(30));
     assert_eq!(config.reconnect_initial, Duration::from_millis(100));

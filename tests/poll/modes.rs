@@ -163,6 +163,7 @@ async fn a_row_goes_after_its_retention_when_its_receipt_has_come_and_a_straggle
     let broker = Proxy::before_broker(&servers().pulsar_addr);
     let url = format!("pulsar://{}", broker.addr());
     let retention = ("WALPOST_RETENTION", "1s");
+    database.init(&[], &[POLL[0], retention]).await;
     let settings = [POLL[0], POLL[1], retention, ("WALPOST_PULSAR_URL", &url)];
     let walpost = start(&database, &settings).await;
     let old = async |topic: &str, payload: &str| {

@@ -1,5 +1,6 @@
 //! A database of a test's own on the shared Postgres, with slot and topic names that nobody else has.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use tokio_postgres::types::ToSql;
@@ -26,7 +27,12 @@ pub(crate) struct Database {
     /// A session of the superuser in it.
     pub(crate) client: Client,
     server_url: String,
+    /// The login that `walpost run` has, once there is a walpost to run.
+    connector: OnceLock<String>,
 }
+
+/// Of the connectors' logins.
+const CONNECTOR_PASSWORD: &str = "of-the-connector";
 
 impl Database {
     /// Makes a database on the shared server, named after `prefix` (a few lower case letters and `_`).
@@ -61,15 +67,45 @@ impl Database {
             slot: name.clone(),
             topic_prefix: format!("persistent://public/default/{name}"),
             server_url: servers.postgres_socket_url.clone(),
+            connector: OnceLock::new(),
             name,
         }
     }
 
-    /// This database's URL with another `host:port`, for instance a [`super::Proxy`]'s.
+    /// The URL for `walpost run`: of a login that has walpost's role `walpost_connector` and nothing else; before
+    /// [`Database::let_run`] the superuser's.
+    pub(crate) fn run_url(&self) -> String {
+        let Some(login) = self.connector.get() else {
+            return self.url.clone();
+        };
+        let (_, server) = self.url.rsplit_once('@').expect("the URL has a user");
+        format!("postgres://{login}:{CONNECTOR_PASSWORD}@{server}")
+    }
+
+    /// The setting that lets `walpost run` work as the tables' owner, which makes and drops partitions.
+    pub(crate) fn as_owner(&self) -> (&'static str, &str) {
+        ("WALPOST_POSTGRES_URL", &self.url)
+    }
+
+    /// Makes that login, once.
+    pub(crate) async fn let_run(&self) {
+        let login = format!("{}_run", self.name);
+        if self.connector.set(login.clone()).is_ok() {
+            let sql = format!(
+                "CREATE ROLE {login} LOGIN REPLICATION PASSWORD '{CONNECTOR_PASSWORD}' IN ROLE walpost_connector"
+            );
+            self.sql(&sql).await;
+        }
+    }
+
+    /// [`Database::run_url`] with another `host:port`, for instance a [`super::Proxy`]'s.
     pub(crate) fn url_through(&self, addr: &str) -> String {
-        let (head, tail) = self.url.rsplit_once('@').expect("the URL has a user");
-        let (_, database) = tail.split_once('/').expect("the URL has a database");
-        format!("{head}@{addr}/{database}")
+        at_another(&self.run_url(), addr)
+    }
+
+    /// The superuser's URL with another `host:port`.
+    pub(crate) fn owner_url_through(&self, addr: &str) -> String {
+        at_another(&self.url, addr)
     }
 
     /// One more session, for transactions that run side by side.
@@ -206,6 +242,10 @@ async fn drop_database(server_url: &str, name: &str) {
         .batch_execute(&format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
         .await
         .expect("the database can be dropped");
+    admin
+        .batch_execute(&format!("DROP ROLE IF EXISTS {name}_run"))
+        .await
+        .expect("the connector's login can be dropped");
 }
 
 /// A session; its connection runs in a task of the current runtime.
@@ -216,6 +256,12 @@ pub(crate) async fn connect(url: &str) -> Client {
         .unwrap_or_else(|error| panic!("cannot connect to the local Postgres: {error:?}"));
     tokio::spawn(connection);
     client
+}
+
+fn at_another(url: &str, addr: &str) -> String {
+    let (head, tail) = url.rsplit_once('@').expect("the URL has a user");
+    let (_, database) = tail.split_once('/').expect("the URL has a database");
+    format!("{head}@{addr}/{database}")
 }
 
 fn with_database(url: &str, database: &str) -> String {

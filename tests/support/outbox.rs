@@ -16,11 +16,13 @@ impl Database {
             .fold(command, |command, (name, value)| command.env(name, value))
     }
 
-    /// Runs `walpost init <args>`.
+    /// Runs `walpost init --roles <args>` as the superuser; from then on `walpost run` has the role that this makes. What
+    /// the settings ask for (`mark`, retention) is granted with it.
     pub(crate) async fn init(&self, args: &[&str], settings: &[(&str, &str)]) {
-        let args: Vec<&str> = ["init"].iter().chain(args).copied().collect();
+        let args: Vec<&str> = ["init", "--roles"].iter().chain(args).copied().collect();
         let (code, said) = self.walpost(&args, settings).run(DEADLINE).await;
         assert_eq!(code, 0, "walpost init failed:\n{said}");
+        self.let_run().await;
     }
 
     /// Starts `walpost run` and waits until it streams.

@@ -42,10 +42,17 @@ impl Command {
         self
     }
 
-    /// Points the child at a test's database, slot and topics, and at the shared broker; over TCP.
+    /// Points the child at a test's database, slot and topics, and at the shared broker; over TCP. `run` logs in as
+    /// [`Database::run_url`] says, every other command as the superuser.
     #[must_use]
     pub(crate) fn on(self, database: &Database) -> Self {
-        self.env("WALPOST_POSTGRES_URL", &database.url)
+        let runs = self.0.get_args().next().is_some_and(|first| first == "run");
+        let url = if runs {
+            database.run_url()
+        } else {
+            database.url.clone()
+        };
+        self.env("WALPOST_POSTGRES_URL", url)
             .env("WALPOST_PULSAR_URL", &servers().pulsar_url)
             .env("WALPOST_SLOT", &database.slot)
             .env(
