@@ -100,8 +100,10 @@ const SECTIONS: [Section; 6] = [
             column("p99", "consumer_p99_ms", 2),
             column("p99.9", "consumer_p999_ms", 2),
             column("due → receipt p99 ms", "due_receipt_p99_ms", 2),
+            column("log p99 ms", "log_p99_ms", 2),
             column("broker p99 ms", "broker_p99_ms", 2),
             column("plain p99 ms", "plain_p99_ms", 2),
+            column("receipt − broker p99 ms", "over_broker_p99_ms", 2),
             column("receipt − plain p99 ms", "over_plain_p99_ms", 2),
             column("CPU µs an event", "cpu_us_per_event", 1),
         ],
@@ -279,8 +281,13 @@ fn circumstances(run: &Run) -> String {
         .flatten()
         .map(|(name, value)| format!("{name}={value}"))
         .collect();
+    let stolen = run.stolen_percent();
+    let stolen = stolen.map_or(String::new(), |stolen| {
+        let percent = cell_of(stolen, 1);
+        format!("; percent of the processors that the hypervisor took: {percent}")
+    });
     format!(
-        "Run of {} with {}; {servers}{}, {} cores, {}, Linux {}; load when it began {}. Medians (lowest to highest round).",
+        "Run of {} with {}; {servers}{}, {} cores, {}, Linux {}; load when it began {}{stolen}. Medians (lowest to highest round).",
         text(&run.header["commit"]),
         settings.join(" "),
         machine("cpu"),

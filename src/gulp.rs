@@ -3,7 +3,15 @@
 //! A walsender sends every row by itself. A reader that wakes for each of them pays a wake-up a row, and makes the
 //! walsender pay for it too; one that lets the socket fill for a fraction of a millisecond takes a hundred rows at once.
 //! With little traffic nothing is ever held back, so latency is untouched. (Not being woken meanwhile takes a socket of its own
-//! kind: `postgres::quiet`.) Rows that are late anyway are read in gulps however slowly they come.
+//! kind: `postgres::quiet`.)
+//!
+//! In between there are two reasons for a pause of less:
+//!
+//! * A transaction is arriving. A walsender sends it in one go once its commit is in the log, so the rest of it is on its way.
+//! * The rows come late. A small part of that more makes no difference to them, and all to the walsender: where processors are
+//!   scarce a reader that wakes for each row takes the walsender's processor from it in the middle of each `send` (measured
+//!   with 16 writers and 1,000 transactions of 10 rows a second on two cores: 0.2 ms for each row, and a walsender that fell
+//!   behind by 100 ms while it slept or waited for its turn most of the time).
 //!
 //! How long the pause may be is set by the socket's buffer: when that is full the walsender stops. A Unix socket counts
 //! about 2 KiB for each small row against a fixed 208 KiB, so it holds only some ninety rows, which a fast walsender
@@ -22,6 +30,14 @@ use crate::{Error, Result};
 /// read at once.
 const MIN_BYTES: usize = 8 * 1024;
 const WINDOW: Duration = Duration::from_millis(1);
+/// The pause while a transaction is arriving: ten rows' time, and a small part of what a receipt takes.
+const IN_TRANSACTION: Duration = Duration::from_micros(100);
+/// The part of how late rows are that the next ones may wait.
+const LATE_PART: u32 = 8;
+const LATE_MAX: Duration = Duration::from_millis(1);
+/// Rows that come this long after their commit are a backlog, also when they come slowly. (A commit's time is that at which
+/// its record was made, so that a slow flush of the log is in it: what is below this says nothing.)
+pub const LATE: Duration = Duration::from_millis(100);
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -32,8 +48,10 @@ pub struct Gulp {
     window_bytes: usize,
     /// The timer runs, or has run out and was not looked at.
     pausing: bool,
+    /// Something was read, and [`arrived`](Self::arrived) was not told what.
+    has_read: bool,
     fast: bool,
-    late: bool,
+    late: Duration,
 }
 
 impl Gulp {
@@ -55,22 +73,23 @@ impl Gulp {
             window_start: Instant::now(),
             window_bytes: 0,
             pausing: false,
+            has_read: false,
             fast: false,
-            late: false,
+            late: Duration::ZERO,
         })
     }
 
-    /// True while rows come faster than they are worth reading one by one, or late.
+    /// True while rows come faster than they are worth reading one by one, or very late.
     pub fn is_backlog(&self) -> bool {
-        self.fast || self.late
+        self.fast || self.late >= LATE
     }
 
-    /// Takes note of whether the rows that were read last were late anyway.
-    pub fn set_late(&mut self, late: bool) {
-        self.late = late;
+    /// True while the socket is not to be read.
+    pub fn is_pausing(&self) -> bool {
+        self.pausing
     }
 
-    /// Takes note of a read; under backlog the pause begins.
+    /// Takes note of a read; when they are large the pause begins.
     pub fn took(&mut self, bytes: usize) -> Result<()> {
         let now = Instant::now();
         if now - self.window_start < WINDOW {
@@ -81,23 +100,47 @@ impl Gulp {
             self.window_bytes = bytes;
         }
         self.fast = self.window_bytes >= MIN_BYTES;
-        if self.is_backlog() {
-            let it_value = Timespec {
-                tv_sec: 0,
-                tv_nsec: i64::from(self.pause.subsec_nanos()),
-            };
-            let once = Itimerspec {
-                it_interval: Timespec {
-                    tv_sec: 0,
-                    tv_nsec: 0,
-                },
-                it_value,
-            };
-            let armed =
-                rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once);
-            armed.map_err(|error| Error::temporary("cannot set a timer").caused_by(error))?;
-            self.pausing = true;
+        self.has_read = true;
+        if self.fast {
+            self.pause(self.pause)?;
         }
+        Ok(())
+    }
+
+    /// Takes note of what was read last: its rows came this `late`, and it ended within a transaction or not.
+    pub fn arrived(&mut self, late: Duration, in_transaction: bool) -> Result<()> {
+        self.late = late;
+        if !std::mem::take(&mut self.has_read) || self.pausing {
+            return Ok(());
+        }
+        let least = if in_transaction {
+            IN_TRANSACTION
+        } else {
+            Duration::ZERO
+        };
+        let pause = (late / LATE_PART).min(LATE_MAX).max(least);
+        if pause < IN_TRANSACTION {
+            return Ok(());
+        }
+        self.pause(pause)
+    }
+
+    /// Begins a pause; one that runs already ends when this one does.
+    fn pause(&mut self, pause: Duration) -> Result<()> {
+        let it_value = Timespec {
+            tv_sec: 0,
+            tv_nsec: i64::from(pause.subsec_nanos()),
+        };
+        let once = Itimerspec {
+            it_interval: Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
+            it_value,
+        };
+        let armed = rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once);
+        armed.map_err(|error| Error::temporary("cannot set a timer").caused_by(error))?;
+        self.pausing = true;
         Ok(())
     }
 
@@ -138,16 +181,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_rest_of_a_transaction_is_waited_for_once() {
+        let mut gulp = Gulp::new(PAUSE).unwrap();
+        gulp.took(100).unwrap();
+        let start = Instant::now();
+        gulp.arrived(Duration::ZERO, true).unwrap();
+        assert!(!gulp.is_backlog());
+        gulp.wait().await.unwrap();
+        assert!(start.elapsed() >= IN_TRANSACTION);
+        // Nothing was read since: the next read is not held back.
+        gulp.arrived(Duration::ZERO, true).unwrap();
+        assert!(!gulp.is_pausing());
+        gulp.took(100).unwrap();
+        gulp.arrived(Duration::ZERO, false).unwrap();
+        assert!(!gulp.is_pausing());
+    }
+
+    #[tokio::test]
     async fn what_is_late_is_waited_for_however_little_it_is() {
         let mut gulp = Gulp::new(PAUSE).unwrap();
-        gulp.set_late(true);
-        let start = Instant::now();
+        for (late, pause) in [(LATE, LATE_MAX), (LATE_MAX, LATE_MAX / LATE_PART)] {
+            let start = Instant::now();
+            gulp.took(100).unwrap();
+            gulp.arrived(late, false).unwrap();
+            assert_eq!(gulp.is_backlog(), late == LATE);
+            gulp.wait().await.unwrap();
+            assert!(start.elapsed() >= pause);
+        }
         gulp.took(100).unwrap();
-        assert!(gulp.is_backlog());
-        gulp.wait().await.unwrap();
-        assert!(start.elapsed() >= PAUSE);
-        gulp.set_late(false);
-        assert!(!gulp.is_backlog());
+        gulp.arrived(LATE_MAX / 100, false).unwrap();
+        assert!(!gulp.is_pausing());
     }
 
     #[tokio::test]

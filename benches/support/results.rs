@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! {"bench":"drain","at_unix_s":…,"commit":…,"optimized":true,"machine":{…},"servers":…,"settings":{"ROWS":500000,…}}
-//! {"case":"tcp","round":1,"figures":{"rows_per_s":90000.0,…}}
+//! {"case":"tcp","round":1,"figures":{"rows_per_s":90000.0,…},"stolen_percent":1.5}
 //! …
 //! ```
+//! `stolen_percent` is what a hypervisor has taken of the processors since the line before: rented machines are noisy, and a
+//! tail of milliseconds is made of that first.
 //! A run overwrites the one before it. Figures are measured values or ratios of values of the same round; medians are left
 //! to the reader, so that the spread stays visible.
 
@@ -26,6 +28,7 @@ pub(crate) fn folder() -> PathBuf {
 /// A run being written.
 pub(crate) struct Results {
     file: File,
+    processors: Processors,
 }
 
 impl Results {
@@ -53,7 +56,10 @@ impl Results {
             .map(|(name, value)| ((*name).to_owned(), json!(value)))
             .collect();
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let mut results = Self { file };
+        let mut results = Self {
+            file,
+            processors: Processors::now(),
+        };
         results.line(&json!({
             "bench": bench,
             "at_unix_s": now.map_or(0, |now| now.as_secs()),
@@ -77,7 +83,12 @@ impl Results {
             .iter()
             .map(|(name, value)| ((*name).to_owned(), json!(value)))
             .collect();
-        self.line(&json!({ "case": case, "round": round, "figures": figures }));
+        let processors = Processors::now();
+        let stolen_percent = processors.stolen_percent_since(self.processors);
+        self.processors = processors;
+        self.line(&json!({
+            "case": case, "round": round, "figures": figures, "stolen_percent": stolen_percent,
+        }));
     }
 
     fn line(&mut self, line: &Value) {
@@ -127,6 +138,33 @@ fn machine() -> Value {
     })
 }
 
+/// What became of all processors' time since the machine was started.
+#[derive(Clone, Copy)]
+struct Processors {
+    ticks: u64,
+    stolen: u64,
+}
+
+impl Processors {
+    fn now() -> Self {
+        let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+        let all = stat.lines().next().unwrap_or_default();
+        // proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal; guests' time is in the first two.
+        let fields = all.split_whitespace().skip(1).take(8);
+        let ticks: Vec<u64> = fields.filter_map(|field| field.parse().ok()).collect();
+        Self {
+            ticks: ticks.iter().sum(),
+            stolen: ticks.get(7).copied().unwrap_or(0),
+        }
+    }
+
+    fn stolen_percent_since(self, earlier: Self) -> f64 {
+        let ticks = self.ticks.saturating_sub(earlier.ticks).max(1);
+        let stolen = self.stolen.saturating_sub(earlier.stolen);
+        100.0 * stolen as f64 / ticks as f64
+    }
+}
+
 /// A run read back.
 pub(crate) struct Run {
     /// The first line.
@@ -160,6 +198,12 @@ impl Run {
             }
         }
         cases
+    }
+
+    /// What a hypervisor took of the processors, in percent.
+    pub(crate) fn stolen_percent(&self) -> Option<Spread> {
+        let records = self.records.iter();
+        Spread::of(records.filter_map(|record| record["stolen_percent"].as_f64()))
     }
 
     /// One figure of a case over all rounds; `None` when it has none.

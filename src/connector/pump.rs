@@ -8,13 +8,10 @@ use tokio::time::{Instant, sleep_until};
 use super::{Shutdown, TICK_INTERVAL};
 use crate::Result;
 use crate::feedback::Feedback;
-use crate::gulp::Gulp;
+use crate::gulp::{self, Gulp};
 use crate::pipe::{Format, Pipe};
 use crate::postgres::ReplicationStream;
 use crate::pulsar::Flush;
-
-/// Rows that come this long after their commit are a backlog, also when they come slowly.
-const LATE: Duration = Duration::from_millis(100);
 
 /// Why the pump stopped without an error.
 pub(super) enum Stopped {
@@ -62,9 +59,10 @@ pub(super) async fn pump<F: Future<Output = ()>>(
             feedback.wanted |= reply_requested;
         }
         let late = pipe.lateness();
-        gulp.set_late(late >= LATE);
-        let due = if gulp.is_backlog() {
-            Flush::Backlog(late)
+        gulp.arrived(late, pipe.is_in_transaction())?;
+        // In a pause the next rows are waited for: a batch may wait as well.
+        let due = if gulp.is_backlog() || gulp.is_pausing() && pipe.is_in_transaction() {
+            Flush::Backlog(late.saturating_sub(gulp::LATE))
         } else {
             Flush::Due
         };
@@ -119,7 +117,7 @@ async fn intake(
         stream.flush().await?;
         return Ok(None);
     }
-    if gulp.is_backlog() {
+    if gulp.is_pausing() {
         stream.flush().await?;
         gulp.wait().await?;
     }

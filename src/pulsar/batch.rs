@@ -69,14 +69,14 @@ enum Body {
 }
 
 impl Batch {
-    /// A batch whose first message has this id; its bytes come with [`close`](Self::close).
-    pub(super) fn new(sequence_id: u64, deliver_at_ms: Option<i64>) -> Self {
+    /// A batch whose first message has this id, of about so many messages; its bytes come with [`close`](Self::close).
+    pub(super) fn new(sequence_id: u64, deliver_at_ms: Option<i64>, likely: usize) -> Self {
         Self {
             first_sequence_id: sequence_id,
             last_sequence_id: sequence_id,
             messages: 0,
             owners: Vec::new(),
-            rows: Vec::new(),
+            rows: Vec::with_capacity(likely),
             marks: None,
             bytes: 0,
             deliver_at_ms,
@@ -200,7 +200,7 @@ impl Batch {
             let mut buffer = BytesMut::with_capacity(headroom + entry.len());
             buffer.put_bytes(0, headroom);
             buffer.put_slice(&entry);
-            let mut single = Self::new(metadata.sequence_id(), self.deliver_at_ms);
+            let mut single = Self::new(metadata.sequence_id(), self.deliver_at_ms, 1);
             let of = owners
                 .next()
                 .expect("a batch has an owner for each message");

@@ -158,6 +158,8 @@ pub(super) struct Lane {
     dedicated: bool,
     arena: BytesMut,
     arena_step: usize,
+    /// Messages of the last batch.
+    likely_messages: usize,
     open: Option<Open>,
     in_flight: VecDeque<Batch>,
     /// How many of `in_flight`, from the front, were written to the present connection.
@@ -200,6 +202,7 @@ impl Lane {
             dedicated,
             arena: BytesMut::new(),
             arena_step: MIN_ARENA_BYTES,
+            likely_messages: 0,
             open: None,
             in_flight: VecDeque::new(),
             written: 0,
@@ -308,7 +311,7 @@ impl Lane {
         let mut buffer = BytesMut::with_capacity(headroom + bytes);
         buffer.put_bytes(0, headroom);
         single.append(&mut buffer, metadata_len, properties);
-        let mut batch = Batch::new(sequence_id, message.deliver_at_ms);
+        let mut batch = Batch::new(sequence_id, message.deliver_at_ms, 1);
         batch.add(sequence_id, bytes, message.of(), message.mark);
         batch.refused = Some(reason.into());
         self.in_flight.push_back(batch.close(buffer));
@@ -395,7 +398,7 @@ impl Lane {
             self.arena.reserve(self.arena_step.max(headroom + bytes));
         }
         self.arena.put_bytes(0, headroom);
-        let mut batch = Batch::new(sequence_id, deliver_at_ms);
+        let mut batch = Batch::new(sequence_id, deliver_at_ms, self.likely_messages);
         batch.after = after;
         self.open = Some(Open {
             batch,
@@ -410,6 +413,7 @@ impl Lane {
         // Follow the size of the batches up at once and down by halves.
         let wanted = (buffer.len() * BATCHES_PER_ARENA).max(MIN_ARENA_BYTES);
         self.arena_step = wanted.max(self.arena_step / 2);
+        self.likely_messages = open.batch.messages as usize;
         self.in_flight.push_back(open.batch.close(buffer));
         self.transmit(scratch);
     }

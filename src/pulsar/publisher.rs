@@ -124,8 +124,7 @@ pub struct PublisherConfig {
 pub enum Flush {
     /// Those whose lane has nothing under way, and those that have waited for the linger time.
     Due,
-    /// While rows come in numbers or late, and were sent by the database this long after their commit: only those that have waited
-    /// for a part of that.
+    /// While rows come in numbers or late, by this much: only those that have waited for a part of that.
     Backlog(Duration),
     /// All.
     All,

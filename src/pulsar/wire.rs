@@ -37,7 +37,11 @@ const fn tag(field: u64, wire_type: u64) -> u64 {
 
 /// Bytes that `value` takes as a protobuf varint.
 const fn varint_len(value: u64) -> usize {
-    (70 - (value | 1).leading_zeros() as usize) / 7
+    // Nearly all are lengths of short texts, and tags.
+    if value < 0x80 {
+        return 1;
+    }
+    (70 - value.leading_zeros() as usize) / 7
 }
 
 fn put_varint(buffer: &mut impl BufMut, mut value: u64) {
@@ -218,20 +222,26 @@ impl Single<'_> {
         properties: impl Iterator<Item = (&'p str, &'p str)>,
     ) {
         let payload = self.payload.unwrap_or_default();
-        buffer.put_u32(length(metadata_len));
+        // The buffer grows once for all that stands before the payload; each small piece by itself would ask it for room.
+        let start = buffer.len();
+        buffer.reserve(4 + metadata_len + payload.len());
+        buffer.resize(start + 4 + metadata_len, 0);
+        let mut gap = &mut buffer[start..];
+        gap.put_u32(length(metadata_len));
         for (name, value) in properties {
-            put_varint(buffer, tag(1, LENGTH_DELIMITED));
-            put_varint(buffer, property_len((name, value)) as u64);
-            put_bytes(buffer, 1, name.as_bytes());
-            put_bytes(buffer, 2, value.as_bytes());
+            put_varint(&mut gap, tag(1, LENGTH_DELIMITED));
+            put_varint(&mut gap, property_len((name, value)) as u64);
+            put_bytes(&mut gap, 1, name.as_bytes());
+            put_bytes(&mut gap, 2, value.as_bytes());
         }
-        put_bytes(buffer, 2, self.key.as_bytes());
-        put_number(buffer, 3, payload.len() as u64);
-        put_number(buffer, 5, self.event_time_ms);
-        put_number(buffer, 8, self.sequence_id);
+        put_bytes(&mut gap, 2, self.key.as_bytes());
+        put_number(&mut gap, 3, payload.len() as u64);
+        put_number(&mut gap, 5, self.event_time_ms);
+        put_number(&mut gap, 8, self.sequence_id);
         if self.payload.is_none() {
-            put_number(buffer, 9, 1);
+            put_number(&mut gap, 9, 1);
         }
+        debug_assert!(gap.is_empty(), "the metadata's length was counted wrongly");
         buffer.put_slice(payload);
     }
 }
