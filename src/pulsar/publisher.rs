@@ -35,10 +35,10 @@
 //! When it is full; when its lane has no batch without receipt (an idle pipe never waits); when it has waited for the linger
 //! time. Under load a lane always has a batch under way, so batches grow by themselves.
 //!
-//! While rows come in numbers or late ([`Flush::Backlog`]) only the first counts, and a linger time that grows with how late they
-//! are: a quarter of the time that they have taken so far and that a receipt takes. Every entry costs the broker the same
-//! however many messages it holds, so fewer and larger ones end a backlog sooner; and a broker that gets slow is given
-//! fewer, by itself.
+//! While rows come in numbers or late, or more of their transaction is on its way ([`Flush::Backlog`]), only the first counts, and
+//! a linger time that grows with how late they are: a quarter of what is counted as late ([`crate::gulp::LATE`] is not) and of what a
+//! receipt takes. Every entry costs the broker the same however many messages it holds, so fewer and larger ones end a
+//! backlog sooner; and a broker that gets slow is given fewer, by itself.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -124,7 +124,8 @@ pub struct PublisherConfig {
 pub enum Flush {
     /// Those whose lane has nothing under way, and those that have waited for the linger time.
     Due,
-    /// While rows come in numbers or late, by this much: only those that have waited for a part of that.
+    /// While rows come in numbers, or late by this much, or more of a transaction is on its way: only those that have waited for
+    /// a part of that.
     Backlog(Duration),
     /// All.
     All,
