@@ -2,8 +2,8 @@
 //!
 //! A walsender sends every row by itself. A reader that wakes for each of them pays a wake-up a row, and makes the
 //! walsender pay for it too; one that lets the socket fill for a fraction of a millisecond takes a hundred rows at once.
-//! With little traffic nothing is ever held back, so latency is untouched. (Not being woken meanwhile takes a socket of its own
-//! kind: `postgres::quiet`.)
+//! With little traffic nothing is held back but the rest of a transaction, for a tenth of a millisecond. (Not being woken meanwhile
+//! takes a socket of its own kind: `postgres::quiet`.)
 //!
 //! In between there are two reasons for a pause of less:
 //!
