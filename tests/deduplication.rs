@@ -100,6 +100,7 @@ async fn a_transaction_whose_walsender_is_terminated_half_way_arrives_exactly_on
             "WALPOST_PULSAR_URL",
             &*format!("pulsar://{}", broker.addr()),
         ),
+        ("WALPOST_POSTGRES_URL", &database.run_socket_url()),
         ("WALPOST_MAX_IN_FLIGHT_MESSAGES", "40000"),
     ];
     let walpost = database.start(&settings).await;

@@ -54,6 +54,7 @@ async fn a_walsender_terminated_inside_a_large_transaction_loses_and_doubles_not
     let url = format!("pulsar://{}", proxy.addr());
     let settings = [
         ("WALPOST_PULSAR_URL", &*url),
+        ("WALPOST_POSTGRES_URL", &database.run_socket_url()),
         ("WALPOST_MAX_IN_FLIGHT_MESSAGES", "20000"),
     ];
     let walpost = database.start(&settings).await;

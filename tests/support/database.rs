@@ -82,6 +82,15 @@ impl Database {
         format!("postgres://{login}:{CONNECTOR_PASSWORD}@{server}")
     }
 
+    /// [`Database::run_url`] over the Unix socket, which holds some ninety rows and no more: a connector that does not read
+    /// blocks its walsender at once. (Over TCP that takes as many megabytes as the kernel's limits allow, 4 + 32 on some.)
+    pub(crate) fn run_socket_url(&self) -> String {
+        let login = self.connector.get().expect("a walpost to run");
+        let (scheme, rest) = self.socket_url.split_once("://").expect("a URL");
+        let (_, server) = rest.split_once('@').expect("the URL has a user");
+        format!("{scheme}://{login}:{CONNECTOR_PASSWORD}@{server}")
+    }
+
     /// The setting that lets `walpost run` work as the tables' owner, which makes and drops partitions.
     pub(crate) fn as_owner(&self) -> (&'static str, &str) {
         ("WALPOST_POSTGRES_URL", &self.url)
@@ -160,7 +169,8 @@ impl Database {
             .await;
     }
 
-    /// The same while its client takes no more bytes; returns when the walsender has obeyed.
+    /// The same while its client takes no more bytes; returns when the walsender has obeyed. The client should be at
+    /// [`Database::run_socket_url`].
     ///
     /// It then stays, blocked on its last words, until the client reads on or hangs up.
     pub(crate) async fn terminate_blocked_walsender(&self, deadline: Duration) {
