@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::compression::Codec;
 use super::lane::RowTag;
+use super::memory::Memory;
 use super::route::Held;
 use super::rows::{Row, Rows};
 use super::wire::{self, BatchHeader};
@@ -128,17 +129,12 @@ impl Batch {
     }
 
     /// The frame to write now: made the first time, the same ever after.
-    pub(super) fn send(
-        &mut self,
-        producer: &Producer,
-        now: Instant,
-        scratch: &mut Vec<u8>,
-    ) -> Bytes {
+    pub(super) fn send(&mut self, producer: &Producer, now: Instant, memory: &mut Memory) -> Bytes {
         let frame = match &mut self.body {
             Body::Sent { frame, .. } => frame.clone(),
             Body::Waiting(buffer) => {
                 let buffer = std::mem::take(buffer);
-                self.frame(buffer, producer, scratch)
+                self.frame(buffer, producer, memory)
             }
         };
         self.body = Body::Sent {
@@ -148,13 +144,13 @@ impl Batch {
         frame
     }
 
-    fn frame(&self, mut buffer: BytesMut, producer: &Producer, scratch: &mut Vec<u8>) -> Bytes {
+    fn frame(&self, mut buffer: BytesMut, producer: &Producer, memory: &mut Memory) -> Bytes {
         let uncompressed_bytes = buffer.len() - producer.headroom;
         let smaller = producer
             .compression
             .compress(&buffer[producer.headroom..], producer.headroom);
         let compressed = smaller.map(|smaller| {
-            buffer = smaller;
+            memory.give_back(std::mem::replace(&mut buffer, smaller).freeze());
             (producer.compression.wire(), uncompressed_bytes)
         });
         let now = std::time::SystemTime::now()
@@ -172,7 +168,14 @@ impl Batch {
             schema_version: producer.schema_version.as_deref(),
             compressed,
         };
-        wire::seal(buffer, producer.headroom, &header, scratch)
+        wire::seal(buffer, producer.headroom, &header, &mut memory.header)
+    }
+
+    /// It has its receipt: the next batch may have its memory.
+    pub(super) fn give_back(self, memory: &mut Memory) {
+        if let Body::Sent { frame, .. } = self.body {
+            memory.give_back(frame);
+        }
     }
 
     /// As if it had never been sent: its next frame names another producer.

@@ -113,7 +113,7 @@ impl Publisher {
     pub fn stored(&mut self, count: u64) -> crate::Result<()> {
         self.stored_events += count;
         for lane in &mut self.lanes {
-            lane.stored(self.stored_events, &mut self.scratch);
+            lane.stored(self.stored_events, &mut self.memory);
         }
         for lane in 0..self.lanes.len() {
             self.divert_refused(lane);
@@ -194,7 +194,7 @@ impl Publisher {
         properties: impl Iterator<Item = (&'p str, &'p str)>,
         reason: String,
     ) {
-        self.lanes[lane].skip(event.commit_lsn, &mut self.scratch);
+        self.lanes[lane].skip(event.commit_lsn, &mut self.memory);
         let topic = self.lanes[lane].topic;
         self.divert(route, Held::new(event, key_hash, properties), reason);
         self.topics[topic].last_diverted = self.diverted_events;

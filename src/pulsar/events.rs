@@ -137,7 +137,7 @@ impl Publisher {
         let Some(lane) = self.lanes.get_mut(slot(producer_id)) else {
             return;
         };
-        match lane.receipt(sequence_id, &mut self.scratch) {
+        match lane.receipt(sequence_id, &mut self.memory) {
             Receipt::Acknowledged(mut batch) => {
                 if let Some(at) = batch.sent_at() {
                     self.receipt_delay = (7 * self.receipt_delay + at.elapsed()) / 8;
@@ -153,12 +153,13 @@ impl Publisher {
                 let route = self.topics[topic].route;
                 let metered = self.routes[route].metered;
                 let messages = u64::from(batch.messages);
+                batch.give_back(&mut self.memory);
                 self.config.meter.published(metered, messages);
                 if stored_before {
                     self.config.meter.recognized(messages);
                 }
                 if lane.is_quiet() && !self.backlog {
-                    lane.seal(&mut self.scratch);
+                    lane.seal(&mut self.memory);
                 }
                 if std::mem::take(&mut self.topics[topic].troubled) {
                     self.topics[topic].backoff.reset();
@@ -300,7 +301,7 @@ impl Publisher {
                     connection.clone(),
                     producer.last_sequence_id,
                     producer.schema_version,
-                    &mut self.scratch,
+                    &mut self.memory,
                 );
             }
             self.topics[topic].refused = None;

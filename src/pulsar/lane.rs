@@ -43,6 +43,7 @@ use tokio::time::Instant;
 use super::batch::{Batch, Producer};
 use super::compression::Codec;
 use super::connection::Connection;
+use super::memory::Memory;
 use super::rows::Row;
 use super::wire::{self, Single};
 use crate::Lsn;
@@ -50,9 +51,6 @@ use crate::ack::TxnNo;
 
 /// Ids of one lane between two transactions: commit records are ≥ 40 bytes = 5 × 8 apart, and each 8 bytes hold 2^16.
 pub(super) const MAX_ORDINALS: u64 = 5 << 16;
-const MIN_ARENA_BYTES: usize = 4 * 1024;
-/// Batches that one allocation serves: few enough that a receipt soon frees it, enough to make it cheap.
-const BATCHES_PER_ARENA: usize = 4;
 
 /// One event on its way to the broker; everything is borrowed from the replication buffer.
 #[derive(Clone, Copy, Debug)]
@@ -142,10 +140,12 @@ pub(super) enum Link {
     Up(Connection),
 }
 
-/// The batch being filled; its bytes are the lane's arena.
+/// The batch being filled.
 #[derive(Debug)]
 struct Open {
     batch: Batch,
+    /// The gap for its header, and its messages.
+    buffer: BytesMut,
     since: Instant,
 }
 
@@ -156,10 +156,8 @@ pub(super) struct Lane {
     pub producer: Producer,
     /// Serves the tail of one huge transaction only.
     dedicated: bool,
-    arena: BytesMut,
-    arena_step: usize,
-    /// Messages of the last batch.
-    likely_messages: usize,
+    /// What a batch is likely to need: messages of the last one, and bytes of the last ones.
+    likely: (usize, usize),
     open: Option<Open>,
     in_flight: VecDeque<Batch>,
     /// How many of `in_flight`, from the front, were written to the present connection.
@@ -200,9 +198,7 @@ impl Lane {
                 compression,
             },
             dedicated,
-            arena: BytesMut::new(),
-            arena_step: MIN_ARENA_BYTES,
-            likely_messages: 0,
+            likely: (0, 0),
             open: None,
             in_flight: VecDeque::new(),
             written: 0,
@@ -235,8 +231,8 @@ impl Lane {
     }
 
     /// An event of this transaction goes elsewhere: its sequence id is used up, and what comes behind it begins a batch.
-    pub(super) fn skip(&mut self, commit_lsn: Lsn, scratch: &mut Vec<u8>) {
-        self.seal(scratch);
+    pub(super) fn skip(&mut self, commit_lsn: Lsn, memory: &mut Memory) {
+        self.seal(memory);
         self.txn = (commit_lsn, self.next_ordinal(commit_lsn) + 1);
     }
 
@@ -245,10 +241,10 @@ impl Lane {
     pub(super) fn append<'p>(
         &mut self,
         message: &Outgoing<'_>,
-        properties: impl Iterator<Item = (&'p str, &'p str)> + Clone,
+        properties: impl Iterator<Item = (&'p str, &'p str)>,
         after: u64,
         limits: Limits,
-        scratch: &mut Vec<u8>,
+        memory: &mut Memory,
     ) -> Appended {
         let ordinal = self.next_ordinal(message.commit_lsn);
         let sequence_id = self.next_sequence_id(message.commit_lsn);
@@ -258,13 +254,10 @@ impl Lane {
             sequence_id,
             payload: message.payload,
         };
-        let headroom = self.producer.headroom;
-        let metadata_len = single.metadata_len(properties.clone());
-        let bytes = single.entry_len(metadata_len);
-        let largest = limits.max_message_bytes - headroom;
-        if bytes > largest
-            && !self.fits_compressed(&single, metadata_len, properties.clone(), largest)
-        {
+        single.encode_metadata(properties, &mut memory.metadata);
+        let bytes = single.entry_len(&memory.metadata);
+        let largest = limits.max_message_bytes - self.producer.headroom;
+        if bytes > largest && !self.fits_compressed(&single, &memory.metadata, largest) {
             return Appended::TooLarge { bytes };
         }
         self.txn = (message.commit_lsn, ordinal + 1);
@@ -275,16 +268,16 @@ impl Lane {
         if self.open.as_ref().is_some_and(|open| {
             alone || open.batch.bytes + bytes > batch_max_bytes || open.batch.after != after
         }) {
-            self.seal(scratch);
+            self.seal(memory);
         }
         if self.open.is_none() {
-            self.begin_batch(sequence_id, bytes, message.deliver_at_ms, after);
+            self.begin_batch(sequence_id, bytes, message.deliver_at_ms, after, memory);
         }
-        single.append(&mut self.arena, metadata_len, properties);
-        let Open { batch, .. } = self.open.as_mut().expect("a batch was just begun");
+        let Open { batch, buffer, .. } = self.open.as_mut().expect("a batch was just begun");
+        single.append(&memory.metadata, buffer);
         batch.add(sequence_id, bytes, message.of(), message.mark);
         if alone || batch.messages >= limits.batch_max_messages || batch.bytes >= batch_max_bytes {
-            self.seal(scratch);
+            self.seal(memory);
         }
         Appended::Queued { bytes }
     }
@@ -293,24 +286,23 @@ impl Lane {
     pub(super) fn append_refused<'p>(
         &mut self,
         message: &Outgoing<'_>,
-        properties: impl Iterator<Item = (&'p str, &'p str)> + Clone,
+        properties: impl Iterator<Item = (&'p str, &'p str)>,
         reason: &str,
-        scratch: &mut Vec<u8>,
+        memory: &mut Memory,
     ) -> usize {
         let sequence_id = self.next_sequence_id(message.commit_lsn);
-        self.skip(message.commit_lsn, scratch);
+        self.skip(message.commit_lsn, memory);
         let single = Single {
             key: message.key,
             event_time_ms: message.event_time_ms,
             sequence_id,
             payload: message.payload,
         };
-        let headroom = self.producer.headroom;
-        let metadata_len = single.metadata_len(properties.clone());
-        let bytes = single.entry_len(metadata_len);
-        let mut buffer = BytesMut::with_capacity(headroom + bytes);
-        buffer.put_bytes(0, headroom);
-        single.append(&mut buffer, metadata_len, properties);
+        single.encode_metadata(properties, &mut memory.metadata);
+        let bytes = single.entry_len(&memory.metadata);
+        let mut buffer = memory.take(self.producer.headroom + bytes);
+        buffer.put_bytes(0, self.producer.headroom);
+        single.append(&memory.metadata, &mut buffer);
         let mut batch = Batch::new(sequence_id, message.deliver_at_ms, 1);
         batch.add(sequence_id, bytes, message.of(), message.mark);
         batch.refused = Some(reason.into());
@@ -342,8 +334,7 @@ impl Lane {
     /// Everything that has no receipt, from the oldest on.
     pub(super) fn take_all(&mut self) -> VecDeque<Batch> {
         if let Some(open) = self.open.take() {
-            let buffer = self.arena.split();
-            self.in_flight.push_back(open.batch.close(buffer));
+            self.in_flight.push_back(open.batch.close(open.buffer));
         }
         self.written = 0;
         self.idle_since = Instant::now();
@@ -351,10 +342,10 @@ impl Lane {
     }
 
     /// This many diverted events are safe: what waited for them may go.
-    pub(super) fn stored(&mut self, stored: u64, scratch: &mut Vec<u8>) {
+    pub(super) fn stored(&mut self, stored: u64, memory: &mut Memory) {
         self.stored = stored;
         if self.written < self.in_flight.len() {
-            self.transmit(scratch);
+            self.transmit(memory);
         }
     }
 
@@ -368,18 +359,12 @@ impl Lane {
     }
 
     /// Whether a message that is larger than the broker takes becomes small enough by compression. Rare, so it may cost.
-    fn fits_compressed<'p>(
-        &self,
-        single: &Single<'_>,
-        metadata_len: usize,
-        properties: impl Iterator<Item = (&'p str, &'p str)>,
-        largest: usize,
-    ) -> bool {
+    fn fits_compressed(&self, single: &Single<'_>, metadata: &[u8], largest: usize) -> bool {
         if self.producer.compression == Codec::None {
             return false;
         }
-        let mut entry = BytesMut::with_capacity(single.entry_len(metadata_len));
-        single.append(&mut entry, metadata_len, properties);
+        let mut entry = BytesMut::with_capacity(single.entry_len(metadata));
+        single.append(metadata, &mut entry);
         let compressed = self.producer.compression.compress(&entry, 0);
         compressed.is_some_and(|compressed| compressed.len() <= largest)
     }
@@ -390,36 +375,33 @@ impl Lane {
         bytes: usize,
         deliver_at_ms: Option<i64>,
         after: u64,
+        memory: &mut Memory,
     ) {
         let headroom = self.producer.headroom;
-        // What is left of the arena is used while an average batch fits; otherwise the next allocation is cut for several.
-        let likely = (headroom + bytes).max(self.arena_step / BATCHES_PER_ARENA);
-        if self.arena.capacity() < likely {
-            self.arena.reserve(self.arena_step.max(headroom + bytes));
-        }
-        self.arena.put_bytes(0, headroom);
-        let mut batch = Batch::new(sequence_id, deliver_at_ms, self.likely_messages);
+        let (likely_messages, likely_bytes) = self.likely;
+        let mut buffer = memory.take(likely_bytes.max(headroom + bytes));
+        buffer.put_bytes(0, headroom);
+        let mut batch = Batch::new(sequence_id, deliver_at_ms, likely_messages);
         batch.after = after;
         self.open = Some(Open {
             batch,
+            buffer,
             since: Instant::now(),
         });
     }
 
     /// Closes the open batch, if there is one, and sends it if the lane is up.
-    pub(super) fn seal(&mut self, scratch: &mut Vec<u8>) {
+    pub(super) fn seal(&mut self, memory: &mut Memory) {
         let Some(open) = self.open.take() else { return };
-        let buffer = self.arena.split();
-        // Follow the size of the batches up at once and down by halves.
-        let wanted = (buffer.len() * BATCHES_PER_ARENA).max(MIN_ARENA_BYTES);
-        self.arena_step = wanted.max(self.arena_step / 2);
-        self.likely_messages = open.batch.messages as usize;
-        self.in_flight.push_back(open.batch.close(buffer));
-        self.transmit(scratch);
+        // Bytes follow the size of the batches up at once and down by halves: a buffer that is too small is copied.
+        let likely_bytes = open.buffer.len().max(self.likely.1 / 2);
+        self.likely = (open.batch.messages as usize, likely_bytes);
+        self.in_flight.push_back(open.batch.close(open.buffer));
+        self.transmit(memory);
     }
 
     /// Sends what the present connection has not been sent.
-    fn transmit(&mut self, scratch: &mut Vec<u8>) {
+    fn transmit(&mut self, memory: &mut Memory) {
         let Link::Up(connection) = &self.link else {
             return;
         };
@@ -437,7 +419,7 @@ impl Lane {
             if probing.is_some_and(|pushed| batch.first_sequence_id > pushed) {
                 return;
             }
-            connection.send(batch.send(&self.producer, now, scratch));
+            connection.send(batch.send(&self.producer, now, memory));
             self.written += 1;
         }
     }
@@ -448,7 +430,7 @@ impl Lane {
         connection: Connection,
         last_sequence_id: Option<u64>,
         schema_version: Option<Bytes>,
-        scratch: &mut Vec<u8>,
+        memory: &mut Memory,
     ) {
         self.producer.schema_version = schema_version;
         self.pushed = self.pushed.max(last_sequence_id);
@@ -456,13 +438,13 @@ impl Lane {
             let straddles = |open: &Open| open.batch.first_sequence_id <= pushed;
             if self.open.as_ref().is_some_and(straddles) {
                 self.link = Link::Down { close_first: None };
-                self.seal(scratch);
+                self.seal(memory);
             }
             self.split_waiting(pushed);
         }
         self.written = 0;
         self.link = Link::Up(connection);
-        self.transmit(scratch);
+        self.transmit(memory);
     }
 
     /// True when `pushed`, the highest id ever published under the lane's name, cannot be from a log that ends at `log_end`.
@@ -485,7 +467,7 @@ impl Lane {
     }
 
     /// A receipt for the batch that begins with `sequence_id`.
-    pub(super) fn receipt(&mut self, sequence_id: u64, scratch: &mut Vec<u8>) -> Receipt {
+    pub(super) fn receipt(&mut self, sequence_id: u64, memory: &mut Memory) -> Receipt {
         match self.in_flight.front() {
             Some(front) if front.first_sequence_id == sequence_id && front.sent_at().is_some() => {}
             // A batch that was resent although its first receipt was already on the way gets two.
@@ -499,7 +481,7 @@ impl Lane {
             self.idle_since = Instant::now();
         } else if self.written < self.in_flight.len() {
             // The last probe has its receipt.
-            self.transmit(scratch);
+            self.transmit(memory);
         }
         Receipt::Acknowledged(batch)
     }
@@ -538,8 +520,6 @@ impl Lane {
             connection.close_producer(self.producer.id);
             self.down(Some(connection.clone()));
         }
-        self.arena = BytesMut::new();
-        self.arena_step = MIN_ARENA_BYTES;
         self.in_flight = VecDeque::new();
     }
 

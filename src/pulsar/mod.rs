@@ -10,6 +10,7 @@
 //! | `rows` | ids of the rows behind a batch, from its receipt to whoever marks or deletes them |
 //! | `batch`, `compression` | messages of one lane from the first to the receipt; the codecs |
 //! | `lane` | one producer: sequence ids, open batch, batches without receipt |
+//! | `memory` | the buffers that batches take turns with |
 //! | `route`, `partition` | a topic and its partitions, and what waits until they are known; key → partition |
 //! | `schema` | what producers are opened with |
 //! | `divert` | what cannot be published: taken out, in order |
@@ -29,6 +30,7 @@ mod connection;
 mod divert;
 mod events;
 mod lane;
+mod memory;
 mod opener;
 mod partition;
 mod probe;

@@ -54,6 +54,7 @@ use super::compression::Codec;
 use super::connection::{Event, Manner};
 use super::divert::{Diversion, Diverted, Parked};
 use super::lane::{Appended, Lane, Limits, Link, MAX_ORDINALS, Outgoing};
+use super::memory::Memory;
 use super::opener::Directory;
 use super::partition::HashingScheme;
 use super::route::{Held, Route};
@@ -222,7 +223,7 @@ pub struct Publisher {
     /// Where the rows of acknowledged events go, if anywhere.
     pub(super) rows: Option<RowQueue>,
     pub(super) limits: Limits,
-    pub(super) scratch: Vec<u8>,
+    pub(super) memory: Memory,
     /// How long a batch may wait at present.
     linger: Duration,
     /// How long receipts take: a moving average.
@@ -280,7 +281,7 @@ impl Publisher {
             stored_events: 0,
             parked: Parked::default(),
             limits,
-            scratch: Vec::new(),
+            memory: Memory::default(),
         }
     }
 
@@ -409,7 +410,7 @@ impl Publisher {
             properties.clone(),
             after,
             self.limits,
-            &mut self.scratch,
+            &mut self.memory,
         );
         let bytes = match appended {
             Appended::Queued { bytes } => bytes,
@@ -422,7 +423,7 @@ impl Publisher {
                 if self.config.diversion.is_none() {
                     return Err(error);
                 }
-                lane.append_refused(event, properties, &error.report(), &mut self.scratch)
+                lane.append_refused(event, properties, &error.report(), &mut self.memory)
             }
         };
         self.in_flight_messages += 1;
@@ -479,7 +480,7 @@ impl Publisher {
             };
             let quiet = what == Flush::Due && lane.is_quiet();
             if what == Flush::All || quiet || due.is_some_and(|due| since <= due) {
-                lane.seal(&mut self.scratch);
+                lane.seal(&mut self.memory);
             } else {
                 self.filling.push_back(id);
             }
@@ -492,6 +493,7 @@ impl Publisher {
         self.hurry_openers();
         self.refresh_partitions(now);
         self.close_idle(now);
+        self.memory.trim();
     }
 
     /// Ends connections on which a batch has waited too long for its receipt; their lanes resend elsewhere.

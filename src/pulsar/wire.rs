@@ -184,65 +184,47 @@ pub(super) struct Single<'a> {
 }
 
 /// Bytes of one property, without its tag and length.
-fn property_len((name, value): (&str, &str)) -> usize {
+fn property_len(name: &str, value: &str) -> usize {
     bytes_len(1, name.len()) + bytes_len(2, value.len())
 }
 
 impl Single<'_> {
-    /// Bytes of the encoded `SingleMessageMetadata`.
-    pub(super) fn metadata_len<'p>(
+    /// Writes the `SingleMessageMetadata` into `metadata`, in place of what was there.
+    ///
+    /// Not into the batch at once: whether the message belongs into this one depends on its size.
+    pub(super) fn encode_metadata<'p>(
         &self,
         properties: impl Iterator<Item = (&'p str, &'p str)>,
-    ) -> usize {
-        let null_value = if self.payload.is_none() {
-            number_len(9, 1)
-        } else {
-            0
-        };
-        properties
-            .map(|property| bytes_len(1, property_len(property)))
-            .sum::<usize>()
-            + bytes_len(2, self.key.len())
-            + number_len(3, self.payload.map_or(0, <[u8]>::len) as u64)
-            + number_len(5, self.event_time_ms)
-            + number_len(8, self.sequence_id)
-            + null_value
-    }
-
-    /// Bytes the message takes in a batch, given its [`metadata_len`](Self::metadata_len).
-    pub(super) fn entry_len(&self, metadata_len: usize) -> usize {
-        4 + metadata_len + self.payload.map_or(0, <[u8]>::len)
-    }
-
-    /// Appends the message, its properties and its payload to the batch.
-    pub(super) fn append<'p>(
-        &self,
-        buffer: &mut BytesMut,
-        metadata_len: usize,
-        properties: impl Iterator<Item = (&'p str, &'p str)>,
+        metadata: &mut Vec<u8>,
     ) {
-        let payload = self.payload.unwrap_or_default();
-        // The buffer grows once for all that stands before the payload; each small piece by itself would ask it for room.
-        let start = buffer.len();
-        buffer.reserve(4 + metadata_len + payload.len());
-        buffer.resize(start + 4 + metadata_len, 0);
-        let mut gap = &mut buffer[start..];
-        gap.put_u32(length(metadata_len));
-        for (name, value) in properties {
-            put_varint(&mut gap, tag(1, LENGTH_DELIMITED));
-            put_varint(&mut gap, property_len((name, value)) as u64);
-            put_bytes(&mut gap, 1, name.as_bytes());
-            put_bytes(&mut gap, 2, value.as_bytes());
-        }
-        put_bytes(&mut gap, 2, self.key.as_bytes());
-        put_number(&mut gap, 3, payload.len() as u64);
-        put_number(&mut gap, 5, self.event_time_ms);
-        put_number(&mut gap, 8, self.sequence_id);
+        metadata.clear();
+        properties.for_each(|(name, value)| {
+            put_varint(metadata, tag(1, LENGTH_DELIMITED));
+            put_varint(metadata, property_len(name, value) as u64);
+            put_bytes(metadata, 1, name.as_bytes());
+            put_bytes(metadata, 2, value.as_bytes());
+        });
+        put_bytes(metadata, 2, self.key.as_bytes());
+        put_number(metadata, 3, self.payload.map_or(0, <[u8]>::len) as u64);
+        put_number(metadata, 5, self.event_time_ms);
+        put_number(metadata, 8, self.sequence_id);
         if self.payload.is_none() {
-            put_number(&mut gap, 9, 1);
+            put_number(metadata, 9, 1);
         }
-        debug_assert!(gap.is_empty(), "the metadata's length was counted wrongly");
-        buffer.put_slice(payload);
+    }
+
+    /// Bytes the message takes in a batch.
+    pub(super) fn entry_len(&self, metadata: &[u8]) -> usize {
+        4 + metadata.len() + self.payload.map_or(0, <[u8]>::len)
+    }
+
+    /// Appends the message to the batch: its metadata and its payload.
+    pub(super) fn append(&self, metadata: &[u8], buffer: &mut BytesMut) {
+        // Once for all three pieces.
+        buffer.reserve(self.entry_len(metadata));
+        buffer.put_u32(length(metadata.len()));
+        buffer.put_slice(metadata);
+        buffer.put_slice(self.payload.unwrap_or_default());
     }
 }
 
@@ -432,6 +414,7 @@ mod tests {
     fn frame_of(events: &[Event], header: &BatchHeader<'_>) -> Bytes {
         let room = headroom(header.producer_name, header.ordering_key);
         let mut buffer = BytesMut::zeroed(room);
+        let mut metadata = Vec::new();
         for event in events {
             let single = Single {
                 key: &event.key,
@@ -444,9 +427,9 @@ mod tests {
                 .iter()
                 .map(|(n, v)| (n.as_str(), v.as_str()));
             let before = buffer.len();
-            let metadata_len = single.metadata_len(properties.clone());
-            single.append(&mut buffer, metadata_len, properties);
-            assert_eq!(buffer.len() - before, single.entry_len(metadata_len));
+            single.encode_metadata(properties, &mut metadata);
+            single.append(&metadata, &mut buffer);
+            assert_eq!(buffer.len() - before, single.entry_len(&metadata));
         }
         seal(buffer, room, header, &mut Vec::new())
     }
