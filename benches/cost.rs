@@ -29,7 +29,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use support::tests::{Command, Database, Walpost, eventually, servers};
-use support::{LIMIT, Results, chosen, cpu_seconds, cpu_seconds_of_all, folder, setting};
+use support::{
+    LIMIT, Results, chosen, cpu_seconds, cpu_seconds_of_all, delete_topics, folder, setting,
+};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
@@ -69,6 +71,7 @@ async fn main() {
         for case in ALL {
             if chosen(case) || case == "insert" || case == "poller" {
                 costs.push((case, measure(case, transactions).await));
+                delete_topics().await;
             }
         }
         let of = |name: &str| costs.iter().find(|(case, _)| *case == name);

@@ -31,7 +31,8 @@ mod support;
 
 use support::tests::{servers, unique};
 use support::{
-    Backlog, CrateProducer, Debezium, Drained, LIMIT, Results, chosen, drain, recvlogical, setting,
+    Backlog, CrateProducer, Debezium, Drained, LIMIT, Results, chosen, delete_topics, drain,
+    recvlogical, setting,
 };
 
 /// A row of the table above.
@@ -63,6 +64,7 @@ async fn main() {
         for case in cases(rows, per_txn, huge) {
             if chosen(case.name) {
                 measure(&mut results, round, &case, debezium.as_ref()).await;
+                delete_topics().await;
             }
         }
     }

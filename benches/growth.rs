@@ -10,7 +10,7 @@
 
 mod support;
 
-use support::{Backlog, Drained, Results, chosen, drain, setting};
+use support::{Backlog, Drained, Results, chosen, delete_topics, drain, setting};
 
 /// Rows of a case are fewer when their payloads would be more than this.
 const MOST_PAYLOAD_BYTES: u64 = 512 << 20;
@@ -47,6 +47,7 @@ async fn main() {
         }
         let last = measure(base, &[]).await;
         let rate = rows as f64 / f64::midpoint(first.seconds, last.seconds);
+        delete_topics().await;
         for (name, backlog, drained) in [("base", base, first), ("base_again", base, last)]
             .into_iter()
             .chain(cases)

@@ -41,8 +41,8 @@ use pulsar::consumer::InitialPosition;
 use pulsar::{Consumer, ConsumerOptions, Pulsar, SubType, TokioExecutor};
 use support::tests::{Command, Database, Walpost, eventually, servers, unique};
 use support::{
-    Clock, LIMIT, Latencies, PlainPublisher, Results, Tap, cpu_seconds, number_in, numbered,
-    setting,
+    Clock, LIMIT, Latencies, PlainPublisher, Results, Tap, cpu_seconds, delete_topics, number_in,
+    numbered, setting,
 };
 use tokio_postgres::NoTls;
 
@@ -120,6 +120,7 @@ async fn main() {
                 duration: Duration::from_secs(seconds),
             };
             measure(&mut results, round, plan).await;
+            delete_topics().await;
         }
     }
 }

@@ -4,6 +4,7 @@
 //! * [`Results`], [`Run`]: a run's figures, written to `target/bench/<bench>.jsonl` while it goes and read by `report`.
 //! * [`Spread`], [`Latencies`]: medians with their spread; percentiles.
 //! * [`setting`], [`chosen`]: a run's settings, from the environment.
+//! * [`delete_topics`]: gives the disk back after a case.
 //! * [`Backlog`], [`drain`]: rows waiting in a slot, and how long a connector takes for them.
 //! * [`cpu_seconds`], [`cpu_seconds_of_all`]: what a process, or a process and its children, have used.
 //! * [`CrateProducer`], [`PlainPublisher`]: the `pulsar` crate's producer and walpost's own, without a database.
@@ -48,6 +49,30 @@ pub(crate) use usage::{cpu_seconds, cpu_seconds_of_all};
 
 /// Longer than any single step takes; a bench that waits longer has failed.
 pub(crate) const LIMIT: Duration = Duration::from_secs(600);
+
+/// Deletes the topics that benches have filled; to be called after each case. The local broker keeps every message for a
+/// day, and a whole run is tens of gigabytes.
+pub(crate) async fn delete_topics() {
+    const OURS: [&str; 6] = [
+        "bench_",
+        "steady_",
+        "cost_",
+        "plain_",
+        "crate_",
+        "debezium_",
+    ];
+    let url = &tests::servers().pulsar_admin_url;
+    let namespace = "/admin/v2/persistent/public/default";
+    let topics = tests::admin(url, "GET", namespace, "").await;
+    let topics: Vec<String> = serde_json::from_str(&topics).expect("a list of names");
+    let names = topics.iter().filter_map(|topic| topic.rsplit('/').next());
+    for name in names.filter(|name| OURS.iter().any(|ours| name.starts_with(ours))) {
+        let path = format!("{namespace}/{name}?force=true");
+        if let Err(answer) = tests::try_admin(url, "DELETE", &path, "").await {
+            println!("the topic {name} stays for now: {answer}");
+        }
+    }
+}
 
 /// A whole number from the environment.
 pub(crate) fn setting(name: &str, default: u64) -> u64 {

@@ -36,8 +36,7 @@
 //! time. Under load a lane always has a batch under way, so batches grow by themselves.
 //!
 //! While rows come in numbers or late, or more of their transaction is on its way ([`Flush::Backlog`]), only the first counts, and
-//! a linger time that grows with how late they are: a quarter of what is counted as late ([`crate::gulp::LATE`] is not) and of what a
-//! receipt takes. Every entry costs the broker the same however many messages it holds, so fewer and larger ones end a
+//! a linger time that grows: as long as a receipt takes, and a quarter of what is counted as late ([`crate::gulp::LATE`] is not). Every entry costs the broker the same however many messages it holds, so fewer and larger ones end a
 //! backlog sooner; and a broker that gets slow is given fewer, by itself.
 
 use std::collections::{HashMap, VecDeque};
@@ -132,7 +131,7 @@ pub enum Flush {
     All,
 }
 
-/// The part of an event's way so far that a batch may wait in a backlog.
+/// The part of how late its events are that a batch may wait in a backlog.
 const BACKLOG_WAIT: u32 = 4;
 /// The longest wait in a backlog: at full speed a lane's batch is full before that.
 const BACKLOG_MAX_WAIT: Duration = Duration::from_millis(64);
@@ -467,7 +466,7 @@ impl Publisher {
         self.backlog = matches!(what, Flush::Backlog(_));
         self.linger = match what {
             Flush::Due | Flush::All => linger,
-            Flush::Backlog(late) => backlog_linger(linger, late + self.receipt_delay),
+            Flush::Backlog(late) => backlog_linger(linger, late, self.receipt_delay),
         };
         let due = Instant::now().checked_sub(self.linger);
         for _ in 0..self.filling.len() {
@@ -588,12 +587,12 @@ impl Publisher {
     }
 }
 
-/// How long a batch may wait in a backlog, when its events' way from commit to receipt takes this long without that.
-fn backlog_linger(linger: Duration, way: Duration) -> Duration {
+/// How long a batch may wait in a backlog, when events are this `late` and their `receipt` takes this long after that.
+fn backlog_linger(linger: Duration, late: Duration, receipt: Duration) -> Duration {
     if linger.is_zero() {
         return linger;
     }
-    (way / BACKLOG_WAIT).clamp(linger, linger.max(BACKLOG_MAX_WAIT))
+    (late / BACKLOG_WAIT + receipt).clamp(linger, linger.max(BACKLOG_MAX_WAIT))
 }
 
 #[cfg(test)]
@@ -603,15 +602,18 @@ mod tests {
     const LINGER: Duration = Duration::from_millis(1);
 
     #[test]
-    fn a_batch_waits_for_a_part_of_how_late_it_is_and_no_longer_than_it_takes_to_fill() {
-        let of = |way_ms| backlog_linger(LINGER, Duration::from_millis(way_ms));
-        assert_eq!(of(0), LINGER);
-        assert_eq!(of(2), LINGER);
-        assert_eq!(of(40), Duration::from_millis(10));
-        assert_eq!(of(60_000), Duration::from_millis(64));
-        let late = Duration::from_secs(9);
-        assert_eq!(backlog_linger(Duration::ZERO, late), Duration::ZERO);
-        let long = Duration::from_millis(100);
-        assert_eq!(backlog_linger(long, late), long);
+    fn a_batch_waits_in_a_backlog_and_no_longer_than_it_takes_to_fill() {
+        let ms = Duration::from_millis;
+        let of = |late, receipt| backlog_linger(LINGER, ms(late), ms(receipt));
+        assert_eq!(of(0, 0), LINGER);
+        assert_eq!(of(2, 0), LINGER);
+        assert_eq!(of(40, 3), ms(13));
+        assert_eq!(of(60_000, 3), ms(64));
+        assert_eq!(of(0, 500), ms(64));
+        assert_eq!(
+            backlog_linger(Duration::ZERO, ms(9000), ms(3)),
+            Duration::ZERO
+        );
+        assert_eq!(backlog_linger(ms(100), ms(9000), ms(3)), ms(100));
     }
 }
