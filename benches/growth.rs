@@ -47,7 +47,6 @@ async fn main() {
         }
         let last = measure(base, &[]).await;
         let rate = rows as f64 / f64::midpoint(first.seconds, last.seconds);
-        delete_topics().await;
         for (name, backlog, drained) in [("base", base, first), ("base_again", base, last)]
             .into_iter()
             .chain(cases)
@@ -102,7 +101,9 @@ fn all(base: Backlog, huge: u64) -> Vec<Case> {
 
 async fn measure(backlog: Backlog, settings: &[(&str, &str)]) -> Drained {
     let (database, end) = backlog.load(&[]).await;
-    drain(&database, &database.socket_url, end, backlog.rows, settings).await
+    let drained = drain(&database, &database.socket_url, end, backlog.rows, settings).await;
+    delete_topics().await;
+    drained
 }
 
 fn record(

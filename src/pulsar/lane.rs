@@ -156,8 +156,10 @@ pub(super) struct Lane {
     pub producer: Producer,
     /// Serves the tail of one huge transaction only.
     dedicated: bool,
-    /// What a batch is likely to need: messages of the last one, and bytes of the last ones.
-    likely: (usize, usize),
+    /// Messages of the last batch.
+    likely_messages: usize,
+    /// What a batch's buffer is likely to need.
+    likely_bytes: usize,
     open: Option<Open>,
     in_flight: VecDeque<Batch>,
     /// How many of `in_flight`, from the front, were written to the present connection.
@@ -198,7 +200,8 @@ impl Lane {
                 compression,
             },
             dedicated,
-            likely: (0, 0),
+            likely_messages: 0,
+            likely_bytes: 0,
             open: None,
             in_flight: VecDeque::new(),
             written: 0,
@@ -378,10 +381,9 @@ impl Lane {
         memory: &mut Memory,
     ) {
         let headroom = self.producer.headroom;
-        let (likely_messages, likely_bytes) = self.likely;
-        let mut buffer = memory.take(likely_bytes.max(headroom + bytes));
+        let mut buffer = memory.take(self.likely_bytes.max(headroom + bytes));
         buffer.put_bytes(0, headroom);
-        let mut batch = Batch::new(sequence_id, deliver_at_ms, likely_messages);
+        let mut batch = Batch::new(sequence_id, deliver_at_ms, self.likely_messages);
         batch.after = after;
         self.open = Some(Open {
             batch,
@@ -394,8 +396,8 @@ impl Lane {
     pub(super) fn seal(&mut self, memory: &mut Memory) {
         let Some(open) = self.open.take() else { return };
         // Bytes follow the size of the batches up at once and down by halves: a buffer that is too small is copied.
-        let likely_bytes = open.buffer.len().max(self.likely.1 / 2);
-        self.likely = (open.batch.messages as usize, likely_bytes);
+        self.likely_bytes = open.buffer.len().max(self.likely_bytes / 2);
+        self.likely_messages = open.batch.messages as usize;
         self.in_flight.push_back(open.batch.close(open.buffer));
         self.transmit(memory);
     }

@@ -3,7 +3,7 @@
 //! A batch has its buffer from its first message to its receipt. Then it is given back, and the next batch that begins takes it,
 //! of whichever lane: the one given back last goes first, so it is still in the processor's cache, and there are no more of
 //! them than batches were without receipt at a time. Left to the allocator, pieces of this size go back to the system and
-//! come again as new pages, each of them cleared first: that was a twelfth of all that walpost did in a drain.
+//! come again as new pages, each of them cleared first: that was 7% of walpost's time in a drain over a Unix socket.
 //!
 //! Buffers are cut in a few sizes, each twice the one before; what a smaller batch leaves of its own untouched takes no memory.
 

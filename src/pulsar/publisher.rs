@@ -36,8 +36,9 @@
 //! time. Under load a lane always has a batch under way, so batches grow by themselves.
 //!
 //! While rows come in numbers or late, or more of their transaction is on its way ([`Flush::Backlog`]), only the first counts, and
-//! a linger time that grows: as long as a receipt takes, and a quarter of what is counted as late ([`crate::gulp::LATE`] is not). Every entry costs the broker the same however many messages it holds, so fewer and larger ones end a
-//! backlog sooner; and a broker that gets slow is given fewer, by itself.
+//! a linger time that grows: as long as a receipt takes, and a quarter of what is counted as late ([`crate::gulp::LATE`] is not).
+//! Every entry costs the broker the same however many messages it holds, so fewer and larger ones end a backlog sooner; and a
+//! broker that gets slow is given fewer, by itself.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -125,7 +126,7 @@ pub enum Flush {
     /// Those whose lane has nothing under way, and those that have waited for the linger time.
     Due,
     /// While rows come in numbers, or late by this much, or more of a transaction is on its way: only those that have waited for
-    /// a part of that.
+    /// as long as a receipt takes, and for a part of that.
     Backlog(Duration),
     /// All.
     All,
