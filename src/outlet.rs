@@ -82,7 +82,6 @@ pub struct Outlet {
     /// Whether receipts tell which rows they are of.
     report_rows: bool,
     scratch: Scratch,
-    topic: String,
     counts: Counts,
 }
 
@@ -105,7 +104,6 @@ impl Outlet {
             source,
             report_rows,
             scratch: Scratch::new(),
-            topic: String::new(),
             counts: Counts::default(),
         }
     }
@@ -168,19 +166,18 @@ impl Outlet {
     /// Refused for a row that can be neither published nor stored.
     pub fn take(
         &mut self,
-        extractor: &Extractor,
+        extractor: &mut Extractor,
         tuple: &Tuple<'_>,
         origin: Origin,
         is_known: impl FnOnce(&str) -> bool,
     ) -> Result<bool> {
         let event = extractor.extract(tuple, &mut self.scratch);
-        let event = event.and_then(|event| {
-            extractor
-                .topic_into(tuple, &event, &mut self.topic)
-                .map(|()| event)
+        let routed = event.and_then(|event| {
+            let topic = extractor.topic(tuple, &event)?;
+            Ok((event, topic))
         });
-        let event = match event {
-            Ok(event) => event,
+        let (event, topic) = match routed {
+            Ok(routed) => routed,
             Err(error) => {
                 let salvaged = extractor.salvage(tuple);
                 if salvaged.id.as_deref().is_some_and(is_known) {
@@ -209,7 +206,7 @@ impl Outlet {
         };
         let hash = key_hash(event.aggregateid.as_bytes());
         self.publisher
-            .publish(&self.topic, hash, &outgoing, event.properties())
+            .publish(topic, hash, &outgoing, &event.properties())
             .map_err(|error| {
                 Error::refused(format!("the row with id {} cannot be published", event.id))
                     .caused_by(error)
@@ -226,7 +223,7 @@ impl Outlet {
     /// As [`Outlet::take`]; the row is then not waited for.
     pub fn take_read(
         &mut self,
-        extractor: &Extractor,
+        extractor: &mut Extractor,
         tuple: &Tuple<'_>,
         row: RowTag,
         position: Lsn,

@@ -517,7 +517,8 @@ impl Pipe {
             return Ok(Format::Fits);
         };
         // One to a handful of tables: faster than hashing the id.
-        let Some((_, extractor)) = self.extractors.iter().find(|(id, _)| *id == relation_id) else {
+        let known = self.extractors.iter_mut();
+        let Some((_, extractor)) = known.into_iter().find(|(id, _)| *id == relation_id) else {
             return Err(Error::bug(format!(
                 "a row of a table that was not described (OID {relation_id}) at {at}"
             )));

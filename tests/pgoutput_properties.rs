@@ -228,10 +228,7 @@ fn relation_column(column: &(u8, String, u32, i32)) -> RelationColumn {
 }
 
 fn same_row(tuple: &Tuple<'_>, row: &Row) -> bool {
-    let columns = tuple.columns();
-    columns.len() == row.len()
-        && tuple.len() == row.len()
-        && columns.eq(row.iter().map(Value::as_column))
+    tuple.len() == row.len() && tuple.columns().eq(row.iter().map(Value::as_column))
 }
 
 fn row() -> impl Strategy<Value = Row> {

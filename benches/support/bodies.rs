@@ -102,8 +102,8 @@ fn extract_route(binary: bool) -> Body {
     let template = "persistent://public/default/outbox.{aggregatetype}";
     let template = TopicTemplate::parse(template).expect("a sound template");
     let extractor = Extractor::new(&rows::relation(), &Columns::default(), &template);
-    let extractor = extractor.expect("a sound table");
-    let (mut scratch, mut topic) = (Scratch::new(), String::new());
+    let mut extractor = extractor.expect("a sound table");
+    let mut scratch = Scratch::new();
     Box::new(move |meter| {
         let tuples: Vec<Tuple<'_>> = messages.iter().map(|message| tuple_of(message)).collect();
         meter.measure(|| {
@@ -111,10 +111,8 @@ fn extract_route(binary: bool) -> Body {
                 let event = extractor
                     .extract(tuple, &mut scratch)
                     .expect("a sound event");
-                extractor
-                    .topic_into(tuple, &event, &mut topic)
-                    .expect("a sound topic");
-                black_box((&topic, key_hash(event.aggregateid.as_bytes()), event));
+                let topic = extractor.topic(tuple, &event).expect("a sound topic");
+                black_box((topic, key_hash(event.aggregateid.as_bytes()), event));
             }
         });
     })
@@ -165,7 +163,7 @@ fn encode(lanes: u32, codec: Codec) -> Body {
                         "persistent://public/default/outbox.order",
                         key_hash(key.as_bytes()),
                         &event,
-                        properties.into_iter(),
+                        &properties.into_iter(),
                     )
                     .expect("an event that fits");
             }

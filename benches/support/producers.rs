@@ -200,7 +200,7 @@ impl PlainPublisher {
                     &self.topic,
                     key_hash(key.as_bytes()),
                     &event,
-                    [].into_iter(),
+                    &[].into_iter(),
                 )
                 .expect("an event that fits");
             self.tracker.track();

@@ -173,7 +173,7 @@ impl Replay<'_> {
         let name = &config.outbox_tables[number];
         let table = described(client, name).await?;
         let facts = OutboxTable::read(client, name, config).await?;
-        let extractor = Extractor::new(&table.relation, &config.columns, &config.topic)?;
+        let mut extractor = Extractor::new(&table.relation, &config.columns, &config.topic)?;
         if self.options.from.is_some() || self.options.to.is_some() {
             check_has_time(&extractor)?;
         }
@@ -202,7 +202,7 @@ impl Replay<'_> {
         let clause = format!(
             "WHERE {chosen} AND {visible} AND NOT {straggler} AND $6::text IS NOT NULL ORDER BY o.seq"
         );
-        self.rows(client, &table, &extractor, (&clause, &parameters))
+        self.rows(client, &table, &mut extractor, (&clause, &parameters))
             .await?;
         Ok(left)
     }
@@ -259,13 +259,13 @@ impl Replay<'_> {
         &mut self,
         client: &Client,
         table: &ScanTable,
-        extractor: &Extractor,
+        extractor: &mut Extractor,
         (clause, parameters): (&str, &[&(dyn ToSql + Sync)]),
     ) -> Result<()> {
         let mut rows = table.open_chosen(client, clause, parameters).await?;
-        let (mut scratch, mut topic) = (Scratch::new(), String::new());
+        let mut scratch = Scratch::new();
         while rows
-            .next(async |row| self.row(extractor, &row, &mut scratch, &mut topic).await)
+            .next(async |row| self.row(extractor, &row, &mut scratch).await)
             .await?
         {}
         rows.close().await
@@ -273,29 +273,26 @@ impl Replay<'_> {
 
     async fn row(
         &mut self,
-        extractor: &Extractor,
+        extractor: &mut Extractor,
         row: &ScanRow,
         scratch: &mut Scratch,
-        topic: &mut String,
     ) -> Result<()> {
         let tuple = row.tuple()?;
         let unusable =
             |error| Error::refused("a row cannot be published").caused_by(Error::from(error));
         let event = extractor.extract(&tuple, scratch).map_err(unusable)?;
-        extractor
-            .topic_into(&tuple, &event, topic)
-            .map_err(unusable)?;
+        let topic = extractor.topic(&tuple, &event).map_err(unusable)?;
         if self
             .options
             .topic
             .as_ref()
-            .is_some_and(|only| only != topic)
+            .is_some_and(|only| only.as_str() != topic)
         {
             return Ok(());
         }
         self.found += 1;
         if !self.topics.contains(topic) {
-            self.topics.insert(topic.clone());
+            self.topics.insert(topic.to_owned());
         }
         match &mut self.sender {
             Some(sender) => sender.send(&event, topic).await,

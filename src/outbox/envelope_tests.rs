@@ -16,18 +16,15 @@ fn read_with<T>(
     look: impl FnOnce(Result<(OutboxEvent<'_>, &str), EventError>) -> T,
 ) -> T {
     let envelopes = Envelopes::new(columns, &TopicTemplate::parse(template).unwrap());
-    let extractor = envelopes.extractor().unwrap();
-    let (mut row, mut topic) = (vec![9; 3], String::new());
+    let mut extractor = envelopes.extractor().unwrap();
+    let mut row = vec![9; 3];
     let mut scratch = Scratch::new();
     if let Err(error) = envelopes.encode(content, &mut row) {
         return look(Err(error));
     }
     let tuple = Tuple::decode(&row).unwrap();
-    let event = extractor.extract(&tuple, &mut scratch).and_then(|event| {
-        extractor.topic_into(&tuple, &event, &mut topic)?;
-        Ok(event)
-    });
-    look(event.map(|event| (event, topic.as_str())))
+    let event = extractor.extract(&tuple, &mut scratch);
+    look(event.and_then(|event| Ok((event, extractor.topic(&tuple, &event)?))))
 }
 
 fn read<T>(

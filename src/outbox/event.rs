@@ -50,7 +50,7 @@ pub struct OutboxEvent<'a> {
     pub payload: Option<&'a [u8]>,
     /// The headers column.
     pub headers: Headers<'a>,
-    /// The row's own topic, as it stands there (see [`super::Extractor::topic_into`]).
+    /// The row's own topic, as it stands there (see [`super::Extractor::topic`]).
     pub topic: Option<&'a str>,
     /// Not to be delivered before this: milliseconds since 1970 UTC, rounded up; may be past.
     pub deliver_at_ms: Option<i64>,
@@ -64,14 +64,19 @@ impl<'a> OutboxEvent<'a> {
     ///
     /// A header does not replace a property that comes from a column of its own: a consumer relies on `id`.
     pub fn properties(&self) -> impl Iterator<Item = (&'a str, &'a str)> + Clone + use<'a> {
-        let own = [
-            ("id", Some(self.id)),
-            ("type", self.event_type),
-            ("aggregatetype", self.aggregatetype),
-        ];
-        let is_own = move |name: &str| own.iter().any(|(n, value)| value.is_some() && *n == name);
-        own.into_iter()
-            .filter_map(|(name, value)| Some((name, value?)))
+        let named = |name: &'static str, value: Option<&'a str>| value.map(|value| (name, value));
+        let event_type = named("type", self.event_type);
+        let aggregatetype = named("aggregatetype", self.aggregatetype);
+        let (has_type, has_aggregatetype) = (event_type.is_some(), aggregatetype.is_some());
+        let is_own = move |name: &str| match name {
+            "id" => true,
+            "type" => has_type,
+            "aggregatetype" => has_aggregatetype,
+            _ => false,
+        };
+        std::iter::once(("id", self.id))
+            .chain(event_type)
+            .chain(aggregatetype)
             .chain(self.headers.iter().filter(move |(name, _)| !is_own(name)))
     }
 }

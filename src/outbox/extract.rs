@@ -7,7 +7,8 @@
 use super::columns::{Columns, Role};
 use super::error::{EventError, Problem};
 use super::event::{Headers, OutboxEvent, Scratch};
-use super::topic::{TopicTemplate, own_topic_into};
+use super::router::{Culprit, Router};
+use super::topic::TopicTemplate;
 use super::value::{self, Bytes, Piece, binary_safe};
 use super::{headers, time::Instant};
 use crate::pgoutput::types::{self, BPCHAR, JSON, JSONB, TEXT, TIMESTAMP, TIMESTAMPTZ, VARCHAR};
@@ -35,9 +36,7 @@ pub struct Extractor {
     /// For each role: the slot its value is in, and its type.
     roles: [RoleColumn; Role::ALL.len()],
     columns: Columns,
-    template: TopicTemplate,
-    /// For each placeholder of the template: the column's position and type.
-    route: Vec<(usize, u32)>,
+    router: Router,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -82,10 +81,7 @@ impl Extractor {
             };
         }
         while plan.pop_if(|slot| *slot == UNREAD).is_some() {}
-        let route = template
-            .placeholders()
-            .map(|placeholder| route_column(relation, columns, placeholder))
-            .collect::<Result<_>>()?;
+        let router = Router::new(relation, columns, template)?;
         Ok(Self {
             relation_id: relation.id,
             table: relation.to_string(),
@@ -93,8 +89,7 @@ impl Extractor {
             plan,
             roles,
             columns: columns.clone(),
-            template: template.clone(),
-            route,
+            router,
         })
     }
 
@@ -124,9 +119,9 @@ impl Extractor {
             .filter(|(_, column)| column.slot != ABSENT)
             .map(|(name, column)| (name, column.type_oid));
         let of_route = self
-            .route
-            .iter()
-            .map(|(index, oid)| (self.column_name(*index), *oid));
+            .router
+            .columns()
+            .map(|(index, oid)| (self.column_name(index), oid));
         of_roles.chain(of_route).find(|(_, oid)| !binary_safe(*oid))
     }
 
@@ -151,12 +146,16 @@ impl Extractor {
             return Err(self.error(&slots, String::new(), problem));
         }
         let arena = &mut scratch.text;
-        let id = self.required_text(&slots, Role::Id, arena)?;
-        let aggregateid = self.required_text(&slots, Role::AggregateId, arena)?;
+        let id = self.at(Role::Id, &slots, |column, oid| {
+            value::text(column, oid, arena)
+        })?;
+        let aggregateid = self.at(Role::AggregateId, &slots, |column, oid| {
+            value::text(column, oid, arena)
+        })?;
         let aggregatetype = self.text(&slots, Role::AggregateType, arena)?;
         let event_type = self.text(&slots, Role::Type, arena)?;
         let topic = self.text(&slots, Role::Topic, arena)?;
-        let payload = self.at(Role::Payload, &slots, |column, oid| {
+        let payload = self.optional(Role::Payload, &slots, |column, oid| {
             value::bytes(column, oid, arena, &mut scratch.bytes)
         })?;
         if let Some(json) = self.text(&slots, Role::Headers, arena)? {
@@ -165,8 +164,8 @@ impl Extractor {
                 Piece::Arena(_) => Err(Problem::HeadersNotObject),
             })?;
         }
-        let deliver_at = self.at(Role::DeliverAt, &slots, value::instant)?;
-        let created_at = self.at(Role::CreatedAt, &slots, value::instant)?;
+        let deliver_at = self.optional(Role::DeliverAt, &slots, value::instant)?;
+        let created_at = self.optional(Role::CreatedAt, &slots, value::instant)?;
 
         // Nothing is added to the scratch from here on: what was made in it can be lent out.
         let Scratch {
@@ -192,34 +191,25 @@ impl Extractor {
         })
     }
 
-    /// Writes the full name of the topic for `event`, which must come from `tuple`, into `out`, in place of what was
-    /// there: the row's own topic where it has one, else the template's.
+    /// Full name of the topic for `event`, which must come from `tuple`: the row's own topic where it has one, else the
+    /// template's.
     ///
     /// # Errors
-    /// When a value cannot stand in a topic name; `out` is then empty.
-    pub fn topic_into(
-        &self,
+    /// When a value cannot stand in a topic name.
+    #[inline]
+    pub fn topic(
+        &mut self,
         tuple: &Tuple<'_>,
         event: &OutboxEvent<'_>,
-        out: &mut String,
-    ) -> Result<(), EventError> {
-        if let Some(topic) = event.topic {
-            return own_topic_into(topic, out).map_err(|problem| {
-                let name = self.columns.name(Role::Topic).to_owned();
-                self.error(&self.slots(tuple), name, problem)
-            });
+    ) -> Result<&str, EventError> {
+        if let Err((culprit, problem)) = self.router.route(tuple, event.topic) {
+            let name = match culprit {
+                Culprit::Own => self.columns.name(Role::Topic),
+                Culprit::Column(index) => self.column_name(index),
+            };
+            return Err(self.error(&self.slots(tuple), name.to_owned(), problem));
         }
-        self.template
-            .render_into(out, |placeholder, out| {
-                let (index, oid) = self.route.get(placeholder).ok_or(Problem::Null)?;
-                let column = tuple.columns().nth(*index).ok_or(Problem::Null)?;
-                value::append_text(column, *oid, out)
-            })
-            .map_err(|(placeholder, problem)| {
-                let index = self.route.get(placeholder).map_or(0, |(index, _)| *index);
-                let name = self.column_name(index).to_owned();
-                self.error(&self.slots(tuple), name, problem)
-            })
+        Ok(self.router.topic(event.topic.is_some()))
     }
 
     #[inline]
@@ -246,24 +236,32 @@ impl Extractor {
             .map_err(|problem| self.error(slots, self.columns.name(role).to_owned(), problem))
     }
 
+    /// The same for a column that may be NULL, which is `None`.
+    #[expect(
+        clippy::inline_always,
+        reason = "half of the columns are NULL as a rule, which is then a comparison and no call"
+    )]
+    #[inline(always)]
+    pub(super) fn optional<'a, T>(
+        &self,
+        role: Role,
+        slots: &Slots<'a>,
+        read: impl FnOnce(Column<'a>, u32) -> Result<T, Problem>,
+    ) -> Result<Option<T>, EventError> {
+        match slots[self.roles[role.index()].slot] {
+            Column::Null => Ok(None),
+            _ => self.at(role, slots, read).map(Some),
+        }
+    }
+
+    #[inline]
     pub(super) fn text<'a>(
         &self,
         slots: &Slots<'a>,
         role: Role,
         arena: &mut String,
     ) -> Result<Option<Piece<'a>>, EventError> {
-        self.at(role, slots, |column, oid| value::text(column, oid, arena))
-    }
-
-    fn required_text<'a>(
-        &self,
-        slots: &Slots<'a>,
-        role: Role,
-        arena: &mut String,
-    ) -> Result<Piece<'a>, EventError> {
-        self.at(role, slots, |column, oid| {
-            value::text(column, oid, arena)?.ok_or(Problem::Null)
-        })
+        self.optional(role, slots, |column, oid| value::text(column, oid, arena))
     }
 
     fn column_name(&self, index: usize) -> &str {
@@ -275,40 +273,18 @@ impl Extractor {
         let RoleColumn { slot, type_oid } = self.roles[Role::Id.index()];
         let mut arena = String::new();
         let row_id = match value::text(slots[slot], type_oid, &mut arena) {
-            Ok(Some(piece)) => {
+            Ok(piece) => {
                 let text = piece.resolve(&arena);
                 text.chars()
                     .take(ID_SHOWN_CHARS)
                     .flat_map(char::escape_debug)
                     .collect()
             }
-            Ok(None) => "NULL".to_owned(),
+            Err(Problem::Null) => "NULL".to_owned(),
             Err(_) => "(unreadable)".to_owned(),
         };
         EventError::new(self.table.clone(), row_id, column, problem)
     }
-}
-
-/// Position and type of the column that a placeholder means.
-fn route_column(relation: &Relation, columns: &Columns, placeholder: &str) -> Result<(usize, u32)> {
-    let name = columns.resolve(placeholder);
-    let mut found = relation.columns.iter().enumerate();
-    found
-        .find(|(_, column)| column.name == name)
-        .map(|(index, column)| (index, column.type_oid))
-        .ok_or_else(|| {
-            let role = Role::ALL.into_iter().find(|r| r.name() == placeholder);
-            let setting = role.map_or("", Role::env_var);
-            let or = if role.is_some() { " or " } else { "" };
-            Error::config(format!(
-                "table {relation} has no published column \"{name}\", which the topic template names as \
-                 {{{placeholder}}} (it publishes: {})",
-                listed(relation)
-            ))
-            .hint(format!(
-                "set WALPOST_TOPIC{or}{setting} so that the topic comes from a column that the table has"
-            ))
-        })
 }
 
 fn missing(relation: &Relation, role: Role, name: &str) -> Error {
@@ -329,7 +305,7 @@ fn missing(relation: &Relation, role: Role, name: &str) -> Error {
     ))
 }
 
-fn listed(relation: &Relation) -> String {
+pub(super) fn listed(relation: &Relation) -> String {
     let names: Vec<&str> = relation.columns.iter().map(|c| c.name.as_str()).collect();
     if names.is_empty() {
         return "none".to_owned();

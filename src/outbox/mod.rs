@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! Relation ─► Extractor::new (once)
-//! Tuple ────► Extractor::extract ─► OutboxEvent ─► Extractor::topic_into ─► topic
+//! Tuple ────► Extractor::extract ─► OutboxEvent ─► Extractor::topic ─► topic
 //!                                             └──► key_hash(aggregateid) % lanes ─► lane
 //! ```
 //! An event may also come as a logical message, without a table: [`Envelopes`] makes a row of it, and the rest is the same.
@@ -22,6 +22,7 @@ mod event;
 mod extract;
 mod headers;
 mod key_hash;
+mod router;
 mod salvage;
 mod time;
 mod topic;

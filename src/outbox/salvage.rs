@@ -63,8 +63,8 @@ impl Problem {
 }
 
 impl Extractor {
-    /// Reads what reads of a row that [`Extractor::extract`] or [`Extractor::topic_into`] has refused. Rare, so it may cost.
-    pub fn salvage(&self, tuple: &Tuple<'_>) -> Salvaged {
+    /// Reads what reads of a row that [`Extractor::extract`] or [`Extractor::topic`] has refused. Rare, so it may cost.
+    pub fn salvage(&mut self, tuple: &Tuple<'_>) -> Salvaged {
         let slots = self.slots(tuple);
         let text = |role: Role| {
             let mut arena = String::new();
@@ -72,7 +72,7 @@ impl Extractor {
             Some(piece.resolve(&arena).to_owned())
         };
         let (mut arena, mut decoded) = (String::new(), Vec::new());
-        let payload = self.at(Role::Payload, &slots, |column, oid| {
+        let payload = self.optional(Role::Payload, &slots, |column, oid| {
             value::bytes(column, oid, &mut arena, &mut decoded)
         });
         let payload = payload.ok().flatten().map(|payload| match payload {
@@ -80,7 +80,7 @@ impl Extractor {
             Bytes::Text(piece) => piece.resolve(&arena).as_bytes().to_vec(),
             Bytes::Decoded => std::mem::take(&mut decoded),
         });
-        let instant = |role| self.at(role, &slots, value::instant).ok().flatten();
+        let instant = |role| self.optional(role, &slots, value::instant).ok().flatten();
         let mut scratch = Scratch::new();
         let json = text(Role::Headers);
         if let Some(json) = &json
@@ -105,11 +105,7 @@ impl Extractor {
             event_time_ms: instant(Role::CreatedAt)
                 .map_or(0, |at| u64::try_from(at.floor_ms()).unwrap_or(0)),
         };
-        let mut topic = String::new();
-        let topic = self
-            .topic_into(tuple, &event, &mut topic)
-            .is_ok()
-            .then_some(topic);
+        let topic = self.topic(tuple, &event).ok().map(str::to_owned);
         let properties = event
             .properties()
             .map(|(name, value)| (name.to_owned(), value.to_owned()))

@@ -4,7 +4,7 @@
 //! that changed its text with the stream's format would change its lane and lose its order.
 //!
 //! Text that is already there is borrowed; text that has to be made (a binary uuid, a number) is appended to an arena
-//! that the caller keeps, and referred to by its place there.
+//! that the caller keeps, and referred to by its place there. Whoever can do without a value looks for NULL first: here it is an error.
 
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -62,34 +62,37 @@ impl<'a> Piece<'a> {
     }
 }
 
-/// The value's text; `None` for NULL.
+/// Types whose binary format is their text.
+#[inline]
+fn is_text(type_oid: u32) -> bool {
+    matches!(type_oid, TEXT | VARCHAR | BPCHAR | NAME | JSON)
+}
+
+/// The value's text.
+#[inline]
 pub(super) fn text<'a>(
     column: Column<'a>,
     type_oid: u32,
     arena: &mut String,
-) -> Result<Option<Piece<'a>>, Problem> {
+) -> Result<Piece<'a>, Problem> {
     match column {
-        Column::Null => Ok(None),
+        Column::Null => Err(Problem::Null),
         Column::Unchanged => Err(Problem::Unchanged),
-        Column::Text(bytes) => utf8(bytes).map(|text| Some(Piece::Row(text))),
-        Column::Binary(bytes) => binary_text(bytes, type_oid, arena).map(Some),
+        Column::Binary(bytes) if !is_text(type_oid) => binary_text(bytes, type_oid, arena),
+        Column::Text(bytes) | Column::Binary(bytes) => utf8(bytes).map(Piece::Row),
     }
 }
 
-/// Appends the value's text to `out`; NULL is an error.
+/// Appends the value's text to `out`.
 pub(super) fn append_text(
     column: Column<'_>,
     type_oid: u32,
     out: &mut String,
 ) -> Result<(), Problem> {
-    match text(column, type_oid, out)? {
-        None => Err(Problem::Null),
-        Some(Piece::Row(text)) => {
-            out.push_str(text);
-            Ok(())
-        }
-        Some(Piece::Arena(_)) => Ok(()),
+    if let Piece::Row(text) = text(column, type_oid, out)? {
+        out.push_str(text);
     }
+    Ok(())
 }
 
 /// A payload: in the row, made as text, or decoded into the buffer.
@@ -100,38 +103,36 @@ pub(super) enum Bytes<'a> {
     Decoded,
 }
 
-/// The value's bytes; `None` for NULL. A `bytea` in text format is decoded into `decoded`, which must be empty.
+/// The value's bytes. A `bytea` in text format is decoded into `decoded`, which must be empty.
 pub(super) fn bytes<'a>(
     column: Column<'a>,
     type_oid: u32,
     arena: &mut String,
     decoded: &mut Vec<u8>,
-) -> Result<Option<Bytes<'a>>, Problem> {
-    Ok(Some(match (column, type_oid) {
-        (Column::Null, _) => return Ok(None),
+) -> Result<Bytes<'a>, Problem> {
+    Ok(match (column, type_oid) {
+        (Column::Null, _) => return Err(Problem::Null),
         (Column::Unchanged, _) => return Err(Problem::Unchanged),
         (Column::Text(text), BYTEA) => {
             unhex(text, decoded)?;
             Bytes::Decoded
         }
         // Text types and JSON: in both formats the bytes are the value. They are not looked at.
-        (Column::Text(bytes), _)
-        | (Column::Binary(bytes), BYTEA | JSON | TEXT | VARCHAR | BPCHAR | NAME) => {
-            Bytes::Row(bytes)
-        }
+        (Column::Text(bytes), _) | (Column::Binary(bytes), BYTEA) => Bytes::Row(bytes),
+        (Column::Binary(bytes), oid) if is_text(oid) => Bytes::Row(bytes),
         (Column::Binary(bytes), JSONB) => Bytes::Row(without_version(bytes)?),
         (Column::Binary(bytes), _) => Bytes::Text(binary_text(bytes, type_oid, arena)?),
-    }))
+    })
 }
 
-/// The value as a point in time; `None` for NULL.
-pub(super) fn instant(column: Column<'_>, type_oid: u32) -> Result<Option<Instant>, Problem> {
+/// The value as a point in time.
+pub(super) fn instant(column: Column<'_>, type_oid: u32) -> Result<Instant, Problem> {
     match column {
-        Column::Null => Ok(None),
+        Column::Null => Err(Problem::Null),
         Column::Unchanged => Err(Problem::Unchanged),
-        Column::Text(text) => Instant::from_text(utf8(text)?).map(Some),
+        Column::Text(text) => Instant::from_text(utf8(text)?),
         Column::Binary(bytes) if matches!(type_oid, TIMESTAMPTZ | TIMESTAMP) => {
-            Instant::from_pg_us(i64::from_be_bytes(array(bytes, type_oid)?)).map(Some)
+            Instant::from_pg_us(i64::from_be_bytes(array(bytes, type_oid)?))
         }
         Column::Binary(_) => Err(Problem::BinaryType { oid: type_oid }),
     }
@@ -156,11 +157,10 @@ fn without_version(bytes: &[u8]) -> Result<&[u8], Problem> {
     })
 }
 
-/// What Postgres' text output of a binary value would be.
+/// What Postgres' text output of a binary value would be, where that is something else.
 fn binary_text<'a>(bytes: &'a [u8], oid: u32, arena: &mut String) -> Result<Piece<'a>, Problem> {
     let start = arena.len();
     match oid {
-        TEXT | VARCHAR | BPCHAR | NAME | JSON => return utf8(bytes).map(Piece::Row),
         JSONB => return utf8(without_version(bytes)?).map(Piece::Row),
         BOOL => {
             let [value] = array(bytes, oid)?;

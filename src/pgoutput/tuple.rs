@@ -93,10 +93,7 @@ impl<'a> Tuple<'a> {
     /// The values, in the order of the relation's columns.
     #[inline]
     pub fn columns(&self) -> TupleColumns<'a> {
-        TupleColumns {
-            left: self.count,
-            data: self.data,
-        }
+        TupleColumns { data: self.data }
     }
 }
 
@@ -109,7 +106,6 @@ impl fmt::Debug for Tuple<'_> {
 /// Iterates over a [`Tuple`]'s values.
 #[derive(Clone, Debug)]
 pub struct TupleColumns<'a> {
-    left: u16,
     data: &'a [u8],
 }
 
@@ -119,7 +115,6 @@ impl<'a> Iterator for TupleColumns<'a> {
     #[inline]
     fn next(&mut self) -> Option<Column<'a>> {
         // `Tuple::parse` has been over this: no `?` below ends the iteration before the last column.
-        self.left = self.left.checked_sub(1)?;
         let (&kind, rest) = self.data.split_first()?;
         if kind == b'n' || kind == b'u' {
             self.data = rest;
@@ -139,11 +134,6 @@ impl<'a> Iterator for TupleColumns<'a> {
             Column::Binary(value)
         })
     }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        (usize::from(self.left), Some(usize::from(self.left)))
-    }
 }
 
-impl ExactSizeIterator for TupleColumns<'_> {}
 impl FusedIterator for TupleColumns<'_> {}

@@ -101,6 +101,7 @@ impl fmt::Display for FrameError {
 impl std::error::Error for FrameError {}
 
 /// Bytes that the first message in `buffered` takes in all, as soon as its header is there.
+#[inline]
 pub fn message_bytes(buffered: &[u8]) -> Result<Option<usize>, FrameError> {
     let Some((&[_, l0, l1, l2, l3], _)) = buffered.split_first_chunk::<HEADER_BYTES>() else {
         return Ok(None);
@@ -113,6 +114,7 @@ pub fn message_bytes(buffered: &[u8]) -> Result<Option<usize>, FrameError> {
 }
 
 /// Reads the first message in `buffered` and says how many bytes it took; `None` while it is incomplete.
+#[inline]
 pub fn parse(buffered: &[u8]) -> Result<Option<(Message<'_>, usize)>, FrameError> {
     let Some(total) = message_bytes(buffered)? else {
         return Ok(None);
@@ -133,6 +135,7 @@ pub fn parse(buffered: &[u8]) -> Result<Option<(Message<'_>, usize)>, FrameError
     Ok(Some((message, total)))
 }
 
+#[inline]
 fn copy_data(body: &[u8]) -> Result<Frame<'_>, FrameError> {
     let (&kind, rest) = body.split_first().ok_or(FrameError::Kind(0))?;
     let wrong = FrameError::Body(kind);

@@ -191,7 +191,7 @@ impl Publisher {
         route: usize,
         lane: usize,
         (event, key_hash): (&Outgoing<'_>, u64),
-        properties: impl Iterator<Item = (&'p str, &'p str)>,
+        properties: &(impl Iterator<Item = (&'p str, &'p str)> + Clone),
         reason: String,
     ) {
         self.lanes[lane].skip(event.commit_lsn, &mut self.memory);
@@ -309,7 +309,7 @@ impl Publisher {
         route: usize,
         key_hash: u64,
         event: &Outgoing<'_>,
-        properties: impl Iterator<Item = (&'p str, &'p str)>,
+        properties: &(impl Iterator<Item = (&'p str, &'p str)> + Clone),
     ) -> bool {
         let state = self.routes[route].state;
         let Some(reason) = self.routes[route].refused.clone() else {

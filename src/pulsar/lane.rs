@@ -244,7 +244,7 @@ impl Lane {
     pub(super) fn append<'p>(
         &mut self,
         message: &Outgoing<'_>,
-        properties: impl Iterator<Item = (&'p str, &'p str)>,
+        properties: &(impl Iterator<Item = (&'p str, &'p str)> + Clone),
         after: u64,
         limits: Limits,
         memory: &mut Memory,
@@ -257,7 +257,7 @@ impl Lane {
             sequence_id,
             payload: message.payload,
         };
-        single.encode_metadata(properties, &mut memory.metadata);
+        single.encode_metadata(properties.clone(), &mut memory.metadata);
         let bytes = single.entry_len(&memory.metadata);
         let largest = limits.max_message_bytes - self.producer.headroom;
         if bytes > largest && !self.fits_compressed(&single, &memory.metadata, largest) {
@@ -289,7 +289,7 @@ impl Lane {
     pub(super) fn append_refused<'p>(
         &mut self,
         message: &Outgoing<'_>,
-        properties: impl Iterator<Item = (&'p str, &'p str)>,
+        properties: &(impl Iterator<Item = (&'p str, &'p str)> + Clone),
         reason: &str,
         memory: &mut Memory,
     ) -> usize {
@@ -301,7 +301,7 @@ impl Lane {
             sequence_id,
             payload: message.payload,
         };
-        single.encode_metadata(properties, &mut memory.metadata);
+        single.encode_metadata(properties.clone(), &mut memory.metadata);
         let bytes = single.entry_len(&memory.metadata);
         let mut buffer = memory.take(self.producer.headroom + bytes);
         buffer.put_bytes(0, self.producer.headroom);

@@ -331,14 +331,14 @@ impl Publisher {
         topic: &str,
         key_hash: u64,
         event: &Outgoing<'_>,
-        properties: impl Iterator<Item = (&'p str, &'p str)> + Clone,
+        properties: &(impl Iterator<Item = (&'p str, &'p str)> + Clone),
     ) -> Result<()> {
         let route = self.route(topic);
-        if self.divert_unrouted(route, key_hash, event, properties.clone()) {
+        if self.divert_unrouted(route, key_hash, event, properties) {
             return Ok(());
         }
         if !self.routes[route].is_open()
-            || self.place(route, key_hash, event, properties.clone())? == Placed::NotNow
+            || self.place(route, key_hash, event, properties)? == Placed::NotNow
         {
             self.hold(route, Held::new(event, key_hash, properties));
         }
@@ -351,7 +351,7 @@ impl Publisher {
         route: usize,
         key_hash: u64,
         event: &Outgoing<'_>,
-        properties: impl Iterator<Item = (&'p str, &'p str)> + Clone,
+        properties: &(impl Iterator<Item = (&'p str, &'p str)> + Clone),
     ) -> Result<Placed> {
         // Held events come late: the tail of a transaction before theirs may still have lanes of its own.
         if !self.dedicated.is_empty()
@@ -400,18 +400,12 @@ impl Publisher {
         &mut self,
         lane_id: usize,
         event: &Outgoing<'_>,
-        properties: impl Iterator<Item = (&'p str, &'p str)> + Clone,
+        properties: &(impl Iterator<Item = (&'p str, &'p str)> + Clone),
         after: u64,
     ) -> Result<()> {
         let lane = &mut self.lanes[lane_id];
         let was_filling = lane.open_since().is_some();
-        let appended = lane.append(
-            event,
-            properties.clone(),
-            after,
-            self.limits,
-            &mut self.memory,
-        );
+        let appended = lane.append(event, properties, after, self.limits, &mut self.memory);
         let bytes = match appended {
             Appended::Queued { bytes } => bytes,
             Appended::TooLarge { bytes } => {

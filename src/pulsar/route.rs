@@ -279,7 +279,7 @@ impl Publisher {
                     break;
                 };
                 let placed = self
-                    .place(index, held.key_hash, &held.outgoing(), held.properties())
+                    .place(index, held.key_hash, &held.outgoing(), &held.properties())
                     .map_err(|error| {
                         let row = held.row_id();
                         Error::refused(format!("the row with id {row} cannot be published"))
@@ -337,9 +337,10 @@ impl Held {
     pub(super) fn new<'p>(
         event: &Outgoing<'_>,
         key_hash: u64,
-        properties: impl Iterator<Item = (&'p str, &'p str)>,
+        properties: &(impl Iterator<Item = (&'p str, &'p str)> + Clone),
     ) -> Self {
         let properties: Vec<_> = properties
+            .clone()
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .collect();
         let mut mark = Rows::default();
@@ -390,7 +391,7 @@ impl Held {
         };
         let pairs = metadata.properties.iter();
         let properties = pairs.map(|pair| (pair.key.as_str(), pair.value.as_str()));
-        Self::new(&event, key_hash(key.as_bytes()), properties)
+        Self::new(&event, key_hash(key.as_bytes()), &properties)
     }
 
     pub(super) fn outgoing(&self) -> Outgoing<'_> {

@@ -288,7 +288,7 @@ impl<'a> Scan<'a> {
         let position = position(row.seq)?;
         let tag = RowTag::new(self.place, position.as_u64() >> 3);
         self.outlet
-            .take_read(&self.extractor, &row.tuple()?, tag, position)
+            .take_read(&mut self.extractor, &row.tuple()?, tag, position)
     }
 }
 

@@ -95,7 +95,7 @@ impl Task {
         };
         let properties = properties.iter().map(|(n, v)| (n.as_str(), v.as_str()));
         let hash = key_hash(key.as_bytes());
-        let taken = self.publisher.publish(topic, hash, &event, properties);
+        let taken = self.publisher.publish(topic, hash, &event, &properties);
         self.take_diverted();
         taken
     }

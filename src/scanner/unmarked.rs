@@ -221,11 +221,12 @@ impl Unmarked {
         let Some(again) = again else {
             return Err(Error::bug("a publisher was just made"));
         };
-        let extractor = Extractor::new(&relation, &self.routing.columns, &self.routing.template)?;
+        let mut extractor =
+            Extractor::new(&relation, &self.routing.columns, &self.routing.template)?;
         let place = u16::try_from(number).unwrap_or(u16::MAX);
         let mut published = 0;
         for row in &rows {
-            match again.publish(place, &extractor, row).await {
+            match again.publish(place, &mut extractor, row).await {
                 Ok(()) => published += 1,
                 Err(error) if error.is_temporary() => return Err(error),
                 // The others need not wait for it.
@@ -263,7 +264,7 @@ impl Again {
         })
     }
 
-    async fn publish(&mut self, table: u16, extractor: &Extractor, row: &[u8]) -> Result<()> {
+    async fn publish(&mut self, table: u16, extractor: &mut Extractor, row: &[u8]) -> Result<()> {
         self.until(Outlet::has_room).await?;
         self.rows += 1;
         let (tag, position) = (RowTag::new(table, self.rows), Lsn::new(self.rows << 3));

@@ -136,7 +136,7 @@ impl Sender {
         let hash = key_hash(sent.key.as_bytes());
         let taken = self
             .publisher
-            .publish(&sent.topic, hash, &event, properties.into_iter());
+            .publish(&sent.topic, hash, &event, &properties.into_iter());
         if taken.is_ok() {
             self.tracker.track();
         }

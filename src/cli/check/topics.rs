@@ -137,7 +137,7 @@ async fn of_rows(
     table: &ScanTable,
     topics: &mut BTreeSet<String>,
 ) -> Result<()> {
-    let extractor = Extractor::new(&table.relation, &config.columns, &config.topic)?;
+    let mut extractor = Extractor::new(&table.relation, &config.columns, &config.topic)?;
     let own = config.columns.name(Role::Topic);
     let own = table.relation.position(own).map(|_| own);
     let columns: BTreeSet<&str> = config
@@ -158,14 +158,15 @@ async fn of_rows(
              LIMIT {MAX_TOPICS})"
     );
     let mut rows = table.open_chosen(client, &clause, &[]).await?;
-    let (mut scratch, mut topic) = (Scratch::new(), String::new());
+    let mut scratch = Scratch::new();
     let take = async |row: crate::scanner::table::ScanRow| {
         let tuple = row.tuple()?;
         // A row that cannot be an event is a straggler's matter.
         if let Ok(event) = extractor.extract(&tuple, &mut scratch)
-            && extractor.topic_into(&tuple, &event, &mut topic).is_ok()
+            && let Ok(topic) = extractor.topic(&tuple, &event)
+            && !topics.contains(topic)
         {
-            topics.insert(topic.clone());
+            topics.insert(topic.to_owned());
         }
         Ok(())
     };

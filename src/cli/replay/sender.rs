@@ -79,7 +79,7 @@ impl Sender {
         let hash = key_hash(event.aggregateid.as_bytes());
         let taken = self
             .publisher
-            .publish(topic, hash, &outgoing, event.properties());
+            .publish(topic, hash, &outgoing, &event.properties());
         taken.map_err(|error| {
             Error::refused(format!("the row with id {} cannot be published", event.id))
                 .caused_by(error)

@@ -322,7 +322,7 @@ impl Look {
         name: &TableName,
     ) -> Result<()> {
         let table = described(client, name).await?;
-        let extractor = Extractor::new(&table.relation, &config.columns, &config.topic)?;
+        let mut extractor = Extractor::new(&table.relation, &config.columns, &config.topic)?;
         if self.range != Range::default() {
             check_has_time(&extractor)?;
         }
@@ -330,7 +330,7 @@ impl Look {
         let mut scratch = Scratch::new();
         let mut rows = table.open_chosen(client, "", &[]).await?;
         while rows
-            .next(async |row| self.row(&extractor, (number, txid), &row, &mut scratch))
+            .next(async |row| self.row(&mut extractor, (number, txid), &row, &mut scratch))
             .await?
         {}
         rows.close().await
@@ -338,7 +338,7 @@ impl Look {
 
     fn row(
         &mut self,
-        extractor: &Extractor,
+        extractor: &mut Extractor,
         (table, txid): (u16, usize),
         row: &ScanRow,
         scratch: &mut Scratch,
@@ -368,12 +368,12 @@ impl Look {
                 noted.key = digest_of(event.aggregateid.as_bytes());
                 noted.payload = digest_of_payload(event.payload);
                 event.id.clone_into(&mut noted.id);
-                extractor.topic_into(&tuple, &event, self.topics.name())
+                extractor.topic(&tuple, &event)
             }
             Err(error) => Err(error),
         };
-        if routed.is_ok() {
-            noted.topic = self.topics.number()?;
+        if let Ok(topic) = routed {
+            noted.topic = self.topics.number(topic)?;
         } else {
             // It can be nothing but a straggler.
             let salvaged = extractor.salvage(&tuple);

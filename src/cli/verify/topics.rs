@@ -21,8 +21,6 @@ struct Topic {
 pub(super) struct Topics {
     numbers: HashMap<String, u32>,
     list: Vec<Topic>,
-    /// The name that is asked for.
-    name: String,
 }
 
 impl Topics {
@@ -31,23 +29,18 @@ impl Topics {
         let mut topics = Self {
             numbers: HashMap::new(),
             list: Vec::new(),
-            name: String::new(),
         };
-        let rendered = template.render_into(&mut topics.name, |_, _| Err(Problem::Null));
+        let mut name = String::new();
+        let rendered = template.render_into(&mut name, |_, _| Err(Problem::Null));
         if rendered.is_ok() {
-            topics.number()?;
+            topics.number(&name)?;
         }
         Ok(topics)
     }
 
-    /// Where to put a topic's name before its number is asked for.
-    pub(super) fn name(&mut self) -> &mut String {
-        &mut self.name
-    }
-
-    /// Its number.
-    pub(super) fn number(&mut self) -> Result<u32> {
-        if let Some(number) = self.numbers.get(&self.name) {
+    /// The topic's number.
+    pub(super) fn number(&mut self, name: &str) -> Result<u32> {
+        if let Some(number) = self.numbers.get(name) {
             return Ok(*number);
         }
         if self.list.len() == MAX_TOPICS {
@@ -57,9 +50,9 @@ impl Topics {
             .hint("verify one table at a time, with WALPOST_OUTBOX_TABLE"));
         }
         let number = u32::try_from(self.list.len()).unwrap_or(u32::MAX);
-        self.numbers.insert(self.name.clone(), number);
+        self.numbers.insert(name.to_owned(), number);
         self.list.push(Topic {
-            name: self.name.clone(),
+            name: name.to_owned(),
             oldest_ms: None,
         });
         Ok(number)

@@ -2,6 +2,7 @@
 
 mod golden;
 mod properties;
+mod router;
 mod rows;
 mod support;
 mod tables;

@@ -13,16 +13,15 @@ fn with_row<T>(
     change: impl FnOnce(&mut Vec<Column<'static>>),
     read: impl FnOnce(Result<(OutboxEvent<'_>, String), EventError>) -> T,
 ) -> T {
-    let extractor = extractor(&full_table(payload_oid));
+    let mut extractor = extractor(&full_table(payload_oid));
     let mut columns = plain_row();
     change(&mut columns);
     let bytes = row(&columns);
     let tuple = Tuple::decode(&bytes).expect("well encoded");
     let mut scratch = Scratch::new();
     let result = extractor.extract(&tuple, &mut scratch).and_then(|event| {
-        let mut topic = "a topic of the row before".to_owned();
-        extractor.topic_into(&tuple, &event, &mut topic)?;
-        Ok((event, topic))
+        let topic = extractor.topic(&tuple, &event)?;
+        Ok((event, topic.to_owned()))
     });
     read(result)
 }
@@ -307,8 +306,8 @@ fn any_column_may_be_in_the_template_in_either_format() {
         aggregateid: "key".to_owned(),
         ..Columns::default()
     };
-    let extractor = Extractor::new(&table, &columns, &template("r{region}.{id}.{aggregateid}"))
-        .expect("the columns are there");
+    let template = template("r{region}.{id}.{aggregateid}");
+    let mut extractor = Extractor::new(&table, &columns, &template).expect("the columns are there");
     for region in [
         Column::Text(b"42"),
         Column::Binary(&[0, 0, 0, 0, 0, 0, 0, 42]),
@@ -322,12 +321,8 @@ fn any_column_may_be_in_the_template_in_either_format() {
         let tuple = Tuple::decode(&bytes).expect("well encoded");
         let mut scratch = Scratch::new();
         let event = extractor.extract(&tuple, &mut scratch).expect("a good row");
-        let mut topic = String::new();
-        extractor
-            .topic_into(&tuple, &event, &mut topic)
-            .expect("a topic");
         assert_eq!(
-            topic,
+            extractor.topic(&tuple, &event).expect("a topic"),
             "persistent://public/default/r42.abababab-abab-abab-abab-abababababab.k"
         );
     }
