@@ -100,7 +100,7 @@ pub(super) async fn pump<F: Future<Output = ()>>(
             // 5. The log, while there is room for it and under backlog in gulps; else only the status that is queued.
             filled = intake(&mut gulp, stream, taken), if taken || unsent => {
                 if let Some(bytes) = filled? {
-                    gulp.took(bytes)?;
+                    gulp.took(bytes, stream.is_full())?;
                 }
             }
         }

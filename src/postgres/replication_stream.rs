@@ -40,8 +40,8 @@ pub const READ_BUFFER_BYTES: usize = 256 * 1024;
 /// A buffer that grew is kept for this many reads without a long message, lest every long message pays for a new one.
 const READS_BEFORE_SHRINKING: u32 = 64;
 
-/// A TCP receive buffer holds hundreds of kilobytes, and grows.
-const TCP_GULP_PAUSE: Duration = Duration::from_millis(1);
+/// A TCP receive buffer holds hundreds of kilobytes, and grows; a fast walsender sends a hundred in a millisecond.
+const TCP_GULP_PAUSE: Duration = Duration::from_millis(2);
 /// A Unix socket holds about ninety rows (see [`crate::gulp`]).
 const UNIX_GULP_PAUSE: Duration = Duration::from_micros(250);
 
@@ -168,6 +168,11 @@ impl ReplicationStream {
     /// coming means that waiting a little before the next one would read more at once.
     pub fn last_fill_bytes(&self) -> usize {
         self.last_fill_bytes
+    }
+
+    /// True when the last [`fill`](Self::fill) left no room: the socket most likely has more.
+    pub fn is_full(&self) -> bool {
+        self.end == self.input.len()
     }
 
     /// How long the socket may be left to fill while there is backlog, before the walsender would have to wait.

@@ -44,20 +44,20 @@ const fn varint_len(value: u64) -> usize {
     (70 - value.leading_zeros() as usize) / 7
 }
 
-fn put_varint(buffer: &mut impl BufMut, mut value: u64) {
+fn put_varint(buffer: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
-        buffer.put_u8(value.to_le_bytes()[0] | 0x80);
+        buffer.push(value.to_le_bytes()[0] | 0x80);
         value >>= 7;
     }
-    buffer.put_u8(value.to_le_bytes()[0]);
+    buffer.push(value.to_le_bytes()[0]);
 }
 
 /// Both numbers that begin a field: its tag, and its value or the length of what follows. Nearly always they have a byte each
 /// and are written in one piece: a row has a dozen of them, and each piece asks whether there is room.
 #[inline]
-fn put_pair(buffer: &mut impl BufMut, tag: u64, value: u64) {
+fn put_pair(buffer: &mut Vec<u8>, tag: u64, value: u64) {
     if tag < 0x80 && value < 0x80 {
-        buffer.put_slice(&[tag.to_le_bytes()[0], value.to_le_bytes()[0]]);
+        buffer.extend_from_slice(&[tag.to_le_bytes()[0], value.to_le_bytes()[0]]);
     } else {
         put_varint(buffer, tag);
         put_varint(buffer, value);
@@ -65,23 +65,19 @@ fn put_pair(buffer: &mut impl BufMut, tag: u64, value: u64) {
 }
 
 #[inline]
-fn put_number(buffer: &mut impl BufMut, field: u64, value: u64) {
+fn put_number(buffer: &mut Vec<u8>, field: u64, value: u64) {
     put_pair(buffer, tag(field, VARINT), value);
 }
 
 #[inline]
-fn put_length(buffer: &mut impl BufMut, field: u64, length: usize) {
+fn put_length(buffer: &mut Vec<u8>, field: u64, length: usize) {
     put_pair(buffer, tag(field, LENGTH_DELIMITED), length as u64);
 }
 
 #[inline]
-fn put_bytes(buffer: &mut impl BufMut, field: u64, value: &[u8]) {
+fn put_bytes(buffer: &mut Vec<u8>, field: u64, value: &[u8]) {
     put_length(buffer, field, value.len());
-    buffer.put_slice(value);
-}
-
-const fn number_len(field: u64, value: u64) -> usize {
-    varint_len(tag(field, VARINT)) + varint_len(value)
+    buffer.extend_from_slice(value);
 }
 
 const fn bytes_len(field: u64, len: usize) -> usize {
@@ -322,12 +318,16 @@ pub(super) fn seal(
     let checksum = crc32c::crc32c_append(checksum, scratch);
     let checksum = crc32c::crc32c_append(checksum, payload);
 
-    let send_len = number_len(1, header.producer_id)
-        + number_len(2, header.lowest_sequence_id)
-        + number_len(3, u64::from(header.messages))
-        + number_len(6, header.highest_sequence_id);
-    let command_len = number_len(1, SEND) + bytes_len(6, send_len);
-    let header_len = 4 + 4 + command_len + 2 + 4 + 4 + metadata_len;
+    put_number(scratch, 1, header.producer_id);
+    put_number(scratch, 2, header.lowest_sequence_id);
+    put_number(scratch, 3, u64::from(header.messages));
+    put_number(scratch, 6, header.highest_sequence_id);
+    let send_len = scratch.len() - metadata_len;
+    put_number(scratch, 1, SEND);
+    put_length(scratch, 6, send_len);
+    let (metadata, command) = scratch.split_at(metadata_len);
+    let (send, before_send) = command.split_at(send_len);
+    let header_len = 4 + 4 + command.len() + 2 + 4 + 4 + metadata_len;
     assert!(
         header_len <= headroom,
         "the header outgrew the room left for it"
@@ -338,17 +338,13 @@ pub(super) fn seal(
     let total = frame.len() - start - 4;
     let mut gap = &mut frame[start..headroom];
     gap.put_u32(length(total));
-    gap.put_u32(length(command_len));
-    put_number(&mut gap, 1, SEND);
-    put_length(&mut gap, 6, send_len);
-    put_number(&mut gap, 1, header.producer_id);
-    put_number(&mut gap, 2, header.lowest_sequence_id);
-    put_number(&mut gap, 3, u64::from(header.messages));
-    put_number(&mut gap, 6, header.highest_sequence_id);
+    gap.put_u32(length(command.len()));
+    gap.put_slice(before_send);
+    gap.put_slice(send);
     gap.put_u16(MAGIC);
     gap.put_u32(checksum);
     gap.put_u32(length(metadata_len));
-    gap.put_slice(scratch);
+    gap.put_slice(metadata);
 
     let _unused_gap = frame.split_to(start);
     frame.freeze()
@@ -521,6 +517,18 @@ mod tests {
             let _no_entry = entry(bytes.clone());
             let _no_frame = payload_of(&bytes);
             messages(bytes).count();
+        }
+    }
+
+    #[test]
+    fn varints_of_every_length_are_those_of_protobuf() {
+        let around = (0..64).flat_map(|bit| [(1_u64 << bit) - 1, 1 << bit, (1 << bit) + 1]);
+        for value in around.chain([u64::MAX, 0x0123_4567_89ab_cdef, 1_750_000_000_000]) {
+            let (mut ours, mut theirs) = (vec![7], vec![7]);
+            put_varint(&mut ours, value);
+            prost::encoding::encode_varint(value, &mut theirs);
+            assert_eq!(ours, theirs, "{value}");
+            assert_eq!(ours.len(), 1 + varint_len(value), "{value}");
         }
     }
 
