@@ -40,7 +40,7 @@ pub const READ_BUFFER_BYTES: usize = 256 * 1024;
 /// A buffer that grew is kept for this many reads without a long message, lest every long message pays for a new one.
 const READS_BEFORE_SHRINKING: u32 = 64;
 
-/// A TCP receive buffer holds hundreds of kilobytes, and grows; a fast walsender sends a hundred in a millisecond.
+/// A TCP receive buffer holds hundreds of kilobytes, and grows; a fast walsender sends some eighty in a millisecond.
 const TCP_GULP_PAUSE: Duration = Duration::from_millis(2);
 /// A Unix socket holds about ninety rows (see [`crate::gulp`]).
 const UNIX_GULP_PAUSE: Duration = Duration::from_micros(250);
