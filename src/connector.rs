@@ -7,9 +7,21 @@
 //!
 //! * **Pulsar** breaks: the lanes keep their frames, openers reconnect with backoff, and the same frames are sent again in
 //!   order. The replication connection stays; when the in-flight limits are reached nothing more is read from it, while
-//!   status updates go on by their timer.
+//!   status updates go on by their timer. (Over TCP they may not arrive: see below.)
 //! * **Postgres** breaks: what was received goes on to the broker, and the stream starts again at the confirmed LSN. What
 //!   Postgres then repeats the pipe knows and skips (see [`crate::pipe`]).
+//!
+//! # Status updates over TCP while nothing is read
+//!
+//! Linux can starve them. When a receive buffer that may grow no more is full of small segments, the next one is dropped and
+//! the window shut, with that one outside of it. If it is shorter than the unit in which the server's side counts its
+//! window (1 KiB where `tcp_rmem` allows 32 MB, 128 bytes with the default 6 MB), all that side sends then carries a
+//! sequence number beyond the window, also its bare ACKs, and our side drops them: the status update that is on its way is
+//! sent again at doubling intervals, none after it is sent at all, and the walsender gives up after `wal_sender_timeout`.
+//! (Seen on Linux 6.18: `TCPRcvQDrop` in `nstat`, 34 bytes unacknowledged in `ss -ti`. A smaller `SO_RCVBUF` makes it more
+//! frequent, and `TCP_WINDOW_CLAMP` does not limit what is queued.) It ends when enough is read for the window to open. So over TCP an intake that is
+//! paused for longer than `wal_sender_timeout` may cost a new connection, which repeats nothing to the broker. A
+//! Unix socket has no window.
 //!
 //! # Stopping
 //!

@@ -37,7 +37,9 @@ async fn a_broker_that_is_stopped_for_20_seconds_or_frozen_costs_nothing_but_tim
         database.name
     );
     database.sql(&timeout).await;
+    // Over TCP the kernel may lose the acknowledgements of status updates while nothing is read: see `connector`.
     let settings = [
+        ("WALPOST_POSTGRES_URL", &*database.run_socket_url()),
         ("WALPOST_PULSAR_URL", &*own.pulsar_url),
         ("WALPOST_SEND_TIMEOUT", "3s"),
         ("WALPOST_RECONNECT_MAX", "1s"),
