@@ -137,6 +137,7 @@ impl Publisher {
         let Some(lane) = self.lanes.get_mut(slot(producer_id)) else {
             return;
         };
+        let was_held = !lane.takes_part_batches();
         match lane.receipt(sequence_id, &mut self.memory) {
             Receipt::Acknowledged(mut batch) => {
                 if let Some(at) = batch.sent_at() {
@@ -160,6 +161,8 @@ impl Publisher {
                 }
                 if lane.is_quiet() && !self.backlog {
                     lane.seal(&mut self.memory);
+                } else if was_held && lane.takes_part_batches() && lane.open_since().is_some() {
+                    self.filling.push_front(slot(producer_id));
                 }
                 if std::mem::take(&mut self.topics[topic].troubled) {
                     self.topics[topic].backoff.reset();

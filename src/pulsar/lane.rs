@@ -52,6 +52,10 @@ use crate::ack::TxnNo;
 /// Ids of one lane between two transactions: commit records are ≥ 40 bytes = 5 × 8 apart, and each 8 bytes hold 2^16.
 pub(super) const MAX_ORDINALS: u64 = 5 << 16;
 
+/// A lane with this many batches under way keeps its open one until it is full, or until a receipt comes: at most an eighth of
+/// what a receipt takes, and neither memory nor the broker has a batch for each event where receipts are slow.
+const MAX_UNDER_WAY: usize = 8;
+
 /// One event on its way to the broker; everything is borrowed from the replication buffer.
 #[derive(Clone, Copy, Debug)]
 pub struct Outgoing<'a> {
@@ -436,12 +440,10 @@ impl Lane {
     ) {
         self.producer.schema_version = schema_version;
         self.pushed = self.pushed.max(last_sequence_id);
+        // What has waited for the producer waits no longer; and what is open may have to be split.
+        self.link = Link::Down { close_first: None };
+        self.seal(memory);
         if let Some(pushed) = self.pushed {
-            let straddles = |open: &Open| open.batch.first_sequence_id <= pushed;
-            if self.open.as_ref().is_some_and(straddles) {
-                self.link = Link::Down { close_first: None };
-                self.seal(memory);
-            }
             self.split_waiting(pushed);
         }
         self.written = 0;
@@ -528,6 +530,12 @@ impl Lane {
     /// When the open batch was begun, if there is one.
     pub(super) fn open_since(&self) -> Option<Instant> {
         self.open.as_ref().map(|open| open.since)
+    }
+
+    /// True when a batch that is not full may be handed on: it can be written, and few are under way. What cannot be written
+    /// yet had better grow.
+    pub(super) fn takes_part_batches(&self) -> bool {
+        matches!(self.link, Link::Up(_)) && self.in_flight.len() < MAX_UNDER_WAY
     }
 
     /// True when every batch handed on has its receipt: the next one need not wait for company.

@@ -33,7 +33,9 @@
 //! # When a batch is sent
 //!
 //! When it is full; when its lane has no batch without receipt (an idle pipe never waits); when it has waited for the linger
-//! time. Under load a lane always has a batch under way, so batches grow by themselves.
+//! time. Under load a lane always has a batch under way, so batches grow by themselves. One that is not full waits in any
+//! case while its lane has no producer, or eight batches without receipt: an outage ends with few large batches, not with
+//! one for each event, and these take no more memory than their events.
 //!
 //! While rows come in numbers or late, or more of their transaction is on its way ([`Flush::Backlog`]), only the first counts, and
 //! a linger time that grows: as long as a receipt takes, and a quarter of what is counted as late ([`crate::gulp::LATE`] is not).
@@ -200,8 +202,9 @@ pub struct Publisher {
     pub(super) topic_index: HashMap<String, usize>,
     /// The index is the producer id, so a receipt finds its lane without a search.
     pub(super) lanes: Vec<Lane>,
-    /// Lanes with an open batch, oldest batch first (a lane may stand here twice; flushing it twice does nothing).
-    filling: VecDeque<usize>,
+    /// Lanes with an open batch that may be handed on, oldest batch first (a lane may stand here twice; flushing it twice does
+    /// nothing).
+    pub(super) filling: VecDeque<usize>,
     /// Lanes for the tails of huge transactions, by the lane they relieve.
     pub(super) dedicated: HashMap<(usize, Lsn), usize>,
     /// Set before and after a huge transaction's tail: nothing more is taken until everything has its receipt.
@@ -472,6 +475,10 @@ impl Publisher {
             let Some(since) = lane.open_since() else {
                 continue;
             };
+            if what != Flush::All && !lane.takes_part_batches() {
+                // Not looked at again until a receipt brings it back, or a producer that opens takes all.
+                continue;
+            }
             let quiet = what == Flush::Due && lane.is_quiet();
             if what == Flush::All || quiet || due.is_some_and(|due| since <= due) {
                 lane.seal(&mut self.memory);
@@ -527,6 +534,7 @@ impl Publisher {
         let since = self
             .filling
             .iter()
+            .filter(|&&id| self.lanes[id].takes_part_batches())
             .find_map(|&id| self.lanes[id].open_since());
         since.map(|since| since + self.linger)
     }

@@ -1,11 +1,13 @@
 //! Sends that are refused, receipts that are missing or in the wrong order, messages that are too large.
 
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use pulsar::message::proto::ServerError;
+use walpost::pulsar::PublisherConfig;
 
 use super::TOPIC;
-use super::sender::{Log, Sender};
+use super::sender::{Log, Sender, config};
 use super::support::{Asked, FakeBroker, Reaction, StoredEvent, reason};
 
 /// Events of one key in this many batches; all batches are on their way before the first receipt.
@@ -23,6 +25,89 @@ async fn opened(broker: &FakeBroker) -> Sender {
 /// The ids of what is stored, in order.
 fn ids(stored: &[StoredEvent]) -> Vec<&str> {
     stored.iter().map(|event| event.id.as_str()).collect()
+}
+
+/// Publishes so many events of one key, each after a batch with the one before it has waited for long enough to be sent.
+async fn publish_slowly(sender: &mut Sender, count: usize) {
+    for _ in 0..count {
+        sender.publish(TOPIC, "key");
+        let published = Instant::now();
+        let over = || published.elapsed() > Duration::from_millis(3);
+        sender.until("the linger time to be over", over).await;
+    }
+}
+
+/// A sender with an open producer and batches without end.
+async fn with_large_batches(broker: &FakeBroker) -> Sender {
+    let mut sender = Sender::with(PublisherConfig {
+        batch_max_messages: 1000,
+        send_timeout: Duration::from_secs(30),
+        ..config(vec![broker.host()])
+    });
+    sender.publish(TOPIC, "key");
+    sender.delivered().await;
+    sender
+}
+
+#[tokio::test]
+async fn without_receipts_a_few_batches_are_sent_and_the_next_one_grows() {
+    let broker = FakeBroker::start().await;
+    let mut sender = with_large_batches(&broker).await;
+    broker.script_rest(|asked, _| match asked {
+        Asked::Send => Reaction::Hold,
+        _ => Reaction::Obey,
+    });
+
+    publish_slowly(&mut sender, 30).await;
+    assert_eq!(broker.count(Asked::Send), 1 + 8);
+
+    broker.heal();
+    broker.release(|_| {});
+    sender.delivered().await;
+    assert_eq!(broker.count(Asked::Send), 1 + 8 + 1);
+    let stored = broker.stored();
+    assert_eq!(stored.last().map(|event| event.batch), Some(30 - 8));
+    sender.assert_exactly_once(&stored);
+}
+
+#[tokio::test]
+async fn one_receipt_lets_one_batch_go() {
+    let broker = FakeBroker::start().await;
+    let mut sender = with_large_batches(&broker).await;
+    broker.script_rest(|asked, _| match asked {
+        Asked::Send => Reaction::Hold,
+        _ => Reaction::Obey,
+    });
+    publish_slowly(&mut sender, 10).await;
+    assert_eq!(broker.count(Asked::Send), 1 + 8);
+
+    // The oldest gets its receipt; the others' are lost.
+    broker.release(|held| held.truncate(1));
+    let one_more = || broker.count(Asked::Send) == 1 + 8 + 1;
+    sender.until("one more batch", one_more).await;
+    publish_slowly(&mut sender, 3).await;
+    assert_eq!(broker.count(Asked::Send), 1 + 8 + 1);
+    assert_eq!(sender.publisher.in_flight().0, 10 - 1 + 3);
+}
+
+#[tokio::test]
+async fn what_comes_while_the_broker_is_away_is_one_batch_when_it_is_back() {
+    let log = Log::capture();
+    let mut broker = FakeBroker::start().await;
+    let mut sender = with_large_batches(&broker).await;
+    broker.stop().await;
+    sender.publish(TOPIC, "key");
+    let missed = || log.warns(&["cannot publish yet"]);
+    sender.until("a warning", missed).await;
+
+    publish_slowly(&mut sender, 30).await;
+    broker.start_again().await;
+    sender.delivered().await;
+
+    let stored = broker.stored();
+    let largest = stored.iter().map(|event| event.batch).max();
+    assert!(largest >= Some(30), "{stored:#?}");
+    sender.assert_exactly_once(&stored);
 }
 
 #[tokio::test]
