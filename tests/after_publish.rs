@@ -116,6 +116,38 @@ async fn every_row_is_marked_once_in_each_of_several_tables() {
 }
 
 #[tokio::test]
+async fn rows_are_marked_by_their_id_and_not_found_among_those_that_are_not_marked() {
+    // GIVEN statistics by which hardly a row waits to be marked, so that the index on those looks like the shortest way
+    let database = prepare(MARK).await;
+    let never = ("WALPOST_SCAN_INTERVAL", "1h");
+    let walpost = database.start(&[MARK, never]).await;
+    insert(&database, 1..=10_000).await;
+    wait_count(&database, MARKED, 10_000).await;
+    database.sql("ANALYZE walpost.outbox").await;
+
+    // WHEN more rows wait than one statement marks
+    insert(&database, 10_001..=15_000).await;
+    wait_count(&database, MARKED, 15_000).await;
+    walpost.stop().await;
+
+    // THEN that index, which also has an entry for each row marked since the last vacuum, was not walked through
+    eventually(
+        DEADLINE,
+        "the server to have counted 15000 updates",
+        async || {
+            let sql = "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'outbox'";
+            let updates: i64 = database.rows(sql, &[]).await[0].get(0);
+            (updates >= 15_000).then_some(())
+        },
+    )
+    .await;
+    let sql =
+        "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'outbox_unmarked'";
+    let read: i64 = database.rows(sql, &[]).await[0].get(0);
+    assert!(read < 1000, "{read} entries were read");
+}
+
+#[tokio::test]
 async fn nothing_is_marked_ahead_of_its_receipt_nor_published_again_while_it_waits_for_one() {
     // GIVEN a stream whose receipts are held, and rows that are soon thought old
     let database = prepare(MARK).await;

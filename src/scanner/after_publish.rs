@@ -238,8 +238,10 @@ fn statement(table: &OutboxTable, mode: AfterPublish) -> String {
     let ids = format!("ANY ($1::text[]::{}[])", table.id.sql_type);
     match mode {
         AfterPublish::Delete => format!("DELETE FROM {name} WHERE {id} = {ids}"),
+        // `sent_at IS NULL` would offer the planner the index on rows not marked yet: all of them, and the dead entries of those
+        // marked since the last vacuum, for each statement (measured: 381 µs a row instead of 42 by the primary key).
         AfterPublish::Mark | AfterPublish::Keep => format!(
-            "UPDATE {name} SET sent_at = clock_timestamp() WHERE {id} = {ids} AND sent_at IS NULL"
+            "UPDATE {name} SET sent_at = clock_timestamp() WHERE {id} = {ids} AND num_nulls(sent_at) = 1"
         ),
     }
 }
