@@ -52,8 +52,8 @@ use crate::ack::TxnNo;
 /// Ids of one lane between two transactions: commit records are ≥ 40 bytes = 5 × 8 apart, and each 8 bytes hold 2^16.
 pub(super) const MAX_ORDINALS: u64 = 5 << 16;
 
-/// A lane with this many batches under way keeps its open one until it is full, or until a receipt comes: at most an eighth of
-/// what a receipt takes, and neither memory nor the broker has a batch for each event where receipts are slow.
+/// A lane with this many batches under way keeps its open one until it is full, or until a receipt comes: about an eighth of
+/// what a receipt takes, and the broker has no batch for each event where receipts are slow.
 const MAX_UNDER_WAY: usize = 8;
 
 /// One event on its way to the broker; everything is borrowed from the replication buffer.

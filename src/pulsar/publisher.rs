@@ -35,7 +35,7 @@
 //! When it is full; when its lane has no batch without receipt (an idle pipe never waits); when it has waited for the linger
 //! time. Under load a lane always has a batch under way, so batches grow by themselves. One that is not full waits in any
 //! case while its lane has no producer, or eight batches without receipt: an outage ends with few large batches, not with
-//! one for each event, and these take no more memory than their events.
+//! one for each event. Such a lane leaves `filling`; a receipt or its producer brings the batch on, so that nothing is stuck.
 //!
 //! While rows come in numbers or late, or more of their transaction is on its way ([`Flush::Backlog`]), only the first counts, and
 //! a linger time that grows: as long as a receipt takes, and a quarter of what is counted as late ([`crate::gulp::LATE`] is not).
