@@ -302,9 +302,18 @@ async fn nothing_is_lost_and_every_row_goes_when_the_connector_is_killed_eight_t
         .iter()
         .map(|message| message.property("id").to_owned())
         .collect();
-    assert!(committed.len() > 500, "{}", committed.len());
-    assert_eq!(arrived, committed);
     println!("{} rows, {} messages", committed.len(), received.len());
+    assert!(committed.len() > 500);
+    let lost: Vec<_> = committed.difference(&arrived).collect();
+    let invented: Vec<_> = arrived.difference(&committed).collect();
+    assert!(
+        lost.is_empty() && invented.is_empty(),
+        "{} lost: {:?}; {} invented: {:?}",
+        lost.len(),
+        lost.first(),
+        invented.len(),
+        invented.first()
+    );
 }
 
 #[tokio::test]

@@ -184,6 +184,18 @@ async fn consume_reads_300000_messages_in_seconds() {
 }
 
 #[tokio::test]
+async fn consume_reads_on_when_far_more_messages_come_than_are_expected() {
+    // The broker reckons with the size of the batches so far, and so sends more than was asked for.
+    let topic = format!("persistent://public/default/{}", unique("repeats"));
+    produce(&topic, 2, (0..1_000).map(|_| vec![b'x'])).await;
+    produce(&topic, 1000, (0..100_000).map(|_| vec![b'x'])).await;
+    for expected in [1_000, 11_000, 25_000, 40_000] {
+        let received = consume(&servers().pulsar_url, &topic, expected, SOON).await;
+        assert_eq!(received.len(), 101_000);
+    }
+}
+
+#[tokio::test]
 async fn the_proxy_holds_cuts_and_refuses() {
     let database = Database::create("selftest").await;
     let proxy = Proxy::start(&servers().postgres_addr);

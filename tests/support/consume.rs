@@ -16,6 +16,10 @@ use super::unique;
 
 /// Messages asked for ahead. Large, so that hundreds of thousands of messages take seconds.
 const AHEAD_MESSAGES: u32 = 20_000;
+/// Messages the consumer keeps for us, in effect without a limit: its one task both fills this queue and answers
+/// `get_last_message_id` and `unsubscribe`, so that a full queue, which we do not empty while we wait for those, would
+/// hold it up for ever.
+const QUEUE_MESSAGES: u32 = i32::MAX as u32;
 
 /// One message of a topic.
 #[derive(Clone, Debug)]
@@ -81,8 +85,14 @@ pub(crate) async fn consume_as(
     let end = Instant::now() + deadline;
     let mut received = Vec::with_capacity(expected);
     let reading = Box::pin(read(pulsar_url, token, topic, expected, &mut received));
-    // Running into the deadline is no error here.
-    let _ = tokio::time::timeout(end.saturating_duration_since(Instant::now()), reading).await;
+    let left = end.saturating_duration_since(Instant::now());
+    if tokio::time::timeout(left, reading).await.is_err() {
+        // No error here, but what the test then finds amiss is easier to judge by it.
+        eprintln!(
+            "{topic}: {} messages in {deadline:?}, at least {expected} expected",
+            received.len()
+        );
+    }
     received
 }
 
@@ -113,7 +123,7 @@ async fn read(
         .with_options(
             ConsumerOptions::default()
                 .with_initial_position(InitialPosition::Earliest)
-                .with_receiver_queue_size(AHEAD_MESSAGES),
+                .with_receiver_queue_size(QUEUE_MESSAGES),
         )
         .build()
         .await
