@@ -154,6 +154,51 @@ async fn a_second_run_changes_nothing_and_says_so() {
 }
 
 #[tokio::test]
+async fn a_table_of_stragglers_from_an_older_version_is_brought_up_to_date_with_its_rows() {
+    // GIVEN what an older version made, with a row
+    let database = Database::create("init").await;
+    init(&database, &[]).await;
+    database
+        .sql(
+            r#"ALTER TABLE walpost.straggler ALTER COLUMN properties TYPE jsonb;
+               DROP INDEX walpost.straggler_row, walpost.straggler_key, walpost.straggler_id;
+               CREATE UNIQUE INDEX straggler_once ON walpost.straggler (slot, commit_lsn, ordinal);
+               CREATE INDEX straggler_order ON walpost.straggler (slot, topic, key, number);
+               INSERT INTO walpost.straggler (slot, outbox, id, properties, commit_lsn, ordinal, state, reason)
+               VALUES ('s', 'o', 'i', '[["a", "b"]]', '0/1', 1, 'dead', 'r')"#,
+        )
+        .await;
+
+    // WHEN init runs twice
+    let first = init(&database, &[]).await;
+    let second = init(&database, &[]).await;
+
+    // THEN the first run mends it and the second finds nothing to do
+    assert!(
+        first.contains("brought up to date table walpost.straggler"),
+        "{first}"
+    );
+    assert!(
+        second.contains("exists table walpost.straggler"),
+        "{second}"
+    );
+    let query = "SELECT pg_typeof(properties)::text || ' ' || (properties #>> '{0,1}') FROM walpost.straggler";
+    let row: String = database.rows(query, &[]).await[0].get(0);
+    assert_eq!(row, "json b");
+    let query = "SELECT indexname::text FROM pg_indexes WHERE schemaname = 'walpost' AND tablename = 'straggler' ORDER BY 1";
+    let found = database.rows(query, &[]).await;
+    let indexes: Vec<&str> = found.iter().map(|row| row.get(0)).collect();
+    let expected = [
+        "straggler_due",
+        "straggler_id",
+        "straggler_key",
+        "straggler_pkey",
+        "straggler_row",
+    ];
+    assert_eq!(indexes, expected);
+}
+
+#[tokio::test]
 async fn two_at_once_both_succeed() {
     let database = Database::create("init").await;
     let (one, two) = tokio::join!(init(&database, &[]), init(&database, &[]));

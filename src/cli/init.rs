@@ -21,7 +21,7 @@ use crate::postgres::{connect_sql, sql_error, sqlstate};
 use crate::scanner::partitions::{self, Span};
 use crate::scanner::recovery;
 use crate::{Error, Result};
-use catalog::{Catalog, IdFunction, ProgressTable, Server, Table, check_slot};
+use catalog::{Catalog, IdFunction, ProgressTable, Server, StragglerTable, Table, check_slot};
 
 /// Somebody made the same object in the meantime.
 const DUPLICATE_OBJECT: &str = "42710";
@@ -181,11 +181,15 @@ async fn apply(
         step(transaction, "create table walpost.progress", &ddl.progress).await?;
     }
     lines.push(line(has_progress, "table walpost.progress"));
-    if !before.has_straggler {
-        let doing = "create table walpost.straggler";
+    if before.straggler != StragglerTable::Current {
+        let doing = "make table walpost.straggler what this version needs";
         step(transaction, doing, &ddl.straggler).await?;
     }
-    lines.push(line(before.has_straggler, "table walpost.straggler"));
+    lines.push(match before.straggler {
+        StragglerTable::Missing => line(false, "table walpost.straggler"),
+        StragglerTable::Older => "brought up to date table walpost.straggler".to_owned(),
+        StragglerTable::Current => line(true, "table walpost.straggler"),
+    });
     if let Some(status) = &ddl.status {
         let own = after.tables.iter().find(|(name, _)| *name == own_table());
         let own = own.and_then(|(_, table)| table.as_ref());

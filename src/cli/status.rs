@@ -34,7 +34,8 @@ pub struct Options {
 /// Asks and prints; with `watch` until a signal ends it.
 ///
 /// # Errors
-/// Temporary (exit 75) when nothing listens, or what listens gives no status; of the configuration when nothing is served.
+/// Temporary (exit 75) when nothing listens, what listens gives no status, or the connector is stuck; of the configuration
+/// when nothing is served.
 pub async fn run(config: &Config, options: Options, out: &mut dyn Write) -> Result<()> {
     let name = settings::HTTP_ADDR.env;
     let addr = config.http_addr.ok_or_else(|| {
@@ -49,11 +50,15 @@ pub async fn run(config: &Config, options: Options, out: &mut dyn Write) -> Resu
     } else {
         ""
     };
-    print(
-        out,
-        &format!("{wipe}{}", show(&ask(&url).await?, options.json)),
-    )?;
+    let status = ask(&url).await?;
+    print(out, &format!("{wipe}{}", show(&status, options.json)))?;
     if !options.watch {
+        if status["alive"] == false {
+            return Err(
+                Error::temporary("walpost answers, but its connector is stuck")
+                    .hint("end it (SIGKILL if need be) and start it again: nothing is lost"),
+            );
+        }
         return Ok(());
     }
     let again = async {

@@ -331,7 +331,7 @@ settings! {
     );
     BATCH_LINGER = Setting::new(
         "WALPOST_BATCH_LINGER", Value("1ms"), Kind::Duration { min: ms(0), max: minutes(1) },
-        "a batch is sent when its first message has waited this long",
+        "a batch that is not full is sent when its first message has waited this long; in a backlog longer, up to 64ms",
     );
     MAX_IN_FLIGHT_BYTES = Setting::new(
         "WALPOST_MAX_IN_FLIGHT_BYTES", Value("24MiB"), Kind::Size { min: KIB, max: 64 * GIB },

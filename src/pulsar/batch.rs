@@ -8,8 +8,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 use tokio::time::Instant;
 
 use super::compression::Codec;
-use super::lane::RowTag;
 use super::memory::Memory;
+use super::outgoing::RowTag;
 use super::route::Held;
 use super::rows::{Row, Rows};
 use super::wire::{self, BatchHeader};

@@ -31,8 +31,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::lane::{Lane, Link, Outgoing};
+use super::lane::{Lane, Link};
 use super::opener;
+use super::outgoing::Outgoing;
 use super::publisher::Publisher;
 use super::route::{Held, State};
 use super::verdict;

@@ -9,12 +9,14 @@
 //! | `opener` | lookup, connections, producer creation |
 //! | `rows` | ids of the rows behind a batch, from its receipt to whoever marks or deletes them |
 //! | `batch`, `compression` | messages of one lane from the first to the receipt; the codecs |
+//! | `outgoing` | what the publisher is given |
 //! | `lane` | one producer: sequence ids, open batch, batches without receipt |
 //! | `memory` | the buffers that batches take turns with |
 //! | `route`, `partition` | a topic and its partitions, and what waits until they are known; key → partition |
 //! | `schema` | what producers are opened with |
 //! | `divert` | what cannot be published: taken out, in order |
-//! | `publisher`, `events` | limits, flushing, placing; receipts and what brokers say |
+//! | `publisher`, `events` | limits, placing, deadlines; receipts and what brokers say |
+//! | `flushing` | when a batch is sent |
 //! | `verdict` | what the broker says → what walpost does |
 //! | `reader` | topics from their first message to their last, for `verify` |
 //! | `admin`, `probe` | the admin interface and one look at a broker, for `init` and `check` |
@@ -29,9 +31,11 @@ mod compression;
 mod connection;
 mod divert;
 mod events;
+mod flushing;
 mod lane;
 mod memory;
 mod opener;
+mod outgoing;
 mod partition;
 mod probe;
 mod publisher;
@@ -50,10 +54,11 @@ pub use compression::Codec;
 pub use connection::DEFAULT_MAX_MESSAGE_BYTES;
 pub use divert::{Diversion, Diverted, Parked};
 pub use events::BrokerEvent;
-pub use lane::{Outgoing, RowTag};
+pub use flushing::Flush;
+pub use outgoing::{Outgoing, RowTag};
 pub use partition::HashingScheme;
 pub use probe::{Broker, probe, produce_to};
-pub use publisher::{Flush, Publisher, PublisherConfig};
+pub use publisher::{Publisher, PublisherConfig};
 pub use reader::{Message, Reader, ReaderConfig};
 pub use route::Held;
 pub use rows::{Row, RowQueue, Rows};

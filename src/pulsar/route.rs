@@ -22,8 +22,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::lane::{Outgoing, RowTag};
 use super::opener;
+use super::outgoing::{Outgoing, RowTag};
 use super::publisher::{Placed, Publisher, Topic};
 use super::rows::{Row, Rows};
 use crate::ack::TxnNo;

@@ -1,11 +1,13 @@
 //! `/livez` and `/readyz`.
 
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
+use super::status::walpost_status;
 use super::{DEADLINE, addr_of, get, insert, streaming};
-use crate::support::{Command, Database, Load, Servers, eventually};
+use crate::support::{Command, Database, Load, Servers, consume, eventually, servers, unique};
 
 /// The promise for a broker that stops answering.
 const NOT_READY_WITHIN: Duration = Duration::from_secs(15);
@@ -100,6 +102,53 @@ async fn an_idle_stream_stays_ready_and_so_does_a_standby_which_says_what_it_is(
     })
     .await;
     standby.stop().await;
+}
+
+#[tokio::test]
+async fn a_connector_that_is_stuck_is_not_alive_and_goes_on_when_it_can() {
+    // GIVEN a schema file that nobody has written yet, and that is waited for: a pipe, as a hanging network folder would be
+    let folder = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(unique("stuck"));
+    std::fs::create_dir_all(&folder).expect("a folder can be made");
+    let (file, ready) = (folder.join("schema"), folder.join("ready"));
+    let made = std::process::Command::new("mkfifo").arg(&file).status();
+    assert!(made.expect("coreutils").success());
+    let settings = [
+        ("WALPOST_SCHEMA", "json"),
+        ("WALPOST_SCHEMA_FILE", file.to_str().expect("UTF-8")),
+    ];
+    let (database, walpost, addr) = streaming("stuck", &settings).await;
+    assert_eq!(walpost_status(&addr, &[]).await.0, 0);
+
+    // WHEN the connector's thread reads it
+    insert(&database, "t", "k", "{}").await;
+
+    // THEN it is found out, and whoever asks is told
+    let dead = eventually(DEADLINE, "/livez to answer 503", async || {
+        let answer = get(&addr, "/livez").await;
+        (answer.status == 503).then_some(answer.body)
+    });
+    let said = dead.await;
+    assert!(said.contains("thread has been stuck for 3"), "{said}");
+    let (code, said) = walpost_status(&addr, &[]).await;
+    assert_eq!(code, 75, "{said}");
+    assert!(said.contains("its connector is stuck"), "{said}");
+
+    // AND when the file is there, it goes on
+    let schema = r#"{"type": "record", "name": "T", "fields": [{"name": "a", "type": "string", "default": ""}]}"#;
+    std::fs::write(&ready, schema).expect("a file");
+    let mut pipe = std::fs::File::options()
+        .write(true)
+        .open(&file)
+        .expect("walpost reads it");
+    std::fs::rename(&ready, &file).expect("one folder");
+    pipe.write_all(schema.as_bytes()).expect("it is read");
+    drop(pipe);
+    database.wait_all_confirmed(DEADLINE).await;
+    assert_eq!(get(&addr, "/livez").await.status, 200);
+    assert_eq!(walpost_status(&addr, &[]).await.0, 0);
+    walpost.stop().await;
+    let received = consume(&servers().pulsar_url, &database.topic("t"), 1, DEADLINE).await;
+    assert_eq!(received.len(), 1);
 }
 
 #[tokio::test]

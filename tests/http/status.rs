@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{DEADLINE, addr_of, get, insert, status_of, streaming};
 use crate::support::{Asked, Command, Database, FakeBroker, Reaction, eventually};
 
-async fn walpost_status(addr: &str, args: &[&str]) -> (i32, String) {
+pub(super) async fn walpost_status(addr: &str, args: &[&str]) -> (i32, String) {
     let args = [&["status"], args].concat();
     Command::walpost(args)
         .env("PGUSER", "nobody")

@@ -266,6 +266,15 @@ pub(super) enum ProgressTable {
     Usable,
 }
 
+/// `walpost.straggler`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StragglerTable {
+    Missing,
+    /// An earlier version's: its definition is applied again.
+    Older,
+    Current,
+}
+
 /// The objects of the settings, as they are.
 #[derive(Debug)]
 #[allow(
@@ -277,7 +286,7 @@ pub(super) struct Catalog {
     pub(super) may_create_in_schema: bool,
     pub(super) progress: ProgressTable,
     pub(super) has_status: bool,
-    pub(super) has_straggler: bool,
+    pub(super) straggler: StragglerTable,
     pub(super) has_emit: bool,
     pub(super) has_emit_transient: bool,
     pub(super) id_function: IdFunction,
@@ -291,7 +300,8 @@ impl Catalog {
         // Not by to_regclass: it is an error for whoever may not use the schema.
         let query = "
             with ours as (select to_regnamespace('walpost') as schema),
-                 progress as (select c.oid from pg_class c, ours where relnamespace = schema and relname = 'progress')
+                 progress as (select c.oid from pg_class c, ours where relnamespace = schema and relname = 'progress'),
+                 straggler as (select c.oid from pg_class c, ours where relnamespace = schema and relname = 'straggler')
             select schema is not null,
                    coalesce(has_schema_privilege(schema, 'create') and has_schema_privilege(schema, 'usage'), false),
                    to_regprocedure('pg_catalog.uuidv7()') is not null,
@@ -301,9 +311,14 @@ impl Catalog {
                            where has_table_privilege(oid, 'select') and has_table_privilege(oid, 'insert')
                              and has_table_privilege(oid, 'update')),
                    exists (select from pg_class where relnamespace = schema and relname = 'outbox_status'),
-                   exists (select from pg_class where relnamespace = schema and relname = 'straggler'),
+                   exists (select from straggler),
                    exists (select from pg_proc where proname = 'emit' and pronamespace = schema),
-                   exists (select from pg_proc where proname = 'emit_transient' and pronamespace = schema)
+                   exists (select from pg_proc where proname = 'emit_transient' and pronamespace = schema),
+                   exists (select from straggler join pg_attribute on attrelid = oid
+                           where attname = 'properties' and atttypid = 'json'::regtype)
+                   and 4 = (select count(*) from straggler join pg_index on indrelid = oid
+                            join pg_class i on i.oid = indexrelid
+                            where i.relname in ('straggler_row', 'straggler_due', 'straggler_key', 'straggler_id'))
             from ours";
         let schema = client
             .query_one(query, &[])
@@ -329,7 +344,11 @@ impl Catalog {
                 (true, true) => ProgressTable::Usable,
             },
             has_status: schema.get(6),
-            has_straggler: schema.get(7),
+            straggler: match (schema.get(7), schema.get(10)) {
+                (false, _) => StragglerTable::Missing,
+                (true, false) => StragglerTable::Older,
+                (true, true) => StragglerTable::Current,
+            },
             has_emit: schema.get(8),
             has_emit_transient: schema.get(9),
             id_function: match (schema.get(2), schema.get(3)) {

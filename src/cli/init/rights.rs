@@ -3,7 +3,7 @@
 //! Pure: from the catalogue to a list. All that is lacking is told at once, so that a DBA is asked once. What
 //! this list cannot foresee is refused by Postgres itself (SQLSTATE 42501), and each step has its hint for that.
 
-use super::catalog::{Catalog, ProgressTable, Server, Table};
+use super::catalog::{Catalog, ProgressTable, Server, StragglerTable, Table};
 use crate::cli::ddl::own_table;
 use crate::config::Mode;
 use crate::postgres::quote_ident;
@@ -56,7 +56,7 @@ fn all(server: &Server, catalog: &Catalog, mode: Mode, slot_missing: bool) -> Ve
     });
     if own_missing
         || catalog.progress == ProgressTable::Missing
-        || !catalog.has_straggler
+        || catalog.straggler == StragglerTable::Missing
         || !catalog.has_emit_transient
         || (own_can_emit && !catalog.has_emit)
     {
