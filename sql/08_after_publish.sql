@@ -11,7 +11,7 @@ create table if not exists walpost.after_publish (
 
 -- Before there is a slot nothing was published and kept: all rows count. Otherwise the next "walpost run" notes the time.
 insert into walpost.after_publish (slot, mode, since)
-    select slot, mode, clock_timestamp()
+    select slot, mode, '-infinity'::timestamptz
     from (values (/*:slot*/ 'walpost', /*:mode*/ 'mark')) as settings (slot, mode)
     where not exists (select from pg_replication_slots s where s.slot_name = settings.slot)
     on conflict (slot) do nothing;

@@ -47,14 +47,17 @@ begin
 end
 $walpost$;
 
-execute walpost_make_slot (current_setting('walpost.slot'), current_setting('walpost.scan_before'));
-deallocate walpost_make_slot;
-
-insert into walpost.progress (slot, system_id, scan_before, scan_upto)
-    select current_setting('walpost.slot'), c.system_identifier::text,
-           current_setting('walpost.scan_before')::pg_snapshot, pg_current_snapshot()
+-- Noted before there is a slot: one that is left behind half done is then made anew by "walpost run".
+insert into walpost.progress (slot, system_id, scan_before)
+    select current_setting('walpost.slot'), c.system_identifier::text, current_setting('walpost.scan_before')::pg_snapshot
     from pg_control_system() c
     where current_setting('walpost.scan_before') <> ''
     on conflict (slot) do update
-    set scan_before = excluded.scan_before, scan_upto = excluded.scan_upto, scan_position = null,
-        confirmed_lsn = null, updated_at = clock_timestamp();
+    set scan_before = excluded.scan_before, scan_upto = null, scan_position = null, confirmed_lsn = null,
+        updated_at = clock_timestamp();
+
+execute walpost_make_slot (current_setting('walpost.slot'), current_setting('walpost.scan_before'));
+deallocate walpost_make_slot;
+
+update walpost.progress set scan_upto = pg_current_snapshot()
+    where slot = current_setting('walpost.slot') and current_setting('walpost.scan_before') <> '';

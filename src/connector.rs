@@ -27,15 +27,17 @@
 //!
 //! On shutdown the transaction that is arriving is taken to its end (for at most half of the grace period); on an event that
 //! cannot be published intake ends at once. Then what is in flight gets its receipts within the grace period, and a last
-//! status update confirms it. What has no receipt by then is not confirmed and comes again.
+//! status update confirms it. What has no receipt by then is not confirmed and comes again. A stream that is lost meanwhile is
+//! not made anew: what it has not been told of comes again.
 
 mod opening;
 mod publishing;
 mod pump;
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -75,7 +77,7 @@ pub async fn run(
     meter: Arc<Meter>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let mut shutdown = pin!(shutdown);
+    let mut shutdown = pin!(lasting(shutdown));
     let session = Session {
         name: session_name(),
         told: None,
@@ -131,6 +133,19 @@ pub async fn run(
             return connector.stopped_without_stream().await;
         }
     }
+}
+
+/// A future that may be awaited again after its end, and is then over at once: who stops in the middle of something that fails
+/// asks again.
+fn lasting(future: impl Future<Output = ()>) -> impl Future<Output = ()> {
+    let (mut future, mut is_over) = (Box::pin(future), false);
+    poll_fn(move |context| {
+        if !is_over {
+            ready!(future.as_mut().poll(context));
+            is_over = true;
+        }
+        Poll::Ready(())
+    })
 }
 
 /// What it is at until the next try. Without `walpost.progress` there is no lock, and the slot itself says that another has it.
@@ -326,10 +341,12 @@ impl Connector {
         let left = by.saturating_duration_since(Instant::now());
         self.modes.drain(left.max(GOODBYE)).await;
         info!(%confirmed, events = counters.acknowledged, stragglers = counters.stragglers, suppressed = counters.suppressed, "stopped");
-        if missing > 0 {
-            return Err(unfinished(missing));
+        match failure {
+            // Why there will be no receipt.
+            Some(failure) => Err(failure),
+            None if missing > 0 => Err(unfinished(missing)),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

@@ -135,6 +135,31 @@ async fn a_mode_that_the_table_cannot_have_is_refused_with_the_statement_that_me
 }
 
 #[tokio::test]
+async fn retention_is_refused_where_nothing_could_bring_a_row_that_the_log_has_not() {
+    let database = debezium().await;
+    database
+        .sql(
+            "ALTER TABLE inventory.outboxevent
+             ADD COLUMN txid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+             ADD COLUMN created_at timestamptz NOT NULL DEFAULT clock_timestamp()",
+        )
+        .await;
+    let settings = [TABLE, RETENTION, database.as_owner()];
+    let (code, said) = database.walpost(&["run"], &settings).run(DEADLINE).await;
+    assert_eq!(code, 69, "{said}");
+    let mend = "ADD COLUMN seq bigint GENERATED ALWAYS AS IDENTITY";
+    assert!(
+        said.contains("no column seq") && said.contains(mend),
+        "{said}"
+    );
+
+    let add = format!("ALTER TABLE inventory.outboxevent {mend}");
+    database.sql(&add).await;
+    let walpost = database.start(&settings).await;
+    walpost.stop().await;
+}
+
+#[tokio::test]
 async fn a_role_without_the_rights_is_told_the_grant_and_with_it_goes_on() {
     // GIVEN a role that may stream, and not touch the table
     let database = debezium().await;

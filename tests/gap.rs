@@ -3,10 +3,11 @@
 
 mod support;
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use support::{
-    Committed, Database, Load, Received, Servers, Walpost, consume, eventually, insert_many,
+    Committed, Database, Load, Proxy, Received, Servers, Walpost, consume, eventually, insert_many,
     servers,
 };
 
@@ -270,4 +271,83 @@ async fn a_position_that_somebody_edited_is_refused_with_what_resets_it() {
     let (code, said) = database.walpost(&["run"], &[]).run(DEADLINE).await;
     assert_eq!(code, 69, "{said}");
     assert!(said.contains("scan_position = NULL"), "{said}");
+}
+
+#[tokio::test]
+async fn what_scan_and_stream_both_have_comes_once_also_where_the_scan_has_deleted_it() {
+    // GIVEN a lost slot, and its making, which waits for a transaction; walpost hears nothing of its end
+    let delete = ("WALPOST_AFTER_PUBLISH", "delete");
+    let database = Database::create("gap").await;
+    database.init(&[], &[delete]).await;
+    Load::counters(&database).await;
+    // Every row counts where nothing was published before the mode was turned on.
+    let since = "SELECT since = '-infinity' FROM walpost.after_publish";
+    assert!(database.rows(since, &[]).await[0].get::<_, bool>(0));
+    let walpost = database.start(&[delete, NOTED_SOON]).await;
+    insert_many(&database.client, "a", 10).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    walpost.stop().await;
+    drop_slot(&database).await;
+    let other = database.connect().await;
+    let begun = "BEGIN; SELECT pg_current_xact_id()";
+    other.batch_execute(begun).await.expect("a transaction");
+    let proxy = Proxy::start(&servers().postgres_addr);
+    let url = database.url_through(&proxy.addr());
+    let settings = [delete, NOTED_SOON, ("WALPOST_POSTGRES_URL", &*url)];
+    let walpost = database.walpost(&["run"], &settings).spawn();
+    let slot_is = async |what: &'static str| {
+        let sql = format!("SELECT FROM pg_replication_slots WHERE slot_name = $1 AND {what}");
+        eventually(DEADLINE, what, async || {
+            (!database.rows(&sql, &[&database.slot]).await.is_empty()).then_some(())
+        })
+        .await;
+    };
+    slot_is("confirmed_flush_lsn IS NULL").await;
+    proxy.hold_upstream_replies(true);
+    other.batch_execute("COMMIT").await.expect("its end");
+    slot_is("confirmed_flush_lsn IS NOT NULL").await;
+
+    // WHEN rows are committed that the slot has, and that walpost takes for the gap's
+    insert_many(&database.client, "b", 20_000).await;
+    proxy.hold_upstream_replies(false);
+
+    // THEN each comes once, and goes
+    eventually(DEADLINE, "the outbox to be empty", async || {
+        let rows = database.rows("SELECT FROM walpost.outbox LIMIT 1", &[]);
+        rows.await.is_empty().then_some(())
+    })
+    .await;
+    database.wait_all_confirmed(DEADLINE).await;
+    let said = walpost.output();
+    walpost.stop().await;
+    assert!(said.contains("it does not exist any more"), "{said}");
+    let messages = received(&database, 20_010).await;
+    let ids: HashSet<&str> = messages.iter().map(|m| m.property("id")).collect();
+    assert_eq!((ids.len(), messages.len()), (20_010, 20_010));
+}
+
+#[tokio::test]
+async fn a_slot_whose_making_by_hand_was_cut_short_is_made_anew_and_older_rows_come() {
+    // GIVEN rows, and a slot from the file of sql/ whose last statement was not run
+    let database = Database::create("gap").await;
+    Load::prepare(&database).await;
+    drop_slot(&database).await;
+    database.sql("DELETE FROM walpost.progress").await;
+    insert_many(&database.client, "b", 300).await;
+    let sql = include_str!("../sql/11_slot.sql");
+    let sql = sql.replace("/*:slot*/ 'walpost'", &format!("'{}'", database.slot));
+    let (cut, _last) = sql
+        .split_once("update walpost.progress set scan_upto")
+        .expect("its last statement");
+    let file = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(&database.slot);
+    std::fs::write(&file, cut).expect("a file");
+    let psql = std::process::Command::new("psql")
+        .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-d"])
+        .args([&*database.socket_url, "-f"])
+        .arg(&file)
+        .status();
+    assert!(psql.expect("psql is installed with Postgres").success());
+
+    // WHEN walpost runs THEN
+    recovers(&database, "its making was cut short").await;
 }

@@ -4,7 +4,12 @@ mod support;
 
 use std::time::Duration;
 
-use support::{Committed, Database, Load, Proxy, consume, eventually, insert_many, servers};
+use pulsar::message::proto::ServerError;
+
+use support::{
+    Asked, Committed, Database, FakeBroker, Load, Proxy, Reaction, consume, eventually,
+    insert_many, servers,
+};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -77,6 +82,72 @@ async fn what_has_no_receipt_when_the_grace_is_over_is_exit_75_and_comes_at_the_
     )
     .await;
     committed.assert_at_least_once(&received);
+}
+
+#[tokio::test]
+async fn a_stream_that_is_lost_while_the_last_transaction_arrives_is_no_reason_not_to_stop() {
+    // GIVEN a transaction of which half has arrived, and SIGTERM
+    let database = Database::create("halfway").await;
+    Load::prepare(&database).await;
+    let proxy = Proxy::start(&servers().postgres_addr);
+    let url = database.url_through(&proxy.addr());
+    let mut walpost = database.start(&[("WALPOST_POSTGRES_URL", &*url)]).await;
+    insert_many(&database.client, "key", 1).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    let before = proxy.to_client_bytes();
+    insert_many(&database.client, "key", 200_000).await;
+    eventually(DEADLINE, "some of it to arrive", async || {
+        (proxy.to_client_bytes() > before + 1_000_000).then_some(())
+    })
+    .await;
+    proxy.hold_upstream_replies(true);
+    walpost.sigterm();
+    walpost.wait_for_line("draining", DEADLINE).await;
+    // The connector hears of it a moment later than the log does.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+
+    // WHEN the connection breaks
+    proxy.cut();
+
+    // THEN it stops, and what was not confirmed comes at the next start
+    let code = walpost.wait_exit(Duration::from_secs(10)).await;
+    assert!(matches!(code, 0 | 75), "{code}: {}", walpost.output());
+    let walpost = database.start(&[]).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    walpost.stop().await;
+    let committed = Committed::read(&database).await;
+    let topic = Load::topic(&database);
+    let received = consume(&servers().pulsar_url, &topic, committed.len(), DEADLINE).await;
+    committed.assert_at_least_once(&received);
+}
+
+#[tokio::test]
+async fn an_event_that_is_refused_while_it_drains_is_told_and_is_exit_69() {
+    // GIVEN an event that waits for its producer, nowhere to put what is refused, and SIGTERM
+    let database = Database::create("refused").await;
+    database.init(&[], &[]).await;
+    database.sql("DROP TABLE walpost.straggler CASCADE").await;
+    let broker = FakeBroker::start().await;
+    broker.script(Asked::Producer, [Reaction::NotReady]);
+    broker.script(Asked::Send, [Reaction::Fail(ServerError::NotAllowedError)]);
+    let mut walpost = database
+        .start(&[("WALPOST_PULSAR_URL", &*broker.url())])
+        .await;
+    let insert = "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload)
+                  VALUES ('t', 'k', 'e', '1') RETURNING id::text";
+    let id: String = database.rows(insert, &[]).await[0].get(0);
+    broker.wait_for(Asked::Producer, 1).await;
+    walpost.sigterm();
+    walpost.wait_for_line("no more intake", DEADLINE).await;
+
+    // WHEN the producer is ready, and the broker refuses the event
+    broker.release(|_| {});
+
+    // THEN that is what it ends with
+    let code = walpost.wait_exit(DEADLINE).await;
+    assert_eq!(code, 69, "{}", walpost.output());
+    let said = walpost.output();
+    assert!(said.contains(&id) && said.contains("NotAllowed"), "{said}");
 }
 
 #[tokio::test]

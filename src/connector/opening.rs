@@ -24,7 +24,7 @@ use crate::scanner::outbox::OutboxTable;
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
 use crate::scanner::unmarked::Way;
-use crate::{Lsn, Result};
+use crate::{Error, Lsn, Result};
 
 /// `application_name` of our sessions.
 const APPLICATION_NAME: &str = "walpost";
@@ -36,13 +36,18 @@ impl Connector {
         mut shutdown: Shutdown<'_, F>,
     ) -> Result<Option<ReplicationStream>> {
         let config = self.config.clone();
-        // The lock goes with it, so that it can be taken again.
-        self.scanner = None;
+        let held = self.scanner.take();
         let session = Session {
             name: self.session.name.clone(),
             ..self.session
         };
-        let checking = check(&config, &session);
+        let checking = async {
+            // Waited for: were it held a moment longer, we would take ourselves for another instance.
+            if let Some(client) = held {
+                recovery::unlock(client).await;
+            }
+            check(&config, &session).await
+        };
         let Some(checked) = self.attend(checking, shutdown.as_mut()).await? else {
             return Ok(None);
         };
@@ -162,6 +167,8 @@ impl Connector {
             return Ok((Vec::new(), stragglers));
         };
         let routing = routing(&self.config);
+        // Before the scan: in the mode delete its rows go as soon as they have their receipts.
+        let scanned = gap::overlap(client, &routing, &progress).await?;
         if progress.gap().is_some() {
             self.meter.set_phase(Phase::Scanning);
             let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
@@ -182,7 +189,6 @@ impl Connector {
             stragglers = gap::close(&gap, &mut progress, stragglers).await?;
             retry(&stragglers, false);
         }
-        let scanned = gap::overlap(client, &routing, &progress).await?;
         Ok((scanned, stragglers))
     }
 }
@@ -218,6 +224,7 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
         .unwrap_or(Lsn::ZERO);
     let mut connection = ReplicationConnection::connect(&config.postgres, APPLICATION_NAME).await?;
     let identity = connection.identify_system().await?;
+    same_server(&client, &mut connection).await?;
     Ok(Checked {
         client,
         connection,
@@ -226,4 +233,22 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
         prepared,
         tables,
     })
+}
+
+/// Of several hosts each connection finds its own: what the slot has confirmed on one server says nothing of the slot on another,
+/// and a start beyond it would pass over transactions.
+async fn same_server(client: &Client, replication: &mut ReplicationConnection) -> Result<()> {
+    const STARTED: &str = "SELECT extract(epoch FROM pg_postmaster_start_time())::text";
+    let row = client.query_one(STARTED, &[]).await;
+    let row = row.map_err(|error| postgres::sql_error("ask which server this is", error))?;
+    let started: String = row.get(0);
+    let rows = replication.simple_query(STARTED).await?;
+    if rows.first().and_then(|row| row.first()) == Some(&Some(started)) {
+        Ok(())
+    } else {
+        Err(Error::temporary(
+            "the connection for SQL and the one for replication reached two servers",
+        )
+        .hint("name one, or say target_session_attrs=read-write in the Postgres URL"))
+    }
 }

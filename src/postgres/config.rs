@@ -17,6 +17,9 @@ use super::url;
 
 const DEFAULT_PORT: u16 = 5432;
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// What is sent and not acknowledged for this long was sent to a host that is gone. The system would wait for a quarter of an hour,
+/// and a stream always has a status update on its way, which keeps keepalive probes from being sent.
+const VANISHED: Duration = Duration::from_secs(60);
 /// Where Debian's server listens; libpq as Debian builds it looks here.
 const DEBIAN_SOCKET_DIR: &str = "/var/run/postgresql";
 
@@ -164,10 +167,11 @@ impl PostgresConfig {
                     .unwrap_or(30)
                     .into(),
             ),
-            tcp_user_timeout: given
-                .number("tcp_user_timeout")?
-                .filter(|&ms| ms > 0)
-                .map(|ms| Duration::from_millis(ms.into())),
+            tcp_user_timeout: match given.number("tcp_user_timeout")? {
+                None => Some(VANISHED),
+                Some(0) => None,
+                Some(ms) => Some(Duration::from_millis(ms.into())),
+            },
         })
     }
 

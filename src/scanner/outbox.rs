@@ -13,6 +13,8 @@ use crate::{Error, Result};
 pub const SENT_AT: &str = "sent_at";
 /// The column of the inserting transaction.
 pub const TXID: &str = "txid";
+/// The column that orders the rows of a table for a scan.
+pub const SEQ: &str = "seq";
 
 /// A column that a mode reads or writes.
 #[derive(Clone, Debug)]
@@ -39,6 +41,8 @@ pub struct OutboxTable {
     pub has_sent_at: bool,
     /// Whether there is a `txid` of type `xid8`.
     pub has_txid: bool,
+    /// Whether there is a `seq`: without it the scan of a gap leaves the table out.
+    has_seq: bool,
     /// Whether it is partitioned.
     pub partitioned: bool,
     /// Whether the role has the owner's rights.
@@ -114,6 +118,7 @@ impl OutboxTable {
             created_at: find(&config.columns.created_at).filter(is_time),
             has_sent_at: find(SENT_AT).is_some_and(|column| is_time(&column)),
             has_txid: find(TXID).is_some_and(|column| column.sql_type == "xid8"),
+            has_seq: find(SEQ).is_some(),
             has_id_index: indexed.get(0),
             has_unmarked_index: indexed.get(1),
             id,
@@ -196,6 +201,13 @@ impl OutboxTable {
             Some((
                 "for the time of the event",
                 "created_at timestamptz NOT NULL DEFAULT clock_timestamp()",
+            ))
+        } else if mode == AfterPublish::Keep && !self.has_seq {
+            // Rows from before the slot, or of a gap, would count as delivered although nothing can bring them. (In the
+            // other modes a row without its mark stays.)
+            Some((
+                "seq of type bigint",
+                "seq bigint GENERATED ALWAYS AS IDENTITY",
             ))
         } else {
             None

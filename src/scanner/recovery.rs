@@ -28,6 +28,9 @@
 //! Any number of instances may run; an advisory lock, held by the session that this module is given, lets one of them look
 //! and recover. The others wait for it.
 
+use std::time::Duration;
+
+use tokio::time::timeout;
 use tokio_postgres::Client;
 use tracing::warn;
 
@@ -153,8 +156,19 @@ pub async fn make_slot(client: &Client, slot: &str) -> Result<()> {
     progress::slot_made(client, slot, &upto).await
 }
 
+/// How long a session that ends is given to say so.
+const UNLOCK: Duration = Duration::from_secs(1);
+
 /// Held until the session ends.
+///
+/// The session does nothing while the stream runs, so the server is told how to find out that we are gone without a word (a host
+/// without power, a network that forgot the connection), and never to end it for its silence. (On a Unix socket the first three
+/// change nothing.)
 pub(super) async fn lock(client: &Client, slot: &str) -> Result<()> {
+    const KEEP: &str = "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;
+                        SET idle_session_timeout = 0";
+    let kept = client.batch_execute(KEEP).await;
+    kept.map_err(|error| sql_error("set up the session that holds the lock", error))?;
     let sql = "SELECT pg_try_advisory_lock(hashtext('walpost'), hashtext($1))";
     let row = client.query_one(sql, &[&slot]).await;
     let row = row.map_err(|error| sql_error("take the lock on the slot", error))?;
@@ -165,6 +179,13 @@ pub(super) async fn lock(client: &Client, slot: &str) -> Result<()> {
         "another walpost has slot {slot}; this one waits until that one ends"
     ))
     .caused_by(Busy))
+}
+
+/// Gives the lock back, and returns when the server has done so, or does not answer.
+pub async fn unlock(client: Client) {
+    let unlocking = client.batch_execute("SELECT pg_advisory_unlock_all()");
+    // A session that is gone has no lock; one that hangs holds it until the server finds out.
+    let _gone = timeout(UNLOCK, unlocking).await;
 }
 
 /// Another instance has the lock.

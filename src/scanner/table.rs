@@ -8,6 +8,7 @@ use futures::{StreamExt as _, pin_mut};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, SimpleQueryMessage, SimpleQueryRow};
 
+use super::outbox::{SEQ, TXID};
 use super::progress::Snapshot;
 use crate::pgoutput::{Relation, RelationColumn, Tuple};
 use crate::postgres::{TableName, quote_ident, quote_literal, sql_error};
@@ -15,8 +16,6 @@ use crate::{Error, Result};
 
 /// Rows that one FETCH asks for; between two of them the connection can be used for something else.
 const FETCH_ROWS: u32 = 1_000;
-const TXID: &str = "txid";
-const SEQ: &str = "seq";
 /// SQL: rows that a scan would not see; see [`ScanTable::refuse_unscannable`].
 const WITHOUT_TXID: &str = "txid IS NULL";
 const WITHOUT_SEQ: &str = "seq IS NULL OR seq < 1";
@@ -41,10 +40,10 @@ fn mend_txid(table: &TableName, slot: &str, rows: &str) -> String {
     let slot = quote_literal(slot);
     let slot = slot.trim();
     format!(
-        "to publish them: UPDATE {table} SET txid = pg_current_xact_id() WHERE {rows}, and after its commit UPDATE walpost.progress \
-         SET scan_upto = pg_current_snapshot(), scan_position = NULL WHERE slot = {slot}; if they are published already: \
+        "stop every walpost run of this slot first; to publish them: UPDATE {table} SET txid = pg_current_xact_id() WHERE {rows}, \
+         and after its commit UPDATE walpost.progress SET scan_upto = pg_current_snapshot(), scan_position = NULL WHERE slot = {slot}; if they are published already: \
          UPDATE {table} SET txid = '3' WHERE {rows}, and UPDATE walpost.progress SET delivered = coalesce(delivered, '4:4:') \
-         WHERE slot = {slot}; then restart walpost run"
+         WHERE slot = {slot}; then start walpost run"
     )
 }
 

@@ -5,7 +5,7 @@ use tokio_postgres::Client;
 use super::Finding;
 use crate::config::{AfterPublish, Config};
 use crate::scanner::modes;
-use crate::scanner::outbox::{OutboxTable, SENT_AT, TXID};
+use crate::scanner::outbox::{OutboxTable, SENT_AT, SEQ, TXID};
 use crate::{Error, Result};
 
 const CHECK: &str = "table";
@@ -81,10 +81,10 @@ fn lacks(table: &OutboxTable, config: &Config) -> (Vec<String>, Vec<String>) {
             )),
         );
     }
-    if !has("seq") {
+    if !has(SEQ) {
         lack(
             "a gap scan in the order of insertion (no column seq)",
-            add("seq bigint GENERATED ALWAYS AS IDENTITY"),
+            add(&format!("{SEQ} bigint GENERATED ALWAYS AS IDENTITY")),
         );
     }
     if !table.has_sent_at {
