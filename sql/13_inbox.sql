@@ -1,6 +1,7 @@
 -- walpost 13/13: System B. The messages that each consumer has handled, so that one that comes again is recognised.
 -- For the database of the consuming application; "walpost sql --inbox" prints it. Needs: CREATE on the database, or CREATE on
--- schema walpost where there is one. May be applied again.
+-- schema walpost where there is one; applied again: to own the tables. May be applied again. Whoever consumes needs SELECT, INSERT,
+-- UPDATE and DELETE on both tables.
 --
 -- A consumer of a broker is handed a message at least once. It does its work once when the message id is written in the same
 -- transaction as the work:
@@ -11,8 +12,12 @@
 --   commit;                                          -- and only now acknowledge to the broker
 --
 -- A second consumer with the same message waits in inbox_claim for the first one's end, and is told then.
+-- Postgres answers the COMMIT of an aborted transaction by ROLLBACK and no error, which a driver may report as success: work that
+-- goes on after a statement that failed would be lost. So a last statement (select 1) belongs before commit: it fails then.
 -- A message that fails again and again is given up with inbox_give_up, in a transaction after the failed one; walpost::inbox, the
 -- Rust library, counts the attempts with inbox_failed and does so. Later messages go on: those of the same key then overtake it.
+-- An id is at most some 2,000 bytes long (more is refused by the index) and, as all text, has no NUL: walpost::inbox has a hash in
+-- the place of one that does not fit.
 
 do $walpost$
 begin
@@ -39,13 +44,25 @@ create table if not exists walpost.inbox_poison (
     message_id    text not null default '',   -- the broker's
     key           text,
     payload       bytea,                      -- written when it is set aside
-    properties    jsonb not null default '{}',
-    attempts      integer not null default 0,
+    properties    json not null default '{}', -- json, not jsonb: it holds \u0000
+    attempts      integer not null default 0, -- failed ones, and one under way that its process may not outlive
     reason        text not null,              -- why the last attempt failed
-    set_aside_at  timestamptz,                -- null: it is still tried
+    set_aside_at  timestamptz,                -- null: it is still tried; its row goes when it succeeds
     first_at      timestamptz not null default now(),
     primary key (consumer, id)
 );
+
+-- What an earlier version made: functions with other arguments, of which one depends on the column; and jsonb.
+drop function if exists walpost.inbox_failed(text, text, text);
+drop function if exists walpost.inbox_give_up(text, text, text, text, text, text, bytea, jsonb);
+do $walpost$
+begin
+    if 'jsonb'::regtype = (select atttypid from pg_attribute
+                           where attrelid = 'walpost.inbox_poison'::regclass and attname = 'properties') then
+        alter table walpost.inbox_poison alter column properties type json;
+    end if;
+end
+$walpost$;
 
 -- True for a message that is new to the consumer: its work is to be done in this transaction.
 create or replace function walpost.inbox_claim(consumer text, id text) returns boolean
@@ -64,13 +81,15 @@ begin
 end
 $walpost$;
 
--- Notes a failed attempt and gives back how many there were. In a transaction of its own, after the failed one.
-create or replace function walpost.inbox_failed(consumer text, id text, reason text) returns integer
+-- Notes a failed attempt and gives back how many there were. In a transaction of its own, after the failed one; or before the
+-- attempt, so that one which its process does not outlive counts, and then again with counted => true, for its reason.
+create or replace function walpost.inbox_failed(consumer text, id text, reason text, counted boolean default false) returns integer
     language sql volatile
 begin atomic
     insert into walpost.inbox_poison as p (consumer, id, attempts, reason)
         values (inbox_failed.consumer, inbox_failed.id, 1, coalesce(inbox_failed.reason, 'unknown'))
-        on conflict (consumer, id) do update set attempts = p.attempts + 1, reason = excluded.reason
+        on conflict (consumer, id) do update
+        set attempts = p.attempts + case when inbox_failed.counted then 0 else 1 end, reason = excluded.reason
         returning p.attempts;
 end;
 
@@ -83,7 +102,7 @@ create or replace function walpost.inbox_give_up(
     message_id text default '',
     key        text default null,
     payload    bytea default null,
-    properties jsonb default '{}'
+    properties json default '{}'
 ) returns boolean
     language plpgsql volatile
 as $walpost$

@@ -23,27 +23,53 @@
 //! which the subscription brings them, and one that fails holds the others up for its attempts. After
 //! [`Settings::max_attempts`] it is set aside whole, with the reason, in `walpost.inbox_poison`, and **later ones go on, those
 //! of the same key too**: for that key the order has a hole, which only the application can judge. Attempts are
-//! counted in the database, so a process that the message kills counts as well, from its next attempt on.
-//! What is not the message's fault (the database is away, a deadlock, a serialization failure) is tried again for ever and is
-//! no attempt.
+//! counted in the database, in a row of that table that goes when the message succeeds. What counts:
+//!
+//! * The handler returns an error, or panics; or the commit fails, as by a deferred constraint.
+//! * The handler returns `Ok` after a statement that failed: Postgres would answer COMMIT by ROLLBACK, and no error.
+//! * The process dies in the handler (abort, out of memory, SIGKILL). [`Inbox::run`] counts an attempt before it begins where that
+//!   may have happened: at a message that failed before, and at the first new one of each topic (partition). With an Exclusive or
+//!   Failover subscription that is where the process before ended, so all but the first death count, and a message that always
+//!   kills is set aside after `max_attempts + 1` of them (one more for each process that had handled others of its topic and gets
+//!   it). With `Shared` and `Key_Shared` it may come to a process in the middle of its work, and such a death does not count.
+//!   (The broker's redelivery count would not tell: it counts for those two only, and the pulsar crate does not hand it on.)
+//!
+//! A run that is dropped takes such a count back, as far as its connection still goes out: a stop is no death. What is not the
+//! message's fault (the database is away, a deadlock, a serialization failure) is tried again for ever and is no attempt.
+//!
+//! # What is stored
+//!
+//! Any message can be, in a database with encoding UTF8: where an id is empty, has a NUL or is too long, something else stands for it
+//! ([`Message::inbox_id`]). NUL in a key is written as `\0`; properties are JSON, which has `\u0000`.
 //!
 //! # Retention
 //!
 //! Ids older than [`Settings::retention`] are deleted in batches, along the index. It must be longer than the broker
 //! may bring a message again: longer than the topic's retention and any seek back.
 
+mod message;
+mod session;
+
+use std::any::Any;
+use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use pulsar::{Consumer, TokioExecutor};
 use tokio::time::{Instant, sleep};
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Transaction};
 use tracing::{info, warn};
+
+pub use message::{Message, ends_its_entry};
 
 use crate::postgres::{PostgresConfig, connect_sql, sql_error};
 use crate::retry::Backoff;
 use crate::{Error, Result};
+use message::{ID_BYTES, storable};
+use session::{Session, Trial};
 
 /// What has to be in the consumer's database; may be applied again.
 pub const SQL: &str = include_str!("../sql/13_inbox.sql");
@@ -54,6 +80,11 @@ const PRUNE_ROWS: i64 = 1000;
 const PRUNE_INTERVAL: Duration = Duration::from_secs(60);
 /// Characters of a failure that are kept.
 const REASON_CHARS: usize = 2000;
+/// Why an attempt failed of which nothing else was heard.
+const PROCESS_ENDED: &str = "the process ended during the attempt";
+/// Why an attempt failed whose handler was content.
+const WENT_ON: &str = "the handler went on after a statement that failed, and so all of its work would be rolled back: let the error \
+                       through, or set a savepoint before a statement that may fail";
 
 /// Why a handler could not do its work.
 pub type HandlerError = Box<dyn std::error::Error + Send + Sync>;
@@ -61,67 +92,13 @@ pub type HandlerError = Box<dyn std::error::Error + Send + Sync>;
 /// The work.
 pub trait Handler: Send {
     /// Does the message's work in `transaction`, which is committed when this has succeeded and rolled back when not.
+    ///
+    /// A panic is a failure too, and the handler is called again after it.
     fn handle(
         &mut self,
         transaction: &Transaction<'_>,
         message: &Message,
     ) -> impl Future<Output = Result<(), HandlerError>> + Send;
-}
-
-/// A message, as far as a handler needs it.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct Message {
-    /// The property `id`, which walpost sets; a message without one has its topic and place, which a resend changes.
-    pub id: String,
-    /// The topic, or partition.
-    pub topic: String,
-    /// Its place there: `ledger:entry:index in the batch`.
-    pub message_id: String,
-    /// The key.
-    pub key: Option<String>,
-    /// The payload. (A tombstone in a batch is empty here: the pulsar crate does not tell the two apart.)
-    pub payload: Vec<u8>,
-    /// All properties.
-    pub properties: Vec<(String, String)>,
-    /// Milliseconds since 1970.
-    pub event_time_ms: Option<u64>,
-}
-
-impl std::fmt::Debug for Message {
-    /// Without what belongs to the application.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Message")
-            .field("id", &self.id)
-            .field("topic", &self.topic)
-            .field("message_id", &self.message_id)
-            .finish_non_exhaustive()
-    }
-}
-
-impl From<&pulsar::consumer::Message<Vec<u8>>> for Message {
-    fn from(message: &pulsar::consumer::Message<Vec<u8>>) -> Self {
-        let (place, metadata) = (message.message_id(), &message.payload.metadata);
-        let index = place.batch_index.unwrap_or(-1);
-        let message_id = format!("{}:{}:{index}", place.ledger_id, place.entry_id);
-        let properties: Vec<(String, String)> = metadata
-            .properties
-            .iter()
-            .map(|pair| (pair.key.clone(), pair.value.clone()))
-            .collect();
-        let id = properties.iter().find(|(name, _)| name == "id");
-        Self {
-            id: id.map_or_else(
-                || format!("{} {message_id}", message.topic),
-                |(_, id)| id.clone(),
-            ),
-            topic: message.topic.clone(),
-            message_id,
-            key: metadata.partition_key.clone(),
-            payload: message.payload.data.clone(),
-            properties,
-            event_time_ms: metadata.event_time,
-        }
-    }
 }
 
 /// What became of a message.
@@ -140,7 +117,7 @@ pub enum Outcome {
 /// How messages that fail, and old ids, are dealt with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Attempts before a message is set aside; at least 1.
+    /// Attempts before a message is set aside; at least 1. With 1, a SIGKILL in the first message after a start is enough for it.
     pub max_attempts: u32,
     /// The pause after the first failed attempt, doubled after each.
     pub retry_initial: Duration,
@@ -172,12 +149,18 @@ impl Inbox {
     /// The inbox of `consumer`: every application, and every part of one with work of its own, has its own name.
     ///
     /// # Errors
-    /// A configuration error for an empty name, or no attempt.
+    /// A configuration error for a name that is empty or cannot be stored, or no attempt.
     pub fn new(consumer: impl Into<String>, settings: Settings) -> Result<Self> {
         let consumer = consumer.into();
         if consumer.is_empty() {
             return Err(Error::config("the inbox's consumer has no name")
                 .hint("name the application that consumes, such as \"stock\""));
+        }
+        if consumer.len() > ID_BYTES || consumer.contains('\0') {
+            return Err(Error::config(
+                "the name of the inbox's consumer is longer than 1,000 bytes, or has a NUL",
+            )
+            .hint("name the application that consumes, such as \"stock\""));
         }
         if settings.max_attempts == 0 {
             return Err(
@@ -199,6 +182,8 @@ impl Inbox {
     /// Acknowledge it to the broker for every [`Outcome`] but [`Outcome::Failed`], only when this has returned, and only if it
     /// [`ends_its_entry`].
     ///
+    /// A process that dies in `handler` is not counted here, only by [`Inbox::run`].
+    ///
     /// # Errors
     /// When the message is not at fault: the database is away, or a conflict with another transaction. Nothing is committed, or
     /// nobody knows (the connection broke in COMMIT): handle it again.
@@ -208,18 +193,47 @@ impl Inbox {
         message: &Message,
         handler: &mut impl Handler,
     ) -> Result<Outcome> {
-        let failed = |error| sql_error("handle a message", error);
-        let transaction = client.transaction().await.map_err(failed)?;
-        let claim = "SELECT walpost.inbox_claim($1, $2)";
-        let claimed = transaction
-            .query_one(claim, &[&self.consumer, &message.id])
+        self.attempt(client, &mut Trial::default(), message, handler)
             .await
-            .map_err(failed)?;
-        if !claimed.get::<_, bool>(0) {
-            transaction.rollback().await.map_err(failed)?;
+    }
+
+    async fn attempt(
+        &self,
+        client: &mut Client,
+        trial: &mut Trial,
+        message: &Message,
+        handler: &mut impl Handler,
+    ) -> Result<Outcome> {
+        let failed = |error| sql_error("handle a message", error);
+        let id = message.inbox_id();
+        let mut transaction = client.transaction().await.map_err(failed)?;
+        let mut claim = self.claim(&transaction, &id).await?;
+        if claim.is_new && trial.counted.is_none() {
+            let is_last_one_over = claim.attempts >= Some(self.settings.max_attempts);
+            let is_suspect = trial.counts_ahead && (trial.is_first || claim.attempts.is_some());
+            if is_last_one_over || is_suspect {
+                transaction.rollback().await.map_err(failed)?;
+                if is_last_one_over {
+                    // It was counted before it began, and nobody was left to set the message aside.
+                    let reason = claim.reason.unwrap_or_default().into();
+                    return self.failed(client, message, reason, true).await;
+                }
+                self.count(client, trial, &id).await?;
+                transaction = client.transaction().await.map_err(failed)?;
+                claim = self.claim(&transaction, &id).await?;
+            }
+        }
+        if !claim.is_new {
+            // With the row of attempts that another process, which handled the message, has left behind.
+            let ended = if claim.attempts.is_some() {
+                transaction.commit().await
+            } else {
+                transaction.rollback().await
+            };
+            ended.map_err(failed)?;
             return Ok(Outcome::Duplicate);
         }
-        let error: HandlerError = match handler.handle(&transaction, message).await {
+        let error: HandlerError = match work(&transaction, message, handler).await {
             // A deferred constraint is the work's error as well, and comes now.
             Ok(()) => match transaction.commit().await {
                 Ok(()) => return Ok(Outcome::Handled),
@@ -237,7 +251,44 @@ impl Inbox {
                     .caused_by(error),
             );
         }
-        self.failed(client, message, error.as_ref()).await
+        let is_counted = trial.counted.take().is_some();
+        self.failed(client, message, error, is_counted).await
+    }
+
+    /// Claims a message, and deletes its row of attempts for the case that the transaction commits.
+    async fn claim(&self, transaction: &Transaction<'_>, id: &str) -> Result<Claim> {
+        // The row first and then the claim, as `failed` does it: two processes with one message do not block each other.
+        const SQL: &str = "
+            WITH tried AS (
+                DELETE FROM walpost.inbox_poison WHERE consumer = $1 AND id = $2
+                RETURNING attempts, reason, set_aside_at
+            )
+            SELECT walpost.inbox_claim($1, $2), t.attempts, t.reason
+            FROM (SELECT max(attempts) AS attempts, max(reason) AS reason FROM tried WHERE set_aside_at IS NULL) t";
+        let row = transaction
+            .query_typed_one(SQL, &[(&self.consumer, Type::TEXT), (&id, Type::TEXT)])
+            .await
+            .map_err(|error| sql_error("claim a message", error))?;
+        let attempts: Option<i32> = row.get(1);
+        Ok(Claim {
+            is_new: row.get(0),
+            attempts: attempts.map(|count| u32::try_from(count).unwrap_or(0)),
+            reason: row.get(2),
+        })
+    }
+
+    /// Counts an attempt before it begins.
+    async fn count(&self, client: &Client, trial: &mut Trial, id: &str) -> Result<()> {
+        const SQL: &str = "SELECT walpost.inbox_failed($1, $2, $3)";
+        trial.count(&self.consumer, id);
+        let arguments: &[(&(dyn ToSql + Sync), Type)] = &[
+            (&self.consumer, Type::TEXT),
+            (&id, Type::TEXT),
+            (&PROCESS_ENDED, Type::TEXT),
+        ];
+        let counted = client.query_typed(SQL, arguments).await;
+        counted.map_err(|error| sql_error("count an attempt", error))?;
+        Ok(())
     }
 
     /// Books a failed attempt, in a transaction of its own.
@@ -245,53 +296,49 @@ impl Inbox {
         &self,
         client: &mut Client,
         message: &Message,
-        error: &(dyn std::error::Error + Send + Sync),
+        error: HandlerError,
+        is_counted: bool,
     ) -> Result<Outcome> {
         let lost = |error| sql_error("note a message that failed", error);
-        let reason = reason(error);
+        let (id, reason) = (message.inbox_id(), reason(error.as_ref()));
         let transaction = client.transaction().await.map_err(lost)?;
-        let note = "SELECT walpost.inbox_failed($1, $2, $3)";
+        let note = "SELECT walpost.inbox_failed($1, $2, $3, $4)";
         let row = transaction
-            .query_one(note, &[&self.consumer, &message.id, &reason])
+            .query_one(note, &[&self.consumer, &id, &reason, &is_counted])
             .await
             .map_err(lost)?;
         let attempts: i32 = row.get(0);
         let attempts = u32::try_from(attempts).unwrap_or(u32::MAX);
-        let is_last = attempts >= self.settings.max_attempts;
-        if is_last {
-            let properties: serde_json::Map<String, serde_json::Value> = message
-                .properties
-                .iter()
-                .map(|(name, value)| (name.clone(), value.clone().into()))
-                .collect();
-            let properties = serde_json::Value::Object(properties).to_string();
-            let set_aside =
-                "SELECT walpost.inbox_give_up($1, $2, $3, $4, $5, $6, $7, $8::text::jsonb)";
-            transaction
-                .execute(
-                    set_aside,
-                    &[
-                        &self.consumer,
-                        &message.id,
-                        &reason,
-                        &message.topic,
-                        &message.message_id,
-                        &message.key,
-                        &message.payload,
-                        &properties,
-                    ],
-                )
-                .await
-                .map_err(lost)?;
+        if attempts < self.settings.max_attempts {
+            transaction.commit().await.map_err(lost)?;
+            return Ok(Outcome::Failed(attempts));
         }
+        let set_aside = "SELECT walpost.inbox_give_up($1, $2, $3, $4, $5, $6, $7, $8::text::json)";
+        let row = transaction
+            .query_one(
+                set_aside,
+                &[
+                    &self.consumer,
+                    &id,
+                    &reason,
+                    &storable(&message.topic),
+                    &storable(&message.message_id),
+                    &message.key.as_deref().map(storable),
+                    &message.payload,
+                    &message.properties_json(),
+                ],
+            )
+            .await
+            .map_err(lost)?;
         transaction.commit().await.map_err(lost)?;
-        if !is_last {
+        if !row.get::<_, bool>(0) {
+            // Another process has handled it, or set it aside, meanwhile: the next attempt finds the id.
             return Ok(Outcome::Failed(attempts));
         }
         // Without the reason: it is the application's text.
         warn!(
             consumer = self.consumer,
-            id = message.id,
+            id = &*id,
             topic = message.topic,
             attempts,
             "a message is set aside, later ones go on (the reason is in walpost.inbox_poison)"
@@ -350,7 +397,9 @@ impl Inbox {
         handler: &mut impl Handler,
         mut heard: impl FnMut(&Message, Outcome) + Send,
     ) -> Result<()> {
-        let mut session = None;
+        let mut session = Session::default();
+        // Topics of which a message was handled here; as many as are subscribed.
+        let mut known: HashSet<String> = HashSet::new();
         let mut pruned: Option<Instant> = None;
         loop {
             let message = match consumer.next().await {
@@ -361,7 +410,16 @@ impl Inbox {
                 None => return Err(Error::temporary("the subscription to Pulsar has ended")),
             };
             let of_it = Message::from(&message);
+            session.trial = Trial {
+                counts_ahead: true,
+                is_first: !known.contains(&of_it.topic),
+                counted: None,
+            };
             let outcome = self.settle(postgres, &mut session, &of_it, handler).await?;
+            session.trial = Trial::default();
+            if outcome != Outcome::Duplicate && !known.contains(&of_it.topic) {
+                known.insert(of_it.topic.clone());
+            }
             heard(&of_it, outcome);
             if ends_its_entry(&message) {
                 let acknowledged = consumer.ack(&message).await;
@@ -369,7 +427,7 @@ impl Inbox {
                     Error::temporary("cannot acknowledge to Pulsar").caused_by(error)
                 })?;
             }
-            if let (Some(age), Some(client)) = (self.settings.retention, &session)
+            if let (Some(age), Some(client)) = (self.settings.retention, &session.client)
                 && pruned.is_none_or(|at| at.elapsed() > PRUNE_INTERVAL)
             {
                 match self.prune(client, age).await {
@@ -387,17 +445,17 @@ impl Inbox {
     async fn settle(
         &self,
         postgres: &PostgresConfig,
-        session: &mut Option<Client>,
+        session: &mut Session,
         message: &Message,
         handler: &mut impl Handler,
     ) -> Result<Outcome> {
         let mut pause = Backoff::new(self.settings.retry_initial, self.settings.retry_max);
         loop {
-            match self.attempt(postgres, session, message, handler).await {
+            match self.try_once(postgres, session, message, handler).await {
                 Ok(Outcome::Failed(attempts)) => {
                     info!(
                         consumer = self.consumer,
-                        id = message.id,
+                        id = &*message.inbox_id(),
                         attempts,
                         "a message failed"
                     );
@@ -406,7 +464,7 @@ impl Inbox {
                 Err(error) if error.is_temporary() => {
                     warn!(
                         consumer = self.consumer,
-                        id = message.id,
+                        id = &*message.inbox_id(),
                         "{}",
                         error.report()
                     );
@@ -417,33 +475,60 @@ impl Inbox {
         }
     }
 
-    async fn attempt(
+    /// One attempt, in a session that is opened where there is none.
+    async fn try_once(
         &self,
         postgres: &PostgresConfig,
-        session: &mut Option<Client>,
+        session: &mut Session,
         message: &Message,
         handler: &mut impl Handler,
     ) -> Result<Outcome> {
-        if session.as_ref().is_none_or(Client::is_closed) {
+        if session.client.as_ref().is_none_or(Client::is_closed) {
             let name = format!("walpost inbox {}", self.consumer);
-            *session = Some(connect_sql(postgres, &name).await?);
+            session.client = Some(connect_sql(postgres, &name).await?);
         }
         let client = session
+            .client
             .as_mut()
             .ok_or_else(|| Error::bug("a session was just opened"))?;
-        self.handle(client, message, handler).await
+        self.attempt(client, &mut session.trial, message, handler)
+            .await
     }
 }
 
-/// Whether `message` is the last one of its entry (batch), or alone in it: the one to be acknowledged.
-///
-/// An acknowledgement by the pulsar crate is one of the whole entry, whichever of its messages it names: to the broker the ones
-/// behind it would be done as well, and lost to a consumer that dies now. An entry that was not acknowledged comes again
-/// whole, in order, and what was handled of it is a [`Outcome::Duplicate`].
-pub fn ends_its_entry(message: &pulsar::consumer::Message<Vec<u8>>) -> bool {
-    let index = message.message_id().batch_index.unwrap_or(-1);
-    let count = message.payload.metadata.num_messages_in_batch.unwrap_or(1);
-    index < 0 || index + 1 >= count
+/// What the database says of a message.
+struct Claim {
+    /// Its work is to be done.
+    is_new: bool,
+    /// What is counted of it, if it was tried before and is not set aside.
+    attempts: Option<u32>,
+    /// Why the last of these failed.
+    reason: Option<String>,
+}
+
+/// Calls the handler, and makes sure that its transaction can be committed.
+async fn work(
+    transaction: &Transaction<'_>,
+    message: &Message,
+    handler: &mut impl Handler,
+) -> std::result::Result<(), HandlerError> {
+    let work = AssertUnwindSafe(async { handler.handle(transaction, message).await });
+    work.catch_unwind()
+        .await
+        .unwrap_or_else(|panic| Err(said_in(panic.as_ref())))?;
+    // An aborted transaction refuses every statement but its end, and COMMIT then rolls back and is no error.
+    match transaction.batch_execute("SELECT 1").await {
+        Err(error) if error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => {
+            Err(WENT_ON.into())
+        }
+        answer => Ok(answer?),
+    }
+}
+
+fn said_in(panic: &(dyn Any + Send)) -> HandlerError {
+    let said = panic.downcast_ref::<&str>().copied();
+    let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("the handler panicked: {}", said.unwrap_or("without a text")).into()
 }
 
 /// Whether an error is the database's own: the same work may succeed in a while.

@@ -12,7 +12,7 @@ use tokio_postgres::Transaction;
 use walpost::inbox::{Handler, HandlerError, Inbox, Message, Outcome, Settings};
 use walpost::postgres::PostgresConfig;
 
-use crate::support::{Command, Database, Python, eventually, servers};
+use crate::support::{Command, Database, Python, Random, eventually, servers};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -146,6 +146,133 @@ async fn a_message_that_fails_is_set_aside_whole_after_its_attempts_and_leaves_n
 }
 
 #[tokio::test]
+async fn a_handler_that_goes_on_after_a_failed_statement_or_panics_or_breaks_a_deferred_constraint_has_failed()
+ {
+    struct Careless;
+    impl Handler for Careless {
+        async fn handle(
+            &mut self,
+            tx: &Transaction<'_>,
+            message: &Message,
+        ) -> Result<(), HandlerError> {
+            tx.batch_execute("update stock set taken = taken + 1")
+                .await?;
+            match message.id.as_str() {
+                "panics" => panic!("no {}", "shelf"),
+                "defers" => {
+                    let twice = "insert into shelf values (1), (1)";
+                    tx.batch_execute(twice).await?;
+                }
+                _ => drop(tx.batch_execute("select 1 / 0").await),
+            }
+            Ok(())
+        }
+    }
+    // GIVEN a consumer that tries three times, and a table whose constraint is checked at commit
+    let database = database().await;
+    database
+        .sql("create table shelf (n int unique deferrable initially deferred)")
+        .await;
+    let mut client = database.connect().await;
+    let inbox = inbox(Settings {
+        max_attempts: 3,
+        ..Settings::default()
+    });
+    // WHEN the handler swallows an error, panics, or leaves what cannot be committed
+    for (id, why) in [
+        ("swallows", "went on after a statement that failed"),
+        ("panics", "panicked: no shelf"),
+        ("defers", "duplicate key"),
+    ] {
+        for expected in [
+            Outcome::Failed(1),
+            Outcome::Failed(2),
+            Outcome::SetAside,
+            Outcome::Duplicate,
+        ] {
+            let outcome = inbox
+                .handle(&mut client, &message(id, "1"), &mut Careless)
+                .await;
+            assert_eq!(outcome.expect("the database is there"), expected, "{id}");
+        }
+        // THEN these are failed attempts, with their reason
+        let reason = "select reason from walpost.inbox_poison where id = $1";
+        let rows = database.rows(reason, &[&id]).await;
+        let reason: &str = rows[0].get(0);
+        assert!(reason.contains(why), "{id}: {reason}");
+    }
+    // THEN no work is left of them
+    assert_eq!(taken(&database).await, 0);
+}
+
+#[tokio::test]
+async fn a_success_forgets_the_attempts_before_it() {
+    // GIVEN a message that failed, and one that another process handled while it failed here
+    let database = database().await;
+    let mut client = database.connect().await;
+    let inbox = inbox(Settings::default());
+    let much = message("a", "5000");
+    let outcome = inbox.handle(&mut client, &much, &mut Stock).await;
+    assert_eq!(outcome.expect("the database is there"), Outcome::Failed(1));
+    database
+        .sql(
+            "select walpost.inbox_claim('stock', 'b');
+             select walpost.inbox_failed('stock', 'b', 'elsewhere')",
+        )
+        .await;
+    // WHEN the one succeeds, and the other comes again
+    for (id, expected) in [("a", Outcome::Handled), ("b", Outcome::Duplicate)] {
+        let outcome = inbox
+            .handle(&mut client, &message(id, "1"), &mut Stock)
+            .await;
+        assert_eq!(outcome.expect("the database is there"), expected);
+    }
+    // THEN nothing is kept of their failures
+    let rows = database
+        .rows("select id from walpost.inbox_poison", &[])
+        .await;
+    assert!(rows.is_empty());
+    // THEN attempts begin anew when the id is forgotten and comes again
+    database.sql("delete from walpost.inbox").await;
+    let outcome = inbox.handle(&mut client, &much, &mut Stock).await;
+    assert_eq!(outcome.expect("the database is there"), Outcome::Failed(1));
+}
+
+#[tokio::test]
+async fn the_tables_of_an_earlier_version_are_brought_up_to_date() {
+    // GIVEN tables and functions in their old shape, with a message set aside
+    let database = database().await;
+    database
+        .sql(
+            "drop function walpost.inbox_failed, walpost.inbox_give_up;
+             alter table walpost.inbox_poison alter column properties type jsonb;
+             create function walpost.inbox_failed(consumer text, id text, reason text) returns integer language sql
+             begin atomic
+                 insert into walpost.inbox_poison as p (consumer, id, attempts, reason)
+                     values (inbox_failed.consumer, inbox_failed.id, 1, coalesce(inbox_failed.reason, 'unknown'))
+                     on conflict (consumer, id) do update set attempts = p.attempts + 1, reason = excluded.reason
+                     returning p.attempts;
+             end;
+             create function walpost.inbox_give_up(consumer text, id text, reason text, topic text default '',
+                 message_id text default '', key text default null, payload bytea default null, properties jsonb default '{}')
+                 returns boolean language sql as 'select true';
+             insert into walpost.inbox_poison (consumer, id, reason, properties) values ('stock', 'a', 'x', '{\"id\": \"a\"}')",
+        )
+        .await;
+    // WHEN this version's file is applied, and again
+    for _ in 0..2 {
+        Inbox::create(&database.client).await.expect("applied");
+    }
+    // THEN the column is json, its rows are there, and each function is there once
+    let sql = "select pg_typeof(properties)::text, properties ->> 'id',
+                      (select count(*) from pg_proc where pronamespace = 'walpost'::regnamespace and proname ~ '^inbox_')
+               from walpost.inbox_poison";
+    let rows = database.rows(sql, &[]).await;
+    let found: (&str, &str, i64) = (rows[0].get(0), rows[0].get(1), rows[0].get(2));
+    assert_eq!(found, ("json", "a", 3));
+}
+
+#[tokio::test]
 async fn a_lost_session_and_a_conflict_are_no_attempt() {
     struct Breaks(&'static str);
     impl Handler for Breaks {
@@ -234,7 +361,11 @@ async fn wrong_arguments_of_the_functions_are_named() {
 }
 
 async fn subscribe(topic: &str) -> Consumer<Vec<u8>, TokioExecutor> {
-    let pulsar = Pulsar::builder(&servers().pulsar_url, TokioExecutor);
+    subscribe_at(&servers().pulsar_url, topic).await
+}
+
+async fn subscribe_at(pulsar_url: &str, topic: &str) -> Consumer<Vec<u8>, TokioExecutor> {
+    let pulsar = Pulsar::builder(pulsar_url, TokioExecutor);
     let pulsar = pulsar.build().await.expect("the local broker");
     let options = ConsumerOptions {
         initial_position: InitialPosition::Earliest,
@@ -300,6 +431,263 @@ async fn a_consumer_that_is_dropped_anywhere_takes_every_order_once() {
     let aside = "select count(*) from walpost.inbox_poison where set_aside_at is not null";
     assert_eq!(database.rows(aside, &[]).await[0].get::<_, i64>(0), 1);
     println!("duplicates skipped: {duplicates}");
+    walpost.stop().await;
+}
+
+/// Takes stock by what the inbox stores as the id.
+struct Take;
+
+impl Handler for Take {
+    async fn handle(
+        &mut self,
+        tx: &Transaction<'_>,
+        message: &Message,
+    ) -> Result<(), HandlerError> {
+        let taken = Message {
+            id: message.inbox_id().into_owned(),
+            ..message.clone()
+        };
+        Stock.handle(tx, &taken).await
+    }
+}
+
+#[tokio::test]
+async fn what_the_tables_cannot_hold_is_handled_once_or_set_aside_like_any_other() {
+    // GIVEN messages whose ids are empty, have a NUL or are too long for an index, alike but for their ends, each of them twice; and
+    // poison with NUL wherever a message can have it
+    let database = database().await;
+    let mut random = Random::new(7);
+    let letters = random.bytes(4000).into_iter();
+    let long: String = letters.map(|byte| char::from(b'a' + byte % 26)).collect();
+    let ids = [
+        "\0",
+        "a\0",
+        "a\0b",
+        &format!("{long}1"),
+        &format!("{long}2"),
+    ];
+    let topic = database.topic("held");
+    let pulsar = Pulsar::builder(&servers().pulsar_url, TokioExecutor);
+    let pulsar = pulsar.build().await.expect("the local broker");
+    let producer = pulsar.producer().with_topic(&topic);
+    let mut producer = producer.build().await.expect("a producer");
+    let mut sent = Vec::new();
+    for (id, payload) in [("", "1"), ("", "1"), ("poison\0", "x")]
+        .into_iter()
+        .chain(ids.map(|id| (id, "1")))
+        .chain(ids.map(|id| (id, "1")))
+        .chain([("last", "1")])
+    {
+        let message = pulsar::producer::Message {
+            payload: payload.as_bytes().to_vec(),
+            partition_key: Some("k\0".to_owned()),
+            properties: [("id", id), ("n\0", "v\0")]
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into(),
+            ..Default::default()
+        };
+        let receipt = producer.send_non_blocking(message).await.expect("sent");
+        sent.push((id, receipt.await.expect("a receipt")));
+    }
+    // WHEN they are consumed
+    let postgres = PostgresConfig::parse(Some(&database.socket_url), &|_| None).expect("a URL");
+    let inbox = inbox(Settings {
+        max_attempts: 2,
+        retry_initial: Duration::from_millis(1),
+        ..Settings::default()
+    });
+    let mut consumer = subscribe(&topic).await;
+    let (done, mut is_done) = tokio::sync::mpsc::unbounded_channel();
+    let mut outcomes = Vec::new();
+    let heard = |message: &Message, outcome| {
+        outcomes.push(outcome);
+        if message.id == "last" {
+            done.send(()).expect("somebody waits");
+        }
+    };
+    let mut take = Take;
+    let ended = tokio::select! {
+        ended = inbox.run(&postgres, &mut consumer, &mut take, heard) => Some(ended),
+        _ = is_done.recv() => None,
+        () = tokio::time::sleep(DEADLINE) => panic!("the last one did not come"),
+    };
+    consumer.close().await.expect("closed");
+    // THEN each is handled once, those without an id each time
+    assert!(ended.is_none(), "{ended:?}");
+    let expected: Vec<Outcome> = [Outcome::Handled; 2]
+        .into_iter()
+        .chain([Outcome::SetAside])
+        .chain([Outcome::Handled; 5])
+        .chain([Outcome::Duplicate; 5])
+        .chain([Outcome::Handled])
+        .collect();
+    assert_eq!(outcomes, expected);
+    assert_eq!(taken(&database).await, 8);
+    // THEN the poison one is kept whole
+    let aside = "select key, properties::text, topic from walpost.inbox_poison where set_aside_at is not null";
+    let aside = database.rows(aside, &[]).await;
+    let kept = [0, 1, 2].map(|column| aside[0].get::<_, &str>(column));
+    let properties = r#"{"id":"poison\u0000","n\u0000":"v\u0000"}"#;
+    assert_eq!(kept, ["k\\0", properties, topic.as_str()]);
+    let place = |(_, receipt): &(&str, pulsar::message::proto::CommandSendReceipt)| {
+        let place = receipt.message_id.as_ref().expect("a place");
+        format!("{topic} {}:{}:-1", place.ledger_id, place.entry_id)
+    };
+    let without = "select count(*) from walpost.inbox where id = any ($1)";
+    let places: Vec<String> = sent[..2].iter().map(place).collect();
+    assert_eq!(
+        database.rows(without, &[&places]).await[0].get::<_, i64>(0),
+        2
+    );
+}
+
+/// Names what the child below is to do.
+const CHILD_TOPIC: &str = "INBOX_CHILD_TOPIC";
+const CHILD_DATABASE: &str = "INBOX_CHILD_DATABASE";
+const CHILD_PULSAR: &str = "INBOX_CHILD_PULSAR";
+
+#[tokio::test]
+#[ignore = "a process of its own, which dies of a message; the next test starts it"]
+async fn a_child_that_a_message_kills() {
+    struct Mortal;
+    impl Handler for Mortal {
+        async fn handle(
+            &mut self,
+            tx: &Transaction<'_>,
+            message: &Message,
+        ) -> Result<(), HandlerError> {
+            if message.payload.starts_with(b"\"") {
+                std::process::abort();
+            }
+            Stock.handle(tx, message).await
+        }
+    }
+    let told = |name| std::env::var(name).expect(name);
+    let postgres = PostgresConfig::parse(Some(&told(CHILD_DATABASE)), &|_| None).expect("a URL");
+    let mut consumer = subscribe_at(&told(CHILD_PULSAR), &told(CHILD_TOPIC)).await;
+    let settings = Settings {
+        max_attempts: 3,
+        ..Settings::default()
+    };
+    let (inbox, mut mortal) = (inbox(settings), Mortal);
+    let run = inbox.run(&postgres, &mut consumer, &mut mortal, |_, _| ());
+    panic!("{:?}", run.await);
+}
+
+#[tokio::test]
+async fn a_message_that_kills_its_process_is_set_aside_after_its_attempts() {
+    // GIVEN orders, in one batch and in several, and one that kills whoever handles it
+    let database = database().await;
+    database.init(&[], &[]).await;
+    let walpost = database.start(&[]).await;
+    for killer in ["1", "\"kills\"", "1"] {
+        let orders =
+            "select walpost.emit('order', 'k', 'T', o::json) from unnest(array['1', $1, '1']) o";
+        database.rows(orders, &[&killer]).await;
+    }
+    database.wait_all_confirmed(DEADLINE).await;
+    // WHEN the consumer is started again whenever it has died
+    let child = || {
+        let program = std::env::current_exe().expect("this program");
+        let name = "inbox::a_child_that_a_message_kills";
+        let arguments = ["--exact", name, "--ignored", "--nocapture"];
+        Command::program(program.to_str().expect("a path"), arguments)
+            .env(CHILD_TOPIC, database.topic("order"))
+            .env(CHILD_DATABASE, &database.socket_url)
+            .env(CHILD_PULSAR, &servers().pulsar_url)
+            .spawn()
+    };
+    let mut deaths = 0;
+    let mut running = child();
+    eventually(DEADLINE, "all other orders to be taken", async || {
+        if let Some(status) = running.try_exit() {
+            deaths += 1;
+            let is_killed = status.code().is_none();
+            assert!(is_killed && deaths < 9, "{status}: {}", running.output());
+            running = child();
+        }
+        (taken(&database).await == 8).then_some(())
+    })
+    .await;
+    // THEN it is set aside after its attempts; the first death, in the middle of a run, was not seen
+    let aside =
+        "select attempts, reason, payload, set_aside_at is not null from walpost.inbox_poison";
+    let aside = database.rows(aside, &[]).await;
+    assert_eq!((aside.len(), deaths), (1, 4));
+    let kept: (i32, &str, &[u8], bool) = (
+        aside[0].get(0),
+        aside[0].get(1),
+        aside[0].get(2),
+        aside[0].get(3),
+    );
+    assert_eq!(
+        kept,
+        (
+            3,
+            "the process ended during the attempt",
+            &b"\"kills\""[..],
+            true
+        )
+    );
+    running.sigkill();
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn a_run_that_is_dropped_in_the_first_message_counts_no_attempt() {
+    struct Waits(tokio::sync::mpsc::UnboundedSender<()>);
+    impl Handler for Waits {
+        async fn handle(&mut self, _: &Transaction<'_>, _: &Message) -> Result<(), HandlerError> {
+            self.0.send(())?;
+            std::future::pending().await
+        }
+    }
+    // GIVEN a consumer that tries once, and is in the middle of its first message
+    let database = database().await;
+    database.init(&[], &[]).await;
+    let walpost = database.start(&[]).await;
+    database
+        .sql("select walpost.emit('order', 'k', 'T', '1')")
+        .await;
+    let postgres = PostgresConfig::parse(Some(&database.socket_url), &|_| None).expect("a URL");
+    let inbox = inbox(Settings {
+        max_attempts: 1,
+        ..Settings::default()
+    });
+    let mut consumer = subscribe(&database.topic("order")).await;
+    let (begun, mut has_begun) = tokio::sync::mpsc::unbounded_channel();
+    let mut waits = Waits(begun);
+    let counted = "select coalesce(sum(attempts), 0) from walpost.inbox_poison";
+    let counted = async || database.rows(counted, &[]).await[0].get::<_, i64>(0);
+    // Asked while it is at work: `select!` drops the run before it comes to an arm.
+    let at_work = async {
+        has_begun.recv().await;
+        counted().await
+    };
+    tokio::select! {
+        ended = inbox.run(&postgres, &mut consumer, &mut waits, |_, _| ()) => panic!("{ended:?}"),
+        counted = at_work => assert_eq!(counted, 1, "should it die now"),
+        () = tokio::time::sleep(DEADLINE) => panic!("the handler was not called"),
+    }
+    // WHEN the run is dropped
+    consumer.close().await.expect("closed");
+    // THEN the attempt does not count any more, and the next run handles the message
+    eventually(DEADLINE, "the count to be taken back", async || {
+        (counted().await == 0).then_some(())
+    })
+    .await;
+    let mut consumer = subscribe(&database.topic("order")).await;
+    let (mut stock, is_taken) = (
+        Stock,
+        eventually(DEADLINE, "the order to be taken", async || {
+            (taken(&database).await == 1).then_some(())
+        }),
+    );
+    tokio::select! {
+        ended = inbox.run(&postgres, &mut consumer, &mut stock, |_, _| ()) => panic!("{ended:?}"),
+        () = is_taken => {}
+    }
+    consumer.close().await.expect("closed");
     walpost.stop().await;
 }
 
@@ -369,4 +757,82 @@ async fn the_python_example_takes_every_order_once_although_it_is_killed() {
     );
     assert!(aside[0].get::<_, bool>(2));
     walpost.stop().await;
+}
+
+/// The example, with work that goes wrong.
+const WORK: &str = r#"
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import inbox, psycopg
+inbox.MAX_ATTEMPTS = 3
+def work(connection, message):
+    if message.data() == b"kills":
+        os.abort()
+    connection.execute("update stock set taken = taken + 1")
+    if message.data().startswith(b"swallows"):
+        try:
+            connection.execute("select 1 / 0")
+        except psycopg.Error:
+            pass
+inbox.take_stock = work
+inbox.main()
+"#;
+
+#[tokio::test]
+async fn the_python_example_counts_deaths_and_swallowed_errors_as_attempts() {
+    // GIVEN an order whose work goes on after a statement that failed, one that kills its process, and NUL in an id and a key
+    let database = database().await;
+    let topic = database.topic("order");
+    let pulsar = Pulsar::builder(&servers().pulsar_url, TokioExecutor);
+    let pulsar = pulsar.build().await.expect("the local broker");
+    let producer = pulsar.producer().with_topic(&topic);
+    let mut producer = producer.build().await.expect("a producer");
+    for id in ["1", "swallows\0", "2", "kills", "3"] {
+        let message = pulsar::producer::Message {
+            payload: id.as_bytes().to_vec(),
+            partition_key: Some("k\0".to_owned()),
+            properties: [("id".to_owned(), id.to_owned())].into(),
+            ..Default::default()
+        };
+        let receipt = producer.send_non_blocking(message).await.expect("sent");
+        receipt.await.expect("a receipt");
+    }
+    // WHEN the example, with such work, is started again whenever it has died
+    let example = || {
+        let folder = format!("{}/deploy/examples", env!("CARGO_MANIFEST_DIR"));
+        let arguments = ["-B", "-c", WORK, folder.as_str(), topic.as_str()];
+        Command::program(Python::path(), arguments)
+            .env("STOCK_DATABASE_URL", &database.url)
+            .env("PULSAR_URL", &servers().pulsar_url)
+            .spawn()
+    };
+    let mut deaths = 0;
+    let mut python = example();
+    eventually(DEADLINE, "the orders to be taken", async || {
+        if let Some(status) = python.try_exit() {
+            deaths += 1;
+            let is_killed = status.code().is_none();
+            assert!(is_killed && deaths < 9, "{status}: {}", python.output());
+            python = example();
+        }
+        (taken(&database).await == 3).then_some(())
+    })
+    .await;
+    python.sigterm();
+    assert_eq!(python.wait_exit(DEADLINE).await, 0, "{}", python.output());
+    // THEN both are set aside after their attempts; the first death, in the middle of a run, was not seen
+    assert_eq!(deaths, 4);
+    let aside = "select id, key, attempts, reason, set_aside_at is not null from walpost.inbox_poison order by payload";
+    let aside = database.rows(aside, &[]).await;
+    assert_eq!(aside.len(), 2);
+    for (row, id, why) in [
+        (&aside[0], "kills", "process ended"),
+        (&aside[1], "walpost-sha256:", "InFailedSqlTransaction"),
+    ] {
+        let kept: (&str, &str, i32, bool) = (row.get(0), row.get(1), row.get(2), row.get(4));
+        assert!(kept.0.starts_with(id), "{kept:?}");
+        assert_eq!((kept.1, kept.2, kept.3), ("k\\0", 3, true));
+        let reason: &str = row.get(3);
+        assert!(reason.contains(why), "{reason}");
+    }
 }
