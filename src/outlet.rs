@@ -256,7 +256,10 @@ impl Outlet {
                 let why = Error::from(error).report();
                 warn!("an event cannot be published, it becomes a dead straggler: {why}");
                 let known_by = self.source.known_by(origin.commit_lsn);
-                stragglers.unusable(salvaged, (origin.txn, known_by, origin.row), why);
+                let row = (origin.txn, known_by, origin.row);
+                if let Some((topic, key)) = stragglers.unusable(salvaged, row, why) {
+                    self.publisher.park(&topic, &key, 1);
+                }
                 self.tracker.track();
                 self.counts.events += 1;
                 Ok(())

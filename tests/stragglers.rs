@@ -5,6 +5,10 @@
 
 #[path = "stragglers/dead.rs"]
 mod dead;
+#[path = "stragglers/large.rs"]
+mod large;
+#[path = "stragglers/order.rs"]
+mod order;
 #[path = "stragglers/refused.rs"]
 mod refused;
 #[path = "stragglers/scan.rs"]

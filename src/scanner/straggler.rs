@@ -17,6 +17,11 @@
 //! diverted event on until the last has its receipt the key is parked (see `pulsar::divert`). That count is kept in the publisher:
 //! one up for each event diverted, and by [`Report::Parked`] up and down with the rows of the table.
 //!
+//! With `WALPOST_ON_DEAD=block` a row that can be no event holds back what comes behind it in its topic and key, if these can be
+//! read in it: its key is parked when it comes, not only when it is stored. What came before it and is on its way goes on. But
+//! what of that waits for its topic to be found, or is refused later, is stored later too: it then stands behind that row, and
+//! behind what came after it meanwhile. That order is not the log's; with `WALPOST_ON_DEAD=skip` it is.
+//!
 //! # Bound
 //!
 //! The queue counts in messages and bytes with the same limits as what is in flight. (A lane that is diverted may exceed them
@@ -53,8 +58,10 @@ pub(crate) struct Straggler {
     pub(crate) reason: String,
     /// Nothing can be attempted with it as it is.
     pub(crate) hopeless: bool,
-    /// The publisher has diverted it, and counts it.
+    /// The publisher has diverted it.
     pub(crate) diverted: bool,
+    /// The publisher counts it among those that hold back later ones of their key.
+    pub(crate) parks: bool,
     pub(crate) txn: TxnNo,
     pub(crate) bytes: usize,
 }
@@ -120,6 +127,8 @@ pub struct Stragglers {
     max_bytes: usize,
     rows: u64,
     limit: u64,
+    /// A dead one holds back later ones of its key.
+    dead_block: bool,
     told_full: bool,
 }
 
@@ -158,6 +167,7 @@ impl Stragglers {
             max_bytes: usize::try_from(config.max_in_flight_bytes).unwrap_or(usize::MAX),
             rows: 0,
             limit: u64::try_from(config.straggler_limit).unwrap_or(u64::MAX),
+            dead_block: config.keep_key_order && config.dead_block,
             told_full: false,
         };
         for known in [Report::Parked(known), Report::Rows(rows)] {
@@ -234,18 +244,22 @@ impl Stragglers {
             reason,
             hopeless: false,
             diverted: true,
+            parks: true,
             txn: event.txn,
             bytes: event.bytes,
         });
     }
 
-    /// Takes a row that cannot be an event as it is.
+    /// Takes a row that cannot be an event as it is. Returns the topic and key that it holds back from now on, for the
+    /// publisher to park.
     pub fn unusable(
         &mut self,
         row: Salvaged,
         (txn, commit_lsn, tag): (TxnNo, Lsn, RowTag),
         reason: String,
-    ) {
+    ) -> Option<(String, String)> {
+        let holds_back = row.topic.clone().zip(row.key.clone());
+        let holds_back = holds_back.filter(|_| self.dead_block);
         let text: usize = row.properties.iter().map(|(n, v)| n.len() + v.len()).sum();
         let bytes = size_of::<Straggler>() + text + row.payload.as_ref().map_or(0, Vec::len);
         self.push(Straggler {
@@ -262,9 +276,11 @@ impl Stragglers {
             reason,
             hopeless: true,
             diverted: false,
+            parks: holds_back.is_some(),
             txn,
             bytes,
         });
+        holds_back
     }
 
     fn outbox(&self, row: RowTag) -> String {

@@ -64,13 +64,16 @@ impl Task {
                     self.failure(number, &error.report());
                 }
             }
-            Err(why) => self.failed.push(Failure {
-                number,
-                reason: why,
-                attempts: row.attempts,
-                next_in: Duration::ZERO,
-                dead: true,
-            }),
+            Err(why) => {
+                self.stopped.extend(sent.key);
+                self.failed.push(Failure {
+                    number,
+                    reason: why,
+                    attempts: row.attempts,
+                    next_in: Duration::ZERO,
+                    dead: true,
+                });
+            }
         }
     }
 
@@ -173,6 +176,7 @@ impl Task {
         let Some(sent) = self.take_sent(number) else {
             return;
         };
+        self.stopped.extend(sent.key);
         let attempts = sent.attempts.saturating_add(1);
         let mut backoff = Backoff::new(self.retry.0, self.retry.1);
         // Past the longest pause more doubling changes nothing.
@@ -195,7 +199,6 @@ impl Task {
     }
 }
 
-/// Topic and properties, if it can be a message as it stands in the table; else what is wrong with it.
 /// With diversion on only a producer name that somebody else has used says this.
 fn warn_of(heard: crate::Result<()>) {
     if let Err(error) = heard {
@@ -203,6 +206,7 @@ fn warn_of(heard: crate::Result<()>) {
     }
 }
 
+/// Topic and properties, if it can be a message as it stands in the table; else what is wrong with it.
 fn checked(row: &Stored) -> Result<(String, Vec<(String, String)>), String> {
     let topic = row
         .topic

@@ -14,6 +14,14 @@
 //! all behind it back. A failed attempt counts for the head alone, and its next time is set by [`Backoff`]. A broker that is
 //! away is no attempt: the message waits in the publisher.
 //!
+//! An attempt may fail within the call that makes it (a message is too large, a row is no message). Its key is then not busy,
+//! and the table does not yet say that it waits: so its later rows of the same page are left out.
+//!
+//! # Memory
+//!
+//! What is in flight, within the publisher's limits, and one page of the table, of [`PAGE_BYTES`] or one row. Before each row
+//! the publisher is asked for room.
+//!
 //! The producers' names end in a number that no other start has, and each message has a batch of its own: neither the
 //! stream's deduplication nor that of an earlier start takes a retry for something old, and one bad message fails alone. A process killed between
 //! receipt and deletion publishes the message again: stragglers are at least once.
@@ -26,6 +34,10 @@
 //! After `WALPOST_RETRY_MAX_ATTEMPTS` failed attempts a straggler is dead; one without a key or a topic, or that somebody has
 //! edited into something that is no message, is dead at once: no attempt could be made. It stays in the table, and a copy
 //! goes to `WALPOST_DEAD_LETTER_TOPIC`, tried until the broker has it.
+//!
+//! With `WALPOST_ON_DEAD=block` later events of its topic and key wait, also for one that was dead at once. One without a topic
+//! or a key holds back nothing: nobody can say what its successors are. And one that somebody has edited holds back those of
+//! the topic and key that now stand in it.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -36,7 +48,7 @@ use tracing::{debug, warn};
 
 use super::straggler::{Item, Report, Straggler};
 use super::straggler_retry::Sent;
-use super::straggler_store::{Failure, Key, Store};
+use super::straggler_store::{Failure, Key, PAGE_BYTES, Store, Stored};
 use crate::ack::TxnNo;
 use crate::config::Config;
 use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig};
@@ -72,6 +84,8 @@ pub(super) struct Task {
     /// Have their receipts and are still in the table.
     pub(super) done: Vec<i64>,
     pub(super) failed: Vec<Failure>,
+    /// Keys of which a row has failed since the present page was read: what stands behind it waits.
+    pub(super) stopped: HashSet<Key>,
     /// Topics whose last attempt failed.
     pub(super) refused: HashSet<String>,
     /// What is being stored, until it is.
@@ -179,6 +193,7 @@ pub(super) fn run(
         busy: HashMap::new(),
         done: Vec::new(),
         failed: Vec::new(),
+        stopped: HashSet::new(),
         refused: HashSet::new(),
         batch: Vec::new(),
         refresh: Vec::new(),
@@ -353,10 +368,22 @@ impl Task {
             return Ok(());
         }
         let keys: Vec<Key> = keys.into_iter().collect();
+        self.stopped.clear();
         for row in self.store.next_of(&keys).await? {
-            self.publish(&row);
+            if !self.publisher.has_room() {
+                break;
+            }
+            if !self.is_stopped(&row) {
+                self.publish(&row);
+            }
         }
         Ok(())
+    }
+
+    /// True when an earlier row of its key has just failed.
+    fn is_stopped(&self, row: &Stored) -> bool {
+        let key = row.topic.clone().zip(row.key.clone());
+        self.order && key.is_some_and(|key| self.stopped.contains(&key))
     }
 
     /// Publishes the heads that are due.
@@ -371,9 +398,8 @@ impl Task {
         if self.store.rows() == 0 || !self.publisher.has_room() {
             return Ok(());
         }
-        let busy: Vec<i64> = self.sent.keys().copied().collect();
-        let copies = self.dead_letter_topic.is_some();
-        let due = self.store.due(&busy, copies).await?;
+        self.stopped.clear();
+        let mut due = self.due().await?;
         if due.is_empty() {
             return Ok(());
         }
@@ -386,13 +412,32 @@ impl Task {
             }
             Err(_) => return Ok(()),
         }
-        for row in due {
-            let key = row.topic.clone().zip(row.key.clone());
-            let waits = key.is_some_and(|key| self.busy.contains_key(&key));
-            if row.is_dead || !self.order || !waits {
-                self.publish(&row);
+        loop {
+            let bytes: usize = due.iter().map(Stored::bytes).sum();
+            let before = self.messages;
+            for row in due {
+                if !self.publisher.has_room() {
+                    return Ok(());
+                }
+                let key = row.topic.clone().zip(row.key.clone());
+                let waits = key.is_some_and(|key| self.busy.contains_key(&key));
+                if row.is_dead || !self.order || !(waits || self.is_stopped(&row)) {
+                    self.publish(&row);
+                }
             }
+            // There is more where bytes have ended the page. (Nothing of it was sent: nor would it be of the next.)
+            if bytes < PAGE_BYTES || self.messages == before {
+                return Ok(());
+            }
+            due = self.due().await?;
         }
-        Ok(())
+    }
+
+    /// The next page of what is due and not under way.
+    async fn due(&mut self) -> Result<Vec<Stored>> {
+        let failed = self.failed.iter().map(|failure| failure.number);
+        let busy: Vec<i64> = self.sent.keys().copied().chain(failed).collect();
+        let copies = self.dead_letter_topic.is_some();
+        self.store.due(&busy, copies).await
     }
 }

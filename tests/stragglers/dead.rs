@@ -6,7 +6,7 @@ use crate::support::{Walpost, consume, eventually, servers};
 use crate::*;
 
 /// Runs `walpost stragglers <args>`.
-async fn stragglers(database: &Database, args: &[&str]) -> (i32, String) {
+pub(crate) async fn stragglers(database: &Database, args: &[&str]) -> (i32, String) {
     let args: Vec<&str> = ["stragglers"].iter().chain(args).copied().collect();
     let (code, said) = database.walpost(&args, &[]).run(DEADLINE).await;
     // Both streams are read: what is logged is not the command's output.
