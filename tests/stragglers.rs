@@ -5,6 +5,8 @@
 
 #[path = "stragglers/dead.rs"]
 mod dead;
+#[path = "stragglers/discard.rs"]
+mod discard;
 #[path = "stragglers/large.rs"]
 mod large;
 #[path = "stragglers/order.rs"]

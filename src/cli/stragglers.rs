@@ -3,16 +3,24 @@
 //! Input: which ones (message id, topic, state; of the slot in the settings). Output: a line, or a JSON object, for each. `retry` makes
 //! them due now, dead ones too; `discard` deletes them for good, after a question. Works while walpost runs, which notices
 //! within seconds, and while it does not.
+//!
+//! In the modes mark and delete a row that is not marked, or still there, is taken for lost and published again. So `discard`
+//! marks or deletes the outbox rows of what it deletes, in the same transaction. The mode is the one that `walpost run` has
+//! noted in `walpost.after_publish`; where there is no note, that of the settings.
 
 use std::io::{self, IsTerminal as _, Write};
 
 use serde_json::json;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row};
+use tracing::warn;
 
 use super::print;
-use crate::config::Config;
-use crate::postgres::{connect_sql, sql_error, sqlstate};
+use crate::config::{AfterPublish, Config};
+use crate::outbox::ENVELOPE_TABLE;
+use crate::postgres::{connect_sql, quote_literal, sql_error, sqlstate};
+use crate::scanner::modes::has_table;
+use crate::scanner::outbox::OutboxTable;
 use crate::{Error, Result};
 
 /// Rows that are fetched and printed at a time.
@@ -92,8 +100,7 @@ pub async fn run(
                 print(out, "nothing was discarded\n")?;
                 return Ok(1);
             }
-            let sql = format!("delete from walpost.straggler where {WHERE}");
-            let count = table.execute("discard stragglers", &sql).await?;
+            let count = table.discard(config).await?;
             print(out, &format!("discarded {count} stragglers\n"))?;
         }
     }
@@ -147,6 +154,69 @@ impl Table<'_> {
         Ok(row
             .map_err(|error| failed("count stragglers", error))?
             .get(0))
+    }
+
+    /// Deletes them, and marks or deletes their rows: one statement, so all of it or nothing.
+    async fn discard(&self, config: &Config) -> Result<i64> {
+        let doing = "discard stragglers, and mark or delete their rows";
+        let mut parts = vec![format!(
+            "gone as (delete from walpost.straggler where {WHERE} returning outbox, id)"
+        )];
+        let mode = self.mode(config).await?;
+        if mode != AfterPublish::Keep {
+            for (number, table) in self.tables(config).await?.iter().enumerate() {
+                let (name, id) = (&table.name, table.id_column());
+                let ids = format!(
+                    "array(select gone.id from gone where gone.outbox = {} and gone.id is not null)",
+                    quote_literal(&name.to_string())
+                );
+                let ids = format!("any ({ids}::text[]::{}[])", table.id.sql_type);
+                match mode {
+                    AfterPublish::Delete => parts.push(format!(
+                        "row_{number} as (delete from {name} where {id} = {ids})"
+                    )),
+                    _ if table.has_sent_at => parts.push(format!(
+                        "row_{number} as (update {name} set sent_at = clock_timestamp() where {id} = {ids} and num_nulls(sent_at) = 1)"
+                    )),
+                    _ => {}
+                }
+            }
+        }
+        let sql = format!("with {} select count(*) from gone", parts.join(", "));
+        let row = self.client.query_one(&sql, &self.parameters()).await;
+        Ok(row.map_err(|error| failed(doing, error))?.get(0))
+    }
+
+    /// What becomes of published rows.
+    async fn mode(&self, config: &Config) -> Result<AfterPublish> {
+        if !has_table(&self.client).await? {
+            return Ok(config.after_publish);
+        }
+        let sql = "select mode from walpost.after_publish where slot = $1";
+        let row = self.client.query_opt(sql, &[&self.slot]).await;
+        let row = row.map_err(|error| sql_error("read walpost.after_publish", error))?;
+        let noted = row.and_then(|row| AfterPublish::parse(row.get(0)).ok());
+        Ok(noted.unwrap_or(config.after_publish))
+    }
+
+    /// The tables of the settings that these stragglers are rows of.
+    async fn tables(&self, config: &Config) -> Result<Vec<OutboxTable>> {
+        let sql = format!("select distinct outbox from walpost.straggler where {WHERE}");
+        let rows = self.client.query(&sql, &self.parameters()).await;
+        let rows = rows.map_err(|error| failed("look for the stragglers' tables", error))?;
+        let mut tables = Vec::new();
+        for row in &rows {
+            let outbox: &str = row.get(0);
+            let mut names = config.outbox_tables.iter();
+            match names.find(|name| name.to_string() == outbox) {
+                Some(name) => tables.push(OutboxTable::read(&self.client, name, config).await?),
+                None if outbox == ENVELOPE_TABLE => {}
+                None => warn!(
+                    "table {outbox} is not in WALPOST_OUTBOX_TABLE: its rows are neither marked nor deleted"
+                ),
+            }
+        }
+        Ok(tables)
     }
 
     /// In pages by number, so that memory stays small however many there are.
