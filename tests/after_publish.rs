@@ -208,6 +208,57 @@ async fn rows_that_a_broken_publication_never_sent_arrive_and_are_marked() {
 }
 
 #[tokio::test]
+async fn a_row_without_an_id_and_a_topic_that_is_refused_hold_up_no_other_lost_row() {
+    // GIVEN two tables, the first of them somebody's, whose id may be NULL
+    let database = Database::create("modes").await;
+    database
+        .sql(
+            "CREATE TABLE events (id text, aggregatetype text, aggregateid text, type text, payload text,
+                                  sent_at timestamptz, created_at timestamptz DEFAULT clock_timestamp())",
+        )
+        .await;
+    let tables = ("WALPOST_OUTBOX_TABLE", "public.events, walpost.outbox");
+    database.init(&["--payload", "text"], &[MARK, tables]).await;
+    let mut walpost = database.start(&[MARK, tables, SOON[0], SOON[1]]).await;
+    insert(&database, 1..=1).await;
+    wait_count(&database, MARKED, 1).await;
+    let refused = database.topic("refused");
+    let path = refused.replace("persistent://", "/admin/v2/persistent/");
+    let admin = async |method, path: &str| {
+        support::admin(&servers().pulsar_admin_url, method, path, "").await;
+    };
+    admin("PUT", &path).await;
+    admin("POST", &format!("{path}/terminate")).await;
+
+    // WHEN rows of both are never sent, in the first one without an id and one to a topic that takes none
+    database
+        .sql(
+            "ALTER PUBLICATION walpost DROP TABLE events, walpost.outbox;
+             INSERT INTO events VALUES (NULL, 't', 'k', 'e', '100'), ('4711', 'refused', 'k', 'e', '101'), ('4712', 't', 'k', 'e', '2');
+             INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload) VALUES ('t', 'k', 'e', '3');
+             ALTER PUBLICATION walpost ADD TABLE events, walpost.outbox",
+        )
+        .await;
+
+    // THEN the others arrive and are marked, while the one that gets no receipt is still tried
+    let longer = DEADLINE * 3;
+    walpost
+        .wait_for_line("wait for the next round", longer)
+        .await;
+    wait_count(&database, MARKED, 2).await;
+    wait_count(&database, "events WHERE sent_at IS NOT NULL", 1).await;
+    assert_eq!(numbers(&database.topic("t"), 3).await, [1, 2, 3]);
+
+    // AND when its topic is mended it arrives too, and the one without an id is left
+    admin("DELETE", &format!("{path}?force=true")).await;
+    eventually(longer, "the row to arrive", async || {
+        (count(&database, "events WHERE sent_at IS NULL").await == 1).then_some(())
+    })
+    .await;
+    walpost.stop().await;
+}
+
+#[tokio::test]
 async fn rows_from_before_the_mode_are_not_published_again() {
     // GIVEN rows that were published and kept
     let database = prepare(("WALPOST_AFTER_PUBLISH", "keep")).await;

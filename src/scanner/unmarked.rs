@@ -16,10 +16,12 @@
 //! Then the marks of everything acknowledged by then are made, and the rows of the page that are still not marked, and have
 //! not become stragglers meanwhile, are those.
 //!
-//! Memory: one page. An index on `(created_at, id) where sent_at is null` serves it; `init` makes it.
+//! Memory: a page of ids, and of its rows what is in flight. A table that cannot be looked through to its end, because of the
+//! database or because rows of it get no receipt, holds up none of the others. An index on `(created_at, id) where sent_at is null` serves it; `init` makes it.
 
 use std::time::Duration;
 
+use futures::{StreamExt as _, pin_mut};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_postgres::{Client, SimpleQueryMessage};
@@ -36,7 +38,7 @@ use crate::postgres::{PostgresConfig, connect_sql, quote_ident, quote_literal, s
 use crate::pulsar::{Flush, Publisher, PublisherConfig, RowQueue, RowTag};
 use crate::{Error, Lsn, Result};
 
-/// Rows of a page: their ids, and then the rows themselves, are in memory at once.
+/// Rows of a page: their ids are in memory at once; the rows themselves come one by one, as they are published.
 const PAGE_ROWS: i64 = 1_000;
 /// Rows without a receipt after this long are given up until the next round: their topic may be unusable for good.
 const RECEIPTS: Duration = Duration::from_secs(60);
@@ -119,25 +121,45 @@ impl Unmarked {
             if self.tables[number].created_at.is_none() {
                 continue;
             }
-            let mut after = None;
-            loop {
-                let page = self.page(client, number, after.as_ref()).await?;
-                let Some(last) = page.last().cloned() else {
-                    break;
-                };
-                let ids: Vec<String> = page.into_iter().map(|place| place.id).collect();
-                self.pass(client).await?;
-                let published = self
-                    .publish_unmarked(client, number, &ids, &mut again)
-                    .await?;
-                if published > 0 {
-                    let table = &self.tables[number].name;
-                    info!(%table, published, "published rows that had not been marked");
+            if let Err(error) = self.look_through(client, number, &mut again).await {
+                if client.is_closed() {
+                    return Err(error);
                 }
-                after = Some(last);
+                // What of it has no receipt would be waited for with the next table's rows.
+                again = None;
+                let table = &self.tables[number].name;
+                warn!(
+                    %table,
+                    "rows that were never marked wait for the next round: {}",
+                    error.report()
+                );
             }
         }
         Ok(())
+    }
+
+    /// Publishes what is lost of one table.
+    async fn look_through(
+        &mut self,
+        client: &Client,
+        number: usize,
+        again: &mut Option<Again>,
+    ) -> Result<()> {
+        let mut after = None;
+        loop {
+            let page = self.page(client, number, after.as_ref()).await?;
+            let Some(last) = page.last().cloned() else {
+                return Ok(());
+            };
+            let ids: Vec<String> = page.into_iter().map(|place| place.id).collect();
+            self.pass(client).await?;
+            let published = self.publish_unmarked(client, number, &ids, again).await?;
+            if published > 0 {
+                let table = &self.tables[number].name;
+                info!(%table, published, "published rows that had not been marked");
+            }
+            after = Some(last);
+        }
     }
 
     /// The next rows that may be lost.
@@ -156,7 +178,7 @@ impl Unmarked {
         let (time, time_type) = (quote_ident(&created_at.name), &created_at.sql_type);
         let sql = format!(
             "SELECT o.{time}::text, o.{id}::text FROM {} o
-             WHERE {} AND o.{time} < {}
+             WHERE {} AND o.{id} IS NOT NULL AND o.{time} < {}
                AND o.{time} >= (SELECT since FROM walpost.after_publish WHERE slot = $2)
                AND ($3::text IS NULL OR (o.{time}, o.{id}) > ($3::text::{time_type}, $4::text::{id_type}))
              ORDER BY o.{time}, o.{id} LIMIT {PAGE_ROWS}",
@@ -171,11 +193,16 @@ impl Unmarked {
             .query(&sql, &[&seconds, &self.slot, &after_time, &after_id])
             .await
             .map_err(failed)?;
-        let place = |row: &tokio_postgres::Row| Place {
-            created_at: row.get(0),
-            id: row.get(1),
+        let place = |row: &tokio_postgres::Row| {
+            Ok(Place {
+                created_at: row.try_get(0)?,
+                id: row.try_get(1)?,
+            })
         };
-        Ok(rows.iter().map(place).collect())
+        rows.iter()
+            .map(place)
+            .collect::<Result<_, _>>()
+            .map_err(failed)
     }
 
     /// Waits until everything committed before now has been brought, and its marks are made.
@@ -211,22 +238,26 @@ impl Unmarked {
         let Some(relation) = describe(client, &table.name).await? else {
             return Ok(0);
         };
-        let rows = still_lost(client, table, &relation, ids).await?;
-        if rows.is_empty() {
-            return Ok(0);
-        }
-        if again.is_none() {
-            *again = Some(Again::connect(&self.publisher, &self.queue).await?);
-        }
-        let Some(again) = again else {
-            return Err(Error::bug("a publisher was just made"));
-        };
+        let failed = |error| sql_error(&format!("read rows of table {}", table.name), error);
+        let sql = still_lost(client, table, &relation, ids).await?;
         let mut extractor =
             Extractor::new(&relation, &self.routing.columns, &self.routing.template)?;
         let place = u16::try_from(number).unwrap_or(u16::MAX);
         let mut published = 0;
-        for row in &rows {
-            match again.publish(place, &mut extractor, row).await {
+        // While a row waits for room the server waits with the next.
+        let rows = client.simple_query_raw(&sql).await.map_err(failed)?;
+        pin_mut!(rows);
+        while let Some(message) = rows.next().await {
+            let SimpleQueryMessage::Row(row) = message.map_err(failed)? else {
+                continue;
+            };
+            if again.is_none() {
+                *again = Some(Again::connect(&self.publisher, &self.queue).await?);
+            }
+            let Some(again) = again else {
+                return Err(Error::bug("a publisher was just made"));
+            };
+            match again.publish(place, &mut extractor, &encode(&row)).await {
                 Ok(()) => published += 1,
                 Err(error) if error.is_temporary() => return Err(error),
                 // The others need not wait for it.
@@ -236,7 +267,9 @@ impl Unmarked {
                 ),
             }
         }
-        again.receipts().await?;
+        if let Some(again) = again {
+            again.receipts().await?;
+        }
         Ok(published)
     }
 }
@@ -346,13 +379,13 @@ async fn is_lost(client: &Client, table: &OutboxTable) -> Result<String> {
     ))
 }
 
-/// The rows of these ids that are lost, as encoded tuples.
+/// SQL: the rows of these ids that are lost.
 async fn still_lost(
     client: &Client,
     table: &OutboxTable,
     relation: &Relation,
     ids: &[String],
-) -> Result<Vec<Vec<u8>>> {
+) -> Result<String> {
     let columns = relation.columns.iter();
     let columns: Vec<String> = columns
         .map(|column| format!("o.{}", quote_ident(&column.name)))
@@ -363,20 +396,11 @@ async fn still_lost(
         .created_at
         .as_ref()
         .map_or_else(|| id.clone(), |column| quote_ident(&column.name));
-    let sql = format!(
+    Ok(format!(
         "SELECT {} FROM {} o WHERE o.{id} = ANY (ARRAY[{}]::text[]::{id_type}[]) AND {} ORDER BY o.{time}, o.{id}",
         columns.join(", "),
         table.name,
         ids.join(", "),
         is_lost(client, table).await?,
-    );
-    let messages = client
-        .simple_query(&sql)
-        .await
-        .map_err(|error| sql_error(&format!("read rows of table {}", table.name), error))?;
-    let row = |message: &SimpleQueryMessage| match message {
-        SimpleQueryMessage::Row(row) => Some(encode(row)),
-        _ => None,
-    };
-    Ok(messages.iter().filter_map(row).collect())
+    ))
 }
