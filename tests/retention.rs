@@ -167,6 +167,52 @@ async fn many_rows_go_in_small_statements() {
     walpost.stop().await;
 }
 
+#[tokio::test]
+async fn a_table_partitioned_by_something_else_than_the_time_loses_its_old_rows_and_holds_up_no_other()
+ {
+    // GIVEN a table in front of the outbox that is partitioned by a text
+    let database = Database::create("retention").await;
+    database
+        .sql(
+            "CREATE TABLE events (id text PRIMARY KEY, aggregatetype text, aggregateid text, type text, payload text,
+                                  created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+                                  txid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+                                  seq bigint NOT NULL GENERATED ALWAYS AS IDENTITY) PARTITION BY RANGE (id);
+             CREATE TABLE events_a PARTITION OF events FOR VALUES FROM ('a') TO ('m');
+             CREATE TABLE events_m PARTITION OF events FOR VALUES FROM ('m') TO ('zz')",
+        )
+        .await;
+    let tables = ("WALPOST_OUTBOX_TABLE", "public.events, walpost.outbox");
+    let settings = [RETENTION, OFTEN, tables];
+    database.init(&["--payload", "text"], &settings).await;
+    let settings = [&settings[..], &[database.as_owner()]].concat();
+    let walpost = database.start(&settings).await;
+
+    // WHEN both have an old row that is delivered, and a young one
+    database
+        .sql(
+            "INSERT INTO events (id, aggregatetype, aggregateid, type, payload, created_at)
+             SELECT i, 't', 'k', 'e', i, clock_timestamp() - a::interval
+             FROM (VALUES ('b', '2h'), ('c', '-1h'), ('x', '2h')) AS e (i, a)",
+        )
+        .await;
+    insert(&database, "old", "2h").await;
+    insert(&database, "young", "-1h").await;
+    database.wait_all_confirmed(DEADLINE).await;
+
+    // THEN the old ones go, and no partition does
+    wait_left(&database, &["young"]).await;
+    eventually(DEADLINE, "the old events to go", async || {
+        let rows = database.rows("SELECT id FROM events", &[]).await;
+        let left: Vec<&str> = rows.iter().map(|row| row.get(0)).collect();
+        (left == ["c"]).then_some(())
+    })
+    .await;
+    let sql = "SELECT count(*) FROM pg_partition_tree('events') WHERE isleaf";
+    assert_eq!(database.rows(sql, &[]).await[0].get::<_, i64>(0), 2);
+    walpost.stop().await;
+}
+
 /// Names of the partitions, oldest first.
 async fn partitions(database: &Database) -> Vec<String> {
     let sql = "SELECT relid::text FROM pg_partition_tree('walpost.outbox') WHERE isleaf ORDER BY 1";

@@ -162,7 +162,8 @@ impl Retention {
     }
 
     async fn leaves(&self, client: &Client, table: &OutboxTable) -> Result<Vec<Leaf>> {
-        // Only a bound on the event's time says how old rows are: a partition of a table by range of that one column.
+        // Only a bound on the event's time says how old rows are: a partition of a table by range of that one column. (The
+        // bound of another column need be no time: by CASE it is not read as one.)
         const SQL: &str = "
             WITH leaf AS (
                 SELECT $1::text::regclass AS oid WHERE NOT $2
@@ -175,9 +176,10 @@ impl Retention {
             )
             SELECT n.nspname::text, c.relname::text,
                    pg_relation_size(c.oid) / current_setting('block_size')::int8,
-                   coalesce((regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \\(''([^'']+)''\\)'))[1]::timestamptz
-                            < clock_timestamp() - make_interval(secs => $4), false)
-                       AND i.inhparent IN (SELECT partrelid FROM by_time)
+                   CASE WHEN i.inhparent IN (SELECT partrelid FROM by_time)
+                        THEN coalesce((regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \\(''([^'']+)''\\)'))[1]::timestamptz
+                                      < clock_timestamp() - make_interval(secs => $4), false)
+                        ELSE false END
             FROM leaf JOIN pg_class c ON c.oid = leaf.oid JOIN pg_namespace n ON n.oid = c.relnamespace
             LEFT JOIN pg_inherits i ON i.inhrelid = c.oid
             ORDER BY c.relname";
