@@ -297,8 +297,11 @@ impl Publisher {
             // A topic's own broker may take less than the one that was asked first.
             let largest = &mut self.limits.max_message_bytes;
             *largest = (*largest).min(connection.max_message_bytes());
-            if connection.is_closed() || closed_on == Some(connection.id()) {
+            if connection.is_closed() {
                 lane.down(None);
+            } else if closed_on == Some(connection.id()) {
+                // Or the one before it was, on this connection: then this one is open, and must not be met again.
+                lane.down(Some(connection.clone()));
             } else {
                 lane.opened(
                     connection.clone(),

@@ -395,7 +395,8 @@ pub(super) async fn open(
     let topic = &target.name;
     let mut patience = Patience::new(&directory, topic, &target.hurry, target.refused);
     while let Err(error) = attempt(&directory, topic, &mut wanted, next_broker.take()).await {
-        // A failed attempt has first closed all that was open before; nothing that is still wanted is open.
+        // A failed attempt has first closed all that was open before, and what it left half made; nothing that is still wanted
+        // is open.
         if patience.ends_after(&error).await {
             let refused = Event::TopicRefused {
                 topic: target.index,
@@ -462,6 +463,11 @@ async fn attempt(
     failure.map_or(Ok(()), Err)
 }
 
+/// Creates a producer. After a failure there is none: one whose creation was not answered in time is closed again. The broker
+/// may be at it still, and would answer the next attempt on this connection, which has the same producer id, with "already
+/// created" and without the last sequence id (`ServerCnx.handleProducer`). Nothing would then be a probe, and a batch that
+/// holds both stored and new messages be dropped. Closing the connection would do as well, but every topic of that broker has
+/// it; a close is answered after the creation's end, or ends it (`ServerCnx.handleCloseProducer`). The Java client does so too.
 pub(super) async fn create(
     connection: &Connection,
     topic: &str,
@@ -482,7 +488,14 @@ pub(super) async fn create(
             }),
             ..BaseCommand::default()
         })
-        .await?;
+        .await;
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(error) => {
+            close_producer(connection, producer.producer_id).await;
+            return Err(error);
+        }
+    };
     if let Some(error) = answer.error {
         return Err(verdict::of_open(
             topic,
@@ -522,8 +535,8 @@ fn schema_version(
     }
 }
 
-/// Closes a producer whose send was refused, so that the frames behind the refused one cannot be stored before it is
-/// sent again. When the connection is gone so is the producer.
+/// Closes a producer and waits until the broker has: one whose send was refused, so that the frames behind the refused one
+/// cannot be stored before it is sent again; or one that may be half made. When the connection is gone so is the producer.
 pub(super) async fn close_producer(connection: &Connection, producer_id: u64) {
     let answer = connection
         .request(|id| connection::close_producer(producer_id, id))

@@ -14,6 +14,7 @@
 //! | `AuthorizationError`, `AuthenticationError`, `TopicTerminatedError`, `IncompatibleSchema`, `ProducerFenced`, `InvalidTopicName`, `UnsupportedVersionError`, `NotAllowedError` | somebody must mend it: the same, as an error with what to do; the topic's events become stragglers, or wait; other topics go on | `tests/manners`, `tests/stragglers.rs` |
 //! | a redirect, a proxy, TLS addresses | followed | `tests/manners` |
 //! | "not ready" (`producer_ready = false`) | waits for the second answer | `tests/manners` |
+//! | nothing, for 30 s, to a creation | closes the producer that may be half made, then again | `tests/manners` |
 //! | **on its own** | | |
 //! | `CLOSE_PRODUCER` (unload, bundle split, load shedding) | to the broker it names, else a lookup; all again in order | `tests/manners`, `tests/topic_moves.rs` |
 //! | `PING`, `AUTH_CHALLENGE` | answered, the latter with credentials read afresh | `tests/manners`, `tests/security.rs` |

@@ -1,5 +1,7 @@
 //! Creating producers: refusals that pass by themselves, and topics that are refused.
 
+use std::time::{Duration, Instant};
+
 use pulsar::message::proto::{BaseCommand, ServerError};
 
 use super::sender::{Log, Sender};
@@ -106,6 +108,35 @@ async fn a_producer_that_is_not_ready_yet_is_sent_nothing_before_it_is() {
     broker.release(|_| {});
     sender.delivered().await;
     assert_eq!(broker.count(Asked::Producer), 1);
+    sender.assert_exactly_once(&broker.stored());
+}
+
+#[tokio::test]
+async fn a_producer_whose_creation_was_not_answered_is_closed_before_it_is_asked_for_again() {
+    // GIVEN batches that were stored without receipts, and a process that starts again with batches of another size
+    let broker = FakeBroker::start_deduplicating().await;
+    let mut sender = Sender::to(&broker).await;
+    sender.publish(TOPIC, "key");
+    sender.delivered().await;
+    broker.script(Asked::Send, vec![Reaction::Lose; 3]);
+    sender.publish_many(TOPIC, "key", 30);
+    let sent = || broker.count(Asked::Send) == 1 + 3;
+    sender.until("the batches to be sent", sent).await;
+    broker.disconnect();
+    sender.restart(7);
+    sender.publish_many(TOPIC, "key", 30);
+
+    // WHEN the broker makes its producer, and does not say so within the time that a request has (30 s)
+    broker.script(Asked::Producer, [Reaction::Lose]);
+    let asked_at = Instant::now();
+    let waited = || asked_at.elapsed() > Duration::from_secs(20);
+    sender.until("most of that time", waited).await;
+    assert_eq!(broker.count(Asked::Producer), 2);
+
+    // THEN the next attempt learns what was stored, and no batch is dropped that holds something new
+    sender.delivered().await;
+    assert_eq!(broker.count(Asked::Producer), 3);
+    assert_eq!(broker.count(Asked::CloseProducer), 1);
     sender.assert_exactly_once(&broker.stored());
 }
 

@@ -211,12 +211,16 @@ impl State {
     }
 
     /// A name may be open once: while another connection has it the answer is `ProducerBusy`, and that connection, which a
-    /// real broker would ping, is taken for dead.
+    /// real broker would ping, is taken for dead. To a connection that has a producer with this id it says that one's name and
+    /// no sequence id, as `ServerCnx.handleProducer`.
     fn open(&mut self, who: &Command<'_>, request_id: u64) -> Vec<u8> {
         let asked = who.said.producer.clone().unwrap_or_default();
         let name = asked.producer_name.unwrap_or_default();
         let place = (who.connection, asked.producer_id);
         let other = self
+        if let Some(open) = self.producers.get(&place) {
+            return commands::producer_success(request_id, &open.name, None, true);
+        }
             .producers
             .iter()
             .find(|(at, open)| **at != place && open.name == name && open.topic == asked.topic);
