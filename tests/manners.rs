@@ -14,6 +14,8 @@ mod finding;
 mod opening;
 #[path = "manners/random.rs"]
 mod random;
+#[path = "manners/refused.rs"]
+mod refused;
 #[path = "manners/sender.rs"]
 mod sender;
 #[path = "manners/sending.rs"]

@@ -120,6 +120,12 @@ impl Batch {
         self
     }
 
+    /// True when a refusal that names this id means this batch. A receipt names a batch's lowest id; a refusal names the highest
+    /// (`Producer.java` of the broker: `checkAndStartPublish`, `callBackSequenceId`) or, from some places, the lowest.
+    pub(super) fn holds(&self, sequence_id: u64) -> bool {
+        (self.first_sequence_id..=self.last_sequence_id).contains(&sequence_id)
+    }
+
     /// When its frame was last written; `None` while it waits.
     pub(super) fn sent_at(&self) -> Option<Instant> {
         match self.body {

@@ -57,7 +57,7 @@ pub(super) enum Event {
         /// The broker's deduplication knew it: nothing was stored now.
         stored_before: bool,
     },
-    /// A batch was refused.
+    /// A batch was refused: the one that holds `sequence_id` (see `Batch::holds`).
     SendError {
         connection: u64,
         producer_id: u64,

@@ -354,15 +354,15 @@ impl Publisher {
         }
     }
 
-    /// When [`Diversion`] is on: ends a batch's way that the broker refuses for good. False otherwise.
+    /// When [`Diversion`] is on: ends a batch's way that the broker refuses for good. False otherwise, or when no batch has that
+    /// id: then nothing would be ended, and the same be refused again for ever.
     pub(super) fn refuse_batch(&mut self, lane: usize, sequence_id: u64, message: &str) -> bool {
         if self.config.diversion.is_none() {
             return false;
         }
         let topic = &self.topics[self.lanes[lane].topic].name;
         let reason = format!("the broker refuses the message on topic {topic}: {message}");
-        self.lanes[lane].refuse(sequence_id, reason);
-        true
+        self.lanes[lane].refuse(sequence_id, reason)
     }
 }
 

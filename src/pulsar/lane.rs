@@ -260,12 +260,14 @@ impl Lane {
         bytes
     }
 
-    /// Marks the batch that begins with `sequence_id` as one that is never written again.
-    pub(super) fn refuse(&mut self, sequence_id: u64, reason: String) {
-        let is_it = |batch: &&mut Batch| batch.first_sequence_id == sequence_id;
-        if let Some(batch) = self.in_flight.iter_mut().find(is_it) {
-            batch.refused = Some(reason.into());
-        }
+    /// Marks the batch that holds `sequence_id` as one that is never written again; false when there is none.
+    pub(super) fn refuse(&mut self, sequence_id: u64, reason: String) -> bool {
+        let mut batches = self.in_flight.iter_mut();
+        let Some(batch) = batches.find(|batch| batch.holds(sequence_id)) else {
+            return false;
+        };
+        batch.refused = Some(reason.into());
+        true
     }
 
     /// Why the oldest message is refused, if it is, and no frame of this lane is under way any more.
@@ -420,7 +422,7 @@ impl Lane {
             // A batch that was resent although its first receipt was already on the way gets two.
             Some(front) if front.first_sequence_id > sequence_id => return Receipt::Repeated,
             None => return Receipt::Repeated,
-            Some(_) => return Receipt::OutOfOrder,
+            Some(_) => return self.receipt_behind_refused(sequence_id),
         }
         let batch = self.in_flight.pop_front().expect("the front was just seen");
         self.written = self.written.saturating_sub(1);
@@ -433,16 +435,34 @@ impl Lane {
         Receipt::Acknowledged(batch)
     }
 
+    /// A broker that refuses a batch goes on with what stands behind it, and its receipts come while the lane is on its way to
+    /// a new producer. They are as true as any: what is stored need not be diverted with the refused one.
+    fn receipt_behind_refused(&mut self, sequence_id: u64) -> Receipt {
+        let mut batches = self.in_flight.iter();
+        let place = batches.position(|batch| batch.refused.is_none());
+        let stored = place.filter(|&place| {
+            let batch = &self.in_flight[place];
+            place > 0
+                && self.written == 0
+                && batch.first_sequence_id == sequence_id
+                && batch.sent_at().is_some()
+        });
+        match stored.and_then(|place| self.in_flight.remove(place)) {
+            Some(batch) => Receipt::Acknowledged(batch),
+            None => Receipt::OutOfOrder,
+        }
+    }
+
     /// The connection or the producer is gone; frames stay, and will be sent again.
     pub(super) fn down(&mut self, close_first: Option<Connection>) {
         self.link = Link::Down { close_first };
         self.written = 0;
     }
 
-    /// The frame that begins with `sequence_id` was damaged on its way: see the module's documentation.
+    /// The frame that holds `sequence_id` was damaged on its way: see the module's documentation.
     pub(super) fn damaged(&mut self, sequence_id: u64) {
-        let is_it = |batch: &Batch| batch.first_sequence_id == sequence_id;
-        let place = self.in_flight.iter().position(is_it);
+        let mut batches = self.in_flight.iter();
+        let place = batches.position(|batch| batch.holds(sequence_id));
         if place.is_none_or(|place| place + 1 >= self.written) {
             // Nothing was sent behind it.
             return;
@@ -499,11 +519,11 @@ impl Lane {
             .and_then(Batch::sent_at)
     }
 
-    /// Ids of the rows in the batch that begins with `sequence_id`, to name them in an error.
+    /// Ids of the rows in the batch that holds `sequence_id`, to name them in an error.
     pub(super) fn row_ids(&self, sequence_id: u64) -> Vec<String> {
         let mut batches = self.in_flight.iter();
         batches
-            .find(|batch| batch.first_sequence_id == sequence_id)
+            .find(|batch| batch.holds(sequence_id))
             .map(|batch| batch.row_ids(self.producer.headroom))
             .unwrap_or_default()
     }
@@ -515,6 +535,6 @@ pub(super) enum Receipt {
     Acknowledged(Batch),
     /// For a batch that has its receipt already.
     Repeated,
-    /// For a batch behind the oldest one: the two sides disagree, start over.
+    /// For a batch behind one that is not refused: the two sides disagree, start over.
     OutOfOrder,
 }

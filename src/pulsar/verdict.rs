@@ -7,7 +7,7 @@
 //! | `ChecksumError` | damaged on its way: new producer, the same frames again; under another name if there were frames behind it | `tests/manners` |
 //! | `NotAllowedError` | this batch will never be taken: its events become stragglers; without a table for those: stop with exit code 69, naming its rows | `tests/manners` |
 //! | `TopicTerminatedError`, `PersistenceError`, `ServiceNotReady`, quota, anything else | not known to be stored: lookup, new producer, all again in order | `tests/manners` |
-//! | a receipt for a batch that is not the oldest | the two sides disagree: new connection | `tests/manners` |
+//! | a receipt for a batch that is not the oldest | the two sides disagree: new connection (behind a refused batch: stored) | `tests/manners` |
 //! | nothing, for `WALPOST_SEND_TIMEOUT` | new connection | `tests/manners` |
 //! | **to a lookup, a question for partitions, a producer's creation** | | |
 //! | `ServiceNotReady`, `ProducerBusy`, `MetadataError`, `TooManyRequests`, `TopicNotFound`, both quota errors, anything unknown | again, with backoff (a warning each time) | `tests/manners`, `tests/topic_moves.rs` |

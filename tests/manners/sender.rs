@@ -224,6 +224,19 @@ impl Sender {
         );
     }
 
+    /// Takes what was diverted, as if it was stored elsewhere; returns the ids.
+    pub(crate) fn store_diverted(&mut self) -> Vec<String> {
+        let mut ids = Vec::new();
+        for diverted in self.publisher.take_diverted() {
+            self.tracker.ack(diverted.event.txn, 1);
+            let mut properties = diverted.event.properties.into_iter();
+            ids.extend(properties.find(|(name, _)| name == "id").map(|(_, id)| id));
+        }
+        let stored = self.publisher.stored(ids.len() as u64);
+        stored.unwrap_or_else(|error| panic!("{}", error.report()));
+        ids
+    }
+
     /// Everything published is stored, and nothing else; the first arrivals of a topic's key are in the order of
     /// publishing. Returns how many arrivals were repeats.
     pub(crate) fn assert_at_least_once(&self, stored: &[StoredEvent]) -> usize {

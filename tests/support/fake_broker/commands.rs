@@ -125,6 +125,7 @@ pub(super) fn receipt(producer_id: u64, ids: (u64, u64), entry: Option<u64>) -> 
     })
 }
 
+/// The refusal of a send; real brokers name a batch's highest id.
 pub(super) fn send_error(producer_id: u64, sequence_id: u64, error: ServerError) -> Vec<u8> {
     command_frame(&BaseCommand {
         send_error: Some(CommandSendError {

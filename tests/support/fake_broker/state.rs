@@ -161,7 +161,8 @@ impl State {
             let refusal = commands::refusal(who.asked, who.request_id(), error);
             return self.say(who.connection, refusal);
         };
-        let (producer_id, lowest) = (send.producer_id, send.sequence_id);
+        let producer_id = send.producer_id;
+        let highest = send.highest_sequence_id.unwrap_or(send.sequence_id);
         let Some(producer) = self.producers.get_mut(&(who.connection, producer_id)) else {
             return;
         };
@@ -174,7 +175,7 @@ impl State {
         }
         self.say(
             who.connection,
-            commands::send_error(producer_id, lowest, error),
+            commands::send_error(producer_id, highest, error),
         );
     }
 
@@ -217,10 +218,10 @@ impl State {
         let asked = who.said.producer.clone().unwrap_or_default();
         let name = asked.producer_name.unwrap_or_default();
         let place = (who.connection, asked.producer_id);
-        let other = self
         if let Some(open) = self.producers.get(&place) {
             return commands::producer_success(request_id, &open.name, None, true);
         }
+        let other = self
             .producers
             .iter()
             .find(|(at, open)| **at != place && open.name == name && open.topic == asked.topic);
@@ -263,7 +264,7 @@ impl State {
         }
         producer.last_sequence_id = Some(highest);
         if let Some(error) = producer.refusing {
-            return Some(commands::send_error(send.producer_id, lowest, error));
+            return Some(commands::send_error(send.producer_id, highest, error));
         }
         let (topic, name) = (producer.topic.clone(), producer.name.clone());
         let limit = self.max_message_bytes.unwrap_or(MAX_MESSAGE_BYTES);
@@ -295,7 +296,7 @@ impl State {
             Outcome::Stored(number) => commands::receipt(send.producer_id, ids, Some(number)),
             Outcome::Duplicate => commands::receipt(send.producer_id, ids, None),
             Outcome::Unknown => {
-                commands::send_error(send.producer_id, lowest, ServerError::PersistenceError)
+                commands::send_error(send.producer_id, highest, ServerError::PersistenceError)
             }
         })
     }
