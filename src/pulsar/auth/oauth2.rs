@@ -21,6 +21,8 @@ use crate::{Error, Result};
 const PEER: &str = "the OAuth2 server";
 /// A token is renewed this long before it expires, or after nine tenths of a short life.
 const RENEW_BEFORE: Duration = Duration::from_secs(60);
+/// A token is not kept for longer, whatever its life: a clock cannot count to any number of seconds that a server may say.
+const KEEP_AT_MOST: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// The error codes of RFC 6749, 5.2.
 const ERROR_CODES: [&str; 6] = [
     "invalid_request",
@@ -118,7 +120,7 @@ impl OAuth2 {
         debug!(life_s = life.as_secs(), "token fetched");
         *kept = Some(Kept {
             token: token.clone(),
-            renew_at: Instant::now() + life.saturating_sub(RENEW_BEFORE.min(life / 10)),
+            renew_at: renew_at(Instant::now(), life),
         });
         Ok((token, true))
     }
@@ -254,6 +256,12 @@ impl OAuth2 {
     }
 }
 
+/// When a token that is fetched now and lives so long is renewed.
+fn renew_at(now: Instant, life: Duration) -> Instant {
+    let life = life.min(KEEP_AT_MOST);
+    now + life.saturating_sub(RENEW_BEFORE.min(life / 10))
+}
+
 struct Refusal {
     status: StatusCode,
     code: Option<&'static str>,
@@ -357,6 +365,20 @@ mod tests {
         }
         let no_issuer = r#"{"client_id": "c", "client_secret": "hunter2"}"#;
         assert_eq!(OAuth2::check_key_file(no_issuer, true), Ok(()));
+    }
+
+    #[test]
+    fn a_token_is_renewed_in_time_however_long_it_lives() {
+        let now = Instant::now();
+        for (life_s, kept_s) in [
+            (0, 0),
+            (100, 90),
+            (3600, 3540),
+            (u64::MAX, 30 * 86_400 - 60),
+        ] {
+            let kept = renew_at(now, Duration::from_secs(life_s)) - now;
+            assert_eq!(kept, Duration::from_secs(kept_s), "{life_s}");
+        }
     }
 
     #[test]
