@@ -118,6 +118,10 @@ pub(super) struct Lane {
     pushed: Option<u64>,
     /// Since when the lane has had nothing to do.
     pub idle_since: Instant,
+    /// Its last receipt.
+    pub heard: Option<Heard>,
+    /// When a receipt last showed that its oldest frame's turn was yet to come.
+    progress_at: Instant,
     /// How often a damaged frame has changed its name.
     renamed: u32,
     /// How many diverted events are safe.
@@ -156,6 +160,8 @@ impl Lane {
             txn: (Lsn::ZERO, 0),
             pushed: None,
             idle_since: Instant::now(),
+            heard: None,
+            progress_at: Instant::now(),
             renamed: 0,
             stored,
         }
@@ -425,9 +431,12 @@ impl Lane {
             Some(_) => return self.receipt_behind_refused(sequence_id),
         }
         let batch = self.in_flight.pop_front().expect("the front was just seen");
+        let at = Instant::now();
+        self.heard = batch.sent_at().map(|sent_at| Heard { sent_at, at });
+        self.progress_at = at;
         self.written = self.written.saturating_sub(1);
         if self.in_flight.is_empty() {
-            self.idle_since = Instant::now();
+            self.idle_since = at;
         } else if self.written < self.in_flight.len() {
             // The last probe has its receipt.
             self.transmit(memory);
@@ -511,12 +520,19 @@ impl Lane {
         self.open.is_none() && self.in_flight.is_empty()
     }
 
-    /// When the batch that has waited longest for its receipt was written.
+    /// Takes notice of the last receipt on its connection: when its frame was written before this lane's oldest, that one's
+    /// turn is yet to come.
+    pub(super) fn overhear(&mut self, heard: Heard) {
+        let oldest = self.in_flight.front().and_then(Batch::sent_at);
+        if oldest.is_some_and(|sent_at| heard.sent_at <= sent_at) {
+            self.progress_at = self.progress_at.max(heard.at);
+        }
+    }
+
+    /// Since when the oldest batch has waited without a sign that its receipt comes nearer; `None` when nothing was written.
     pub(super) fn waiting_since(&self) -> Option<Instant> {
-        self.in_flight
-            .front()
-            .filter(|_| self.written > 0)
-            .and_then(Batch::sent_at)
+        let oldest = self.in_flight.front().filter(|_| self.written > 0)?;
+        oldest.sent_at().map(|at| at.max(self.progress_at))
     }
 
     /// Ids of the rows in the batch that holds `sequence_id`, to name them in an error.
@@ -527,6 +543,13 @@ impl Lane {
             .map(|batch| batch.row_ids(self.producer.headroom))
             .unwrap_or_default()
     }
+}
+
+/// A receipt: when its frame was written, and when it came.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Heard {
+    pub sent_at: Instant,
+    pub at: Instant,
 }
 
 /// What a receipt meant.

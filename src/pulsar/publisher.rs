@@ -44,7 +44,7 @@ use super::compression::Codec;
 use super::connection::{Event, Manner};
 use super::divert::{Diversion, Diverted, Parked};
 use super::flushing::Flush;
-use super::lane::{Appended, Lane, Limits, Link, MAX_ORDINALS};
+use super::lane::{Appended, Heard, Lane, Limits, Link, MAX_ORDINALS};
 use super::memory::Memory;
 use super::opener::Directory;
 use super::outgoing::Outgoing;
@@ -102,7 +102,7 @@ pub struct PublisherConfig {
     pub max_in_flight_messages: usize,
     /// Room for their bytes.
     pub max_in_flight_bytes: usize,
-    /// Without a receipt for this long the connection is taken for dead.
+    /// Without a receipt for this long, while one is due, the connection is taken for dead.
     pub send_timeout: Duration,
     /// Where the rows of acknowledged events (`Outgoing::mark`) go, if anywhere; a full queue stops the intake.
     pub rows: Option<RowQueue>,
@@ -441,12 +441,28 @@ impl Publisher {
         self.memory.trim();
     }
 
-    /// Ends connections on which a batch has waited too long for its receipt; their lanes resend elsewhere.
+    /// Ends connections on which a batch has waited too long for its receipt; their lanes resend elsewhere. A broker that is
+    /// slow (a publish rate limit) may leave batches without receipt for longer than that: while its receipts come, for the
+    /// lane or for what was written to the connection before, nothing is wrong. Receipts for what was written after do not count:
+    /// that one topic gets none is noticed while others do.
     pub fn check_deadlines(&mut self, now: Instant) {
+        let mut last: HashMap<u64, Heard> = HashMap::new();
         for lane in &self.lanes {
+            if let (Link::Up(connection), Some(heard)) = (&lane.link, lane.heard) {
+                let last = last.entry(connection.id()).or_insert(heard);
+                if last.at < heard.at {
+                    *last = heard;
+                }
+            }
+        }
+        for lane in &mut self.lanes {
             let Link::Up(connection) = &lane.link else {
                 continue;
             };
+            let connection = connection.clone();
+            if let Some(&heard) = last.get(&connection.id()) {
+                lane.overhear(heard);
+            }
             let waiting_since = lane.waiting_since();
             if waiting_since.is_some_and(|since| now - since > self.config.send_timeout) {
                 let topic = &self.topics[lane.topic].name;

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use pulsar::message::proto::ServerError;
 use walpost::pulsar::PublisherConfig;
 
-use super::TOPIC;
-use super::sender::{Log, Sender, config};
+use super::sender::{Log, SEND_TIMEOUT, Sender, config};
 use super::support::{Asked, FakeBroker, Reaction};
+use super::{OTHER, TOPIC};
 
 const EVENTS: usize = 30;
 const BATCHES: usize = 3;
@@ -213,6 +213,64 @@ async fn a_broker_that_falls_silent_with_batches_under_way_is_left_after_the_sen
     broker.stall(false);
     sender.delivered().await;
     assert!(broker.connections() >= 2);
+    sender.assert_exactly_once(&broker.stored());
+}
+
+#[tokio::test]
+async fn a_broker_that_takes_batches_slowly_and_steadily_is_not_left() {
+    // GIVEN more batches on two topics than get their receipts within the send deadline
+    let broker = FakeBroker::start().await;
+    let mut sender = opened(&broker).await;
+    sender.publish(OTHER, "key");
+    sender.delivered().await;
+    broker.script(Asked::Send, vec![Reaction::Hold; BATCHES * 4 + 1]);
+    sender.publish_many(TOPIC, "key", EVENTS * 4);
+    let sent = || broker.count(Asked::Send) == 2 + BATCHES * 4;
+    sender.until("the batches to be sent", sent).await;
+    // Its only batch is the last in line.
+    sender.publish(OTHER, "key");
+    let sent = || broker.count(Asked::Send) == 2 + BATCHES * 4 + 1;
+    sender.until("the last one to be sent", sent).await;
+
+    // WHEN the receipts come one by one
+    let began = Instant::now();
+    for _ in 0..=BATCHES * 4 {
+        let before = Instant::now();
+        let over = || before.elapsed() > SEND_TIMEOUT / 5;
+        sender.until("the next receipt to be due", over).await;
+        assert!(broker.release_one(), "everything was sent anew");
+    }
+    sender.delivered().await;
+
+    // THEN the connection is kept
+    assert!(began.elapsed() > SEND_TIMEOUT * 2);
+    assert_eq!(broker.connections(), 1);
+    sender.assert_exactly_once(&broker.stored());
+}
+
+#[tokio::test]
+async fn receipts_of_another_topic_do_not_hide_that_one_gets_none() {
+    // GIVEN a batch whose receipt is lost
+    let log = Log::capture();
+    let broker = FakeBroker::start_deduplicating().await;
+    let mut sender = opened(&broker).await;
+    broker.script(Asked::Send, [Reaction::Lose]);
+    sender.publish(TOPIC, "key");
+    let sent = || broker.count(Asked::Send) == 2;
+    sender.until("the batch to be sent", sent).await;
+
+    // WHEN what another topic is sent later gets its receipts
+    let end = Instant::now() + SEND_TIMEOUT * 10;
+    while !log.warns(&["no receipt on", TOPIC]) {
+        assert!(Instant::now() < end, "not noticed");
+        sender.publish(OTHER, "key");
+        let published = Instant::now();
+        let over = || published.elapsed() > SEND_TIMEOUT / 20;
+        sender.until("the next event", over).await;
+    }
+
+    // THEN the first one is sent anew all the same
+    sender.delivered().await;
     sender.assert_exactly_once(&broker.stored());
 }
 

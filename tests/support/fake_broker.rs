@@ -242,6 +242,17 @@ impl FakeBroker {
         }
     }
 
+    /// Sends the oldest answer that waits; false when there is none.
+    pub(crate) fn release_one(&self) -> bool {
+        let mut state = self.state();
+        if state.held.is_empty() {
+            return false;
+        }
+        let (connection, bytes) = state.held.remove(0);
+        state.say(connection, bytes);
+        true
+    }
+
     /// Ends the writes that pend: stored, or failed. A topic whose write failed is fenced: its producers are closed.
     pub(crate) fn settle(&self, written: bool) {
         self.storage(|storage| storage.settle(written));
