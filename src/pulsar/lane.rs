@@ -116,6 +116,8 @@ pub(super) struct Lane {
     txn: (Lsn, u64),
     /// Highest id pushed by an earlier session: up to it every message travels alone.
     pushed: Option<u64>,
+    /// Highest id that was written since the end of the log was asked for.
+    highest_written: Option<u64>,
     /// Since when the lane has had nothing to do.
     pub idle_since: Instant,
     /// Its last receipt.
@@ -161,6 +163,7 @@ impl Lane {
             pushed: None,
             idle_since: Instant::now(),
             heard: None,
+            highest_written: None,
             progress_at: Instant::now(),
             renamed: 0,
             stored,
@@ -381,6 +384,7 @@ impl Lane {
         }
     }
 
+            self.highest_written = self.highest_written.max(Some(batch.last_sequence_id));
     /// The producer is open: send everything that has no receipt, in order.
     pub(super) fn opened(
         &mut self,
@@ -402,9 +406,18 @@ impl Lane {
         self.transmit(memory);
     }
 
-    /// True when `pushed`, the highest id ever published under the lane's name, cannot be from a log that ends at `log_end`.
+    /// True when `pushed`, the highest id ever published under the lane's name, cannot be from a log that ended at `log_end`
+    /// when it was last asked for, nor is what this lane has written since. (That later events wait to be written shows nothing:
+    /// the log may have been put back, and have grown past what was pushed.)
     pub(super) fn is_beyond(&self, pushed: u64, log_end: Lsn) -> bool {
-        !self.dedicated && (pushed >> 16) << 3 > log_end.as_u64().max(self.txn.0.as_u64())
+        // An id's upper part exceeds its commit LSN by 8 for each 2^16 events of the transaction.
+        let commit_lsn = ((pushed >> 16) << 3).saturating_sub(((MAX_ORDINALS - 1) >> 16) << 3);
+        !self.dedicated && Some(pushed) > self.highest_written && commit_lsn > log_end.as_u64()
+    }
+
+    /// The end of the log is asked for again: it is beyond all that was written.
+    pub(super) fn forget_written(&mut self) {
+        self.highest_written = None;
     }
 
     /// Cuts batches that were never sent and reach down to `pushed` or below into batches of one.
@@ -561,3 +574,7 @@ pub(super) enum Receipt {
     /// For a batch behind one that is not refused: the two sides disagree, start over.
     OutOfOrder,
 }
+
+#[cfg(test)]
+#[path = "lane_tests.rs"]
+mod tests;

@@ -275,6 +275,9 @@ impl Publisher {
     /// lie behind that, or the database was put back to an older state (see the module's documentation).
     pub fn set_log_end(&mut self, log_end: Lsn) {
         self.log_end = log_end;
+        for lane in &mut self.lanes {
+            lane.forget_written();
+        }
     }
 
     /// Where this publisher counts.

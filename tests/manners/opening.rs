@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pulsar::message::proto::{BaseCommand, ServerError};
+use walpost::Lsn;
 
 use super::sender::{Log, Sender};
 use super::support::{Asked, FakeBroker, Reaction, reason};
@@ -137,6 +138,47 @@ async fn a_producer_whose_creation_was_not_answered_is_closed_before_it_is_asked
     sender.delivered().await;
     assert_eq!(broker.count(Asked::Producer), 3);
     assert_eq!(broker.count(Asked::CloseProducer), 1);
+    sender.assert_exactly_once(&broker.stored());
+}
+
+/// A log that ends here has one event of a sender, the first.
+const AFTER_ONE: Lsn = Lsn::new(100);
+
+#[tokio::test]
+async fn a_name_that_has_published_beyond_the_end_of_the_log_is_an_error_although_later_events_wait()
+ {
+    // GIVEN a name that has published three events
+    let broker = FakeBroker::start_deduplicating().await;
+    let mut sender = Sender::to(&broker).await;
+    sender.publish_many(TOPIC, "key", 3);
+    sender.delivered().await;
+    drop(sender);
+
+    // WHEN the log ends behind the first of them, and has grown past all three before the producer is open
+    let mut sender = Sender::to(&broker).await;
+    sender.publisher.set_log_end(AFTER_ONE);
+    sender.publish_many(TOPIC, "key", 9);
+    let served = sender.serve_until("an error", |_| false).await;
+
+    // THEN nothing is taken for old
+    let error = served.expect_err("refused").report();
+    assert!(error.contains("put back"), "{error}");
+    assert_eq!(broker.stored().len(), 3);
+}
+
+#[tokio::test]
+async fn what_a_lane_has_written_beyond_the_end_of_the_log_as_it_began_is_its_own() {
+    let broker = FakeBroker::start_deduplicating().await;
+    let mut sender = Sender::to(&broker).await;
+    sender.publisher.set_log_end(AFTER_ONE);
+    for _ in 0..3 {
+        sender.publish_many(TOPIC, "key", 3);
+        sender.delivered().await;
+        broker.disconnect();
+    }
+    sender.publish(TOPIC, "key");
+    sender.delivered().await;
+    assert!(broker.connections() > 3);
     sender.assert_exactly_once(&broker.stored());
 }
 

@@ -1,0 +1,48 @@
+//! Which ids show that the log was put back.
+
+use super::*;
+
+const COMMIT: Lsn = Lsn::new(0x1000);
+
+fn lane() -> Lane {
+    Lane::new(0, 0, 0, "unit".to_owned(), Codec::None, false, 0)
+}
+
+/// The id of the transaction's event with this ordinal.
+fn id(lane: &mut Lane, commit_lsn: Lsn, ordinal: u64) -> u64 {
+    lane.txn = (commit_lsn, ordinal);
+    lane.next_sequence_id(commit_lsn)
+}
+
+#[test]
+fn the_last_id_of_a_huge_transaction_is_not_beyond_its_own_log() {
+    let mut lane = lane();
+    for ordinal in [0, 1 << 16, MAX_ORDINALS - 1] {
+        let pushed = id(&mut lane, COMMIT, ordinal);
+        // Its commit record, the shortest, is the last of the log.
+        assert!(!lane.is_beyond(pushed, Lsn::new(COMMIT.as_u64() + 40)));
+        assert!(lane.is_beyond(pushed, Lsn::new(COMMIT.as_u64() - 40)));
+    }
+}
+
+#[test]
+fn what_the_lane_has_written_itself_is_not_beyond_the_end_of_the_log() {
+    let mut lane = lane();
+    let log_end = Lsn::new(0x100);
+    let written = id(&mut lane, COMMIT, MAX_ORDINALS - 1);
+    lane.highest_written = Some(written);
+    assert!(!lane.is_beyond(written, log_end));
+    assert!(lane.is_beyond(written + 1, log_end), "somebody else's");
+
+    // The log is asked again, and ends before that.
+    lane.forget_written();
+    assert!(lane.is_beyond(written, log_end));
+}
+
+#[test]
+fn events_that_wait_do_not_hide_that_the_log_was_put_back() {
+    let mut lane = lane();
+    let pushed = id(&mut lane, COMMIT, 0);
+    lane.txn = (Lsn::new(0x2000), 1);
+    assert!(lane.is_beyond(pushed, Lsn::new(0x100)));
+}
