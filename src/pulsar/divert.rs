@@ -23,6 +23,8 @@
 //! later one of the same lane published, and the process killed before the first was stored: it would come again from the
 //! log, under its old id, and be dropped. So nothing that comes behind a diverted event in its lane is written before
 //! [`Publisher::stored`] has been told of it; and a diverted event uses up its sequence id, so that ids stay a function of the log.
+//! Where it is not known which lane it would have gone to, it cannot: then the rest of its transaction on that route is
+//! diverted too, and the next transaction's ids are right again.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -174,9 +176,20 @@ impl Publisher {
     }
 
     /// Why an event must be diverted instead of going into its lane, if so.
-    pub(super) fn diversion(&self, route: usize, lane: usize, key: &str) -> Option<String> {
+    pub(super) fn diversion(
+        &self,
+        route: usize,
+        lane: usize,
+        event: &Outgoing<'_>,
+    ) -> Option<String> {
         self.config.diversion?;
-        if self.parked.contains(&self.routes[route].name, key) {
+        if self.routes[route].unrouted == Some(event.commit_lsn) {
+            return Some(
+                "follows an event of its transaction that was stored before the topic was usable"
+                    .to_owned(),
+            );
+        }
+        if self.parked.contains(&self.routes[route].name, event.key) {
             return Some("waits behind an earlier event of its topic and key".to_owned());
         }
         let lane = &self.lanes[lane];
@@ -298,9 +311,8 @@ impl Publisher {
             self.in_flight_messages -= 1;
             self.held_messages -= 1;
             self.in_flight_bytes -= event.bytes;
-            self.divert(index, event, reason.clone());
+            self.divert_without_lane(index, event, reason.clone());
         }
-        self.routes[index].last_diverted = self.diverted_events;
         self.routes[index].refused = Some(reason);
     }
 
@@ -319,9 +331,14 @@ impl Publisher {
         if state != State::Unknown || !self.routes[route].held.is_empty() {
             return false;
         }
-        self.divert(route, Held::new(event, key_hash, properties), reason);
-        self.routes[route].last_diverted = self.diverted_events;
+        self.divert_without_lane(route, Held::new(event, key_hash, properties), reason);
         true
+    }
+
+    fn divert_without_lane(&mut self, route: usize, event: Held, reason: String) {
+        self.routes[route].unrouted = Some(event.commit_lsn);
+        self.divert(route, event, reason);
+        self.routes[route].last_diverted = self.diverted_events;
     }
 
     /// Tells openers to be impatient whose topics' events take up so much room that others might soon have none: more than

@@ -118,6 +118,8 @@ pub(super) struct Lane {
     pushed: Option<u64>,
     /// Highest id that was written since the end of the log was asked for.
     highest_written: Option<u64>,
+    /// The last dedicated lane that relieved this one, and whose transaction's tail it took.
+    pub tail: Option<(Lsn, usize)>,
     /// Since when the lane has had nothing to do.
     pub idle_since: Instant,
     /// Its last receipt.
@@ -161,9 +163,10 @@ impl Lane {
             link: Link::Down { close_first: None },
             txn: (Lsn::ZERO, 0),
             pushed: None,
+            highest_written: None,
+            tail: None,
             idle_since: Instant::now(),
             heard: None,
-            highest_written: None,
             progress_at: Instant::now(),
             renamed: 0,
             stored,
@@ -381,10 +384,10 @@ impl Lane {
             }
             connection.send(batch.send(&self.producer, now, memory));
             self.written += 1;
+            self.highest_written = self.highest_written.max(Some(batch.last_sequence_id));
         }
     }
 
-            self.highest_written = self.highest_written.max(Some(batch.last_sequence_id));
     /// The producer is open: send everything that has no receipt, in order.
     pub(super) fn opened(
         &mut self,

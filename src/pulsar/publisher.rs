@@ -333,13 +333,14 @@ impl Publisher {
         event: &Outgoing<'_>,
         properties: &(impl Iterator<Item = (&'p str, &'p str)> + Clone),
     ) -> Result<Placed> {
-        // Held events come late: the tail of a transaction before theirs may still have lanes of its own.
+        // Held events come late: the tail of a transaction before theirs may still have lanes of its own. (They may come so late
+        // that the tail is of a transaction after theirs; then it stays, because it may go on.)
         if !self.dedicated.is_empty()
             && self.draining.is_none()
             && self
                 .dedicated
                 .keys()
-                .any(|(_, lsn)| *lsn != event.commit_lsn)
+                .any(|(_, lsn)| *lsn < event.commit_lsn)
         {
             self.drain(Drain::AfterTail);
         }
@@ -356,7 +357,7 @@ impl Publisher {
         if self.lanes[lane_id].next_ordinal(event.commit_lsn) == MAX_ORDINALS {
             lane_id = self.dedicated_lane(lane_id, number, event.commit_lsn);
         }
-        if let Some(reason) = self.diversion(route, lane_id, event.key) {
+        if let Some(reason) = self.diversion(route, lane_id, event) {
             self.divert_event(route, lane_id, (event, key_hash), properties, reason);
         } else {
             let after = self.topics[topic_id]
@@ -526,6 +527,13 @@ impl Publisher {
         if let Some(&dedicated) = self.dedicated.get(&(lane, commit_lsn)) {
             return dedicated;
         }
+        // Drained before the tail's last event was there, because that was held: its ids go on where they were.
+        if let Some((lsn, dedicated)) = self.lanes[lane].tail
+            && lsn == commit_lsn
+        {
+            self.dedicated.insert((lane, commit_lsn), dedicated);
+            return dedicated;
+        }
         let topic = self.lanes[lane].topic;
         let name = format!(
             "{}-{:X}",
@@ -535,6 +543,7 @@ impl Publisher {
         info!(%commit_lsn, producer = name, "a transaction of this size gets a producer of its own");
         let dedicated = self.new_lane(topic, number, name, true);
         self.dedicated.insert((lane, commit_lsn), dedicated);
+        self.lanes[lane].tail = Some((commit_lsn, dedicated));
         dedicated
     }
 
@@ -542,3 +551,7 @@ impl Publisher {
         self.dedicated.values().any(|&dedicated| dedicated == lane)
     }
 }
+
+#[cfg(test)]
+#[path = "publisher_tests.rs"]
+mod tests;

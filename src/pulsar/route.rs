@@ -7,10 +7,11 @@
 //! # Growth
 //!
 //! A topic that gets more partitions sends some keys elsewhere. The new count is taken only when everything sent under the
-//! old one has its receipt, so a key's later events never overtake its earlier ones. The count is part of the producers'
-//! names (see `publisher`), because a key's sequence ids in its new partition must not be measured by what other keys did
-//! there before. An event that was sent under the old count, and whose confirmation was lost with the process or with
-//! Postgres, therefore comes again under the new one: the moment of growth is at least once, also with deduplication.
+//! old one has its receipt, so a key's later events never overtake its earlier ones; and when everything that was diverted is
+//! stored, because nothing in a new partition would wait for that. The count is part of the producers' names (see
+//! `publisher`), because a key's sequence ids in its new partition must not be measured by what other keys did there before.
+//! An event that was sent under the old count, and whose confirmation was lost with the process or with Postgres, therefore
+//! comes again under the new one: the moment of growth is at least once, also with deduplication.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -49,6 +50,8 @@ pub(super) struct Route {
     pub refused: Option<String>,
     /// How many events were diverted when the last one was that waited here.
     pub last_diverted: u64,
+    /// The transaction of that event: what it has here beyond that one is diverted too (see `divert`).
+    pub unrouted: Option<Lsn>,
     /// When the partitions are counted again.
     pub refresh_at: Instant,
     /// When its first event came.
@@ -81,6 +84,7 @@ impl Route {
             hurry: Arc::default(),
             refused: None,
             last_diverted: 0,
+            unrouted: None,
             refresh_at: Instant::now(),
             since: Instant::now(),
             metered,
@@ -154,6 +158,8 @@ impl Publisher {
         route.refresh_at = refresh_at;
         match route.state {
             State::Known if route.partitions == partitions => {}
+            // Not lanes of the same names anew: they would begin to count in mid-transaction.
+            State::Changing { .. } if route.partitions == partitions => route.state = State::Known,
             State::Unknown => self.take_partitions(index, partitions),
             State::Known | State::Changing { .. } if partitions == 0 => {
                 warn!(
@@ -185,6 +191,9 @@ impl Publisher {
     /// Ends the changes of those routes whose lanes have got all their receipts.
     pub(super) fn finish_changes(&mut self) {
         if !self.changing_routes {
+            return;
+        }
+        if self.stored_events < self.diverted_events {
             return;
         }
         self.changing_routes = false;
