@@ -343,7 +343,7 @@ settings! {
     );
     SEND_TIMEOUT = Setting::new(
         "WALPOST_SEND_TIMEOUT", Value("30s"), Kind::Duration { min: ms(100), max: minutes(60) },
-        "no receipt for this long forces a new connection to the broker; nothing is dropped",
+        "no receipt for this long, while one is due, forces a new connection to the broker; nothing is dropped",
     );
     RECONNECT_INITIAL = Setting::new(
         "WALPOST_RECONNECT_INITIAL", Value("100ms"), Kind::Duration { min: ms(1), max: minutes(60) },

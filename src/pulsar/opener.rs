@@ -40,14 +40,23 @@ pub(super) struct Directory {
     manner: Manner,
     schema: Option<SchemaConfig>,
     events: mpsc::Sender<Event>,
-    /// One connection per endpoint. A lock, but not on the data's path: it is taken when a topic is opened, and held
-    /// while connecting so that sixteen openers make one connection.
-    connections: Mutex<HashMap<Endpoint, Connection>>,
+    /// One connection per endpoint. Locks, but not on the data's path: they are taken when a topic is opened. An endpoint's own
+    /// is held while connecting, so that sixteen openers make one connection, and one that does not answer holds up no other.
+    connections: std::sync::Mutex<HashMap<Endpoint, Slot>>,
     next_connection: AtomicU64,
     /// The last lookup said that brokers are reached through the service URL's proxy.
     behind_proxy: AtomicBool,
     pub(super) reconnect: (Duration, Duration),
     diversion: Option<Diversion>,
+}
+
+/// Where an endpoint's connection is; locked while one is being made.
+type Slot = Arc<Mutex<Option<Connection>>>;
+
+/// The connection, if it is open and nobody is making one.
+fn open_in(slot: &Mutex<Option<Connection>>) -> Option<Connection> {
+    let connection = slot.try_lock().ok()?;
+    connection.clone().filter(|open| !open.is_closed())
 }
 
 /// A producer to open.
@@ -86,7 +95,7 @@ impl Directory {
             manner,
             schema,
             events,
-            connections: Mutex::new(HashMap::new()),
+            connections: std::sync::Mutex::default(),
             next_connection: AtomicU64::new(1),
             behind_proxy: AtomicBool::new(false),
             reconnect,
@@ -95,18 +104,26 @@ impl Directory {
     }
 
     async fn connect(&self, endpoint: &Endpoint) -> Result<Connection> {
-        let mut connections = self.connections.lock().await;
-        if let Some(connection) = connections
-            .get(endpoint)
-            .filter(|connection| !connection.is_closed())
-        {
-            return Ok(connection.clone());
+        let slot = self.slot(endpoint);
+        let mut connection = slot.lock().await;
+        if let Some(open) = connection.as_ref().filter(|open| !open.is_closed()) {
+            return Ok(open.clone());
         }
         let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
-        let connection = Connection::open(endpoint, id, &self.manner, self.events.clone()).await?;
-        connections.retain(|_, connection| !connection.is_closed());
-        connections.insert(endpoint.clone(), connection.clone());
-        Ok(connection)
+        let opened = Connection::open(endpoint, id, &self.manner, self.events.clone()).await?;
+        *connection = Some(opened.clone());
+        Ok(opened)
+    }
+
+    /// The place of an endpoint's connection.
+    fn slot(&self, endpoint: &Endpoint) -> Slot {
+        let mut slots = self
+            .connections
+            .lock()
+            .expect("nobody panics while holding it");
+        // Brokers come and go under new names.
+        slots.retain(|_, slot| Arc::strong_count(slot) > 1 || open_in(slot).is_some());
+        Arc::clone(slots.entry(endpoint.clone()).or_default())
     }
 
     /// A connection to a host of the service URL: one that is open already, else the first that answers.
@@ -116,14 +133,11 @@ impl Directory {
             port: *port,
             via_proxy_to: None,
         });
-        let connections = self.connections.lock().await;
         for endpoint in hosts.clone() {
-            let open = connections.get(&endpoint);
-            if let Some(open) = open.filter(|connection| !connection.is_closed()) {
-                return Ok((open.clone(), endpoint));
+            if let Some(open) = open_in(&self.slot(&endpoint)) {
+                return Ok((open, endpoint));
             }
         }
-        drop(connections);
         let mut failure = Error::config("the Pulsar service URL names no host");
         for endpoint in hosts {
             match self.connect(&endpoint).await {

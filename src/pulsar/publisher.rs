@@ -173,7 +173,8 @@ pub struct Publisher {
     /// Most events go where the last one went: spares hashing the name.
     pub(super) last_route: usize,
     pub(super) topics: Vec<Topic>,
-    pub(super) topic_index: HashMap<String, usize>,
+    /// By route and name: a partition that is somebody's topic by itself too has producers of other names there.
+    pub(super) topic_index: HashMap<(usize, String), usize>,
     /// The index is the producer id, so a receipt finds its lane without a search.
     pub(super) lanes: Vec<Lane>,
     /// Lanes with an open batch that may be handed on, oldest batch first (a lane may stand here twice; flushing it twice does

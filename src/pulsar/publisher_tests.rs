@@ -186,3 +186,26 @@ async fn what_follows_an_event_without_a_lane_in_its_transaction_is_diverted_too
     assert_eq!(diverted(&mut publisher), [LARGE]);
     assert_eq!(publisher.in_flight().0, 1);
 }
+
+#[tokio::test]
+async fn a_partition_that_is_also_a_topic_by_itself_has_lanes_of_its_own() {
+    // GIVEN an event on its way to one partition by its own name
+    let mut publisher = publisher();
+    let alone = known(&mut publisher, "topic-partition-1", 0);
+    publish(&mut publisher, "topic-partition-1", EARLIER);
+
+    // WHEN the whole topic is known
+    let whole = known(&mut publisher, "topic", 2);
+
+    // THEN the two have nothing in common but the broker's topic
+    let [alone, whole] = [(alone, 0), (whole, 1)].map(|(route, number)| {
+        let topic = publisher.routes[route].topics[number];
+        (
+            publisher.topics[topic].name.clone(),
+            publisher.lane_name(topic, 0),
+        )
+    });
+    assert_eq!(alone.0, whole.0);
+    assert_ne!(alone.1, whole.1);
+    assert_eq!(publisher.in_flight().0, 1);
+}

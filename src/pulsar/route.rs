@@ -242,7 +242,8 @@ impl Publisher {
     /// The topic of that name, whose producers' names end in `naming` from now on. Its lanes must be empty.
     fn topic(&mut self, name: &str, naming: u32, route: usize) -> usize {
         let lanes = vec![None; self.config.lanes as usize];
-        if let Some(&index) = self.topic_index.get(name) {
+        let place = (route, name.to_owned());
+        if let Some(&index) = self.topic_index.get(&place) {
             let topic = &mut self.topics[index];
             topic.naming = naming;
             let old = std::mem::replace(&mut topic.lanes, lanes);
@@ -265,7 +266,7 @@ impl Publisher {
             refused: None,
             last_diverted: 0,
         });
-        self.topic_index.insert(name.to_owned(), index);
+        self.topic_index.insert(place, index);
         index
     }
 

@@ -1,10 +1,15 @@
 //! Finding a topic's broker: service URL, lookup, redirects, proxies.
 
+use std::time::{Duration, Instant};
+
 use pulsar::message::proto::ServerError;
 
 use super::TOPIC;
 use super::sender::{Log, Sender};
 use super::support::{Asked, FakeBroker, Reaction, Target, reason};
+
+/// What a broker is given to answer CONNECT.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 fn redirect(to: &FakeBroker, authoritative: bool) -> Reaction {
     Reaction::LookAt(Target {
@@ -66,6 +71,42 @@ async fn a_topic_that_is_at_another_broker_is_published_there() {
         (first.count(Asked::Send), second.count(Asked::Lookup)),
         (0, 0)
     );
+}
+
+#[tokio::test]
+async fn a_broker_that_does_not_answer_holds_up_no_topic_of_another() {
+    // GIVEN two brokers; the second one takes connections and says nothing
+    const STUCK: &str = "persistent://public/default/stuck";
+    let first = FakeBroker::start().await;
+    let second = first.beside().await;
+    second.script_rest(|_, _| Reaction::Ignore);
+    let there = Target {
+        url: second.url(),
+        redirect: false,
+        authoritative: true,
+        through_service_url: false,
+    };
+    first.script_rest(move |_, command| {
+        let lookup = command.lookup_topic.as_ref();
+        if lookup.is_some_and(|lookup| lookup.topic == STUCK) {
+            Reaction::LookAt(there.clone())
+        } else {
+            Reaction::Obey
+        }
+    });
+    let mut sender = Sender::to(&first).await;
+    sender.publish(STUCK, "key");
+    let asked = || second.count(Asked::Connect) == 1;
+    sender.until("the second one to be asked", asked).await;
+
+    // WHEN an event of the first one's topics comes
+    let begun = Instant::now();
+    sender.publish(TOPIC, "key");
+    let stored = || !first.stored().is_empty();
+    sender.until("the event to be stored", stored).await;
+
+    // THEN it has not waited until the second one was given up
+    assert!(begun.elapsed() < CONNECT_TIMEOUT, "{:?}", begun.elapsed());
 }
 
 #[tokio::test]
