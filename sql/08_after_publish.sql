@@ -9,9 +9,11 @@ create table if not exists walpost.after_publish (
     since timestamptz not null
 );
 
--- Before there is a slot nothing was published and kept: all rows count. Otherwise the next "walpost run" notes the time.
+-- Before there is a slot nothing was published and kept: rows from now on count. (Those from before are published by the scan of
+-- the gap, which reports them too; a mark of them that is lost with the process stays lost.) Otherwise the next "walpost run" notes
+-- the time.
 insert into walpost.after_publish (slot, mode, since)
-    select slot, mode, '-infinity'::timestamptz
+    select slot, mode, clock_timestamp()
     from (values (/*:slot*/ 'walpost', /*:mode*/ 'mark')) as settings (slot, mode)
     where not exists (select from pg_replication_slots s where s.slot_name = settings.slot)
     on conflict (slot) do nothing;

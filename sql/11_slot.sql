@@ -2,7 +2,8 @@
 -- around its making in walpost.progress: rows that were there before are published by the first "walpost run".
 -- Needs: the REPLICATION attribute, wal_level = logical, SELECT, INSERT and UPDATE on walpost.progress. May be applied again.
 --
--- Last, and in a transaction of its own (so not with psql -1): a slot cannot be made by a transaction that has written.
+-- Last, and each statement in a transaction of its own (so not with psql -1, nor by a tool that makes one of a file): a slot
+-- cannot be made by a transaction that has written.
 -- It waits for the transactions that are writing when it starts. From now on Postgres keeps its log until walpost has
 -- confirmed it: do not create the slot long before the first "walpost run".
 --
@@ -60,4 +61,5 @@ execute walpost_make_slot (current_setting('walpost.slot'), current_setting('wal
 deallocate walpost_make_slot;
 
 update walpost.progress set scan_upto = pg_current_snapshot()
-    where slot = current_setting('walpost.slot') and current_setting('walpost.scan_before') <> '';
+    where slot = current_setting('walpost.slot') and current_setting('walpost.scan_before') <> ''
+      and exists (select from pg_replication_slots where slot_name = current_setting('walpost.slot'));

@@ -89,7 +89,10 @@ begin atomic
     insert into walpost.inbox_poison as p (consumer, id, attempts, reason)
         values (inbox_failed.consumer, inbox_failed.id, 1, coalesce(inbox_failed.reason, 'unknown'))
         on conflict (consumer, id) do update
-        set attempts = p.attempts + case when inbox_failed.counted then 0 else 1 end, reason = excluded.reason
+        -- Set aside, and claimed anew: somebody has deleted its id to have it tried again.
+        set attempts = case when p.set_aside_at is not null then 1
+                            else p.attempts + case when inbox_failed.counted then 0 else 1 end end,
+            reason = excluded.reason, set_aside_at = null
         returning p.attempts;
 end;
 

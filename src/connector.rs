@@ -20,8 +20,8 @@
 //! sent again at doubling intervals, none after it is sent at all, and the walsender gives up after `wal_sender_timeout`.
 //! (Seen on Linux 6.18: `TCPRcvQDrop` in `nstat`, 34 bytes unacknowledged in `ss -ti`. A smaller `SO_RCVBUF` makes it more
 //! frequent, and `TCP_WINDOW_CLAMP` does not limit what is queued.) It ends when enough is read for the window to open. So
-//! over TCP an intake that is paused for longer than `wal_sender_timeout` may cost a new connection, which repeats nothing to
-//! the broker. A Unix socket has no window.
+//! over TCP an intake that is paused for longer than `wal_sender_timeout` or our `tcp_user_timeout` (60 s both) may cost a new
+//! connection, which repeats nothing to the broker. A Unix socket has no window.
 //!
 //! # Stopping
 //!

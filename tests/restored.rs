@@ -161,3 +161,35 @@ async fn a_restored_backup_delivers_its_new_events_and_a_disk_snapshot_is_refuse
     assert_eq!(now["a"].len(), 110);
     assert_delivered(&now, &received(&database, all.len() + 10).await);
 }
+
+#[tokio::test]
+async fn a_disk_snapshot_that_is_put_back_under_a_running_walpost_is_noticed_and_its_new_events_come()
+ {
+    // GIVEN a stream, a copy of the database that was taken meanwhile, and events that were delivered since
+    let own = Servers::own("put_back", &["--no-pulsar"]);
+    let mut database = Database::create_on(&own, "put_back").await;
+    Load::prepare(&database).await;
+    let mut walpost = database.start(&[]).await;
+    insert_many(&database.client, "a", 100).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    let data = own.var("WALPOST_LOCAL_POSTGRES_DATA").to_owned();
+    own.stop_postgres();
+    copy(&data, &format!("{data}.backup"));
+    own.start();
+    reconnect(&mut database).await;
+    insert_many(&database.client, "a", 5_000).await;
+    database.wait_all_confirmed(DEADLINE).await;
+
+    // WHEN the copy is put back
+    put_back(&own, &mut database, false).await;
+
+    // THEN walpost does not wait for the log to reach where it was, and passes nothing over
+    assert_eq!(walpost.wait_exit(DEADLINE).await, 69);
+    let said = walpost.output();
+    assert!(said.contains("put back to an older state"), "{said}");
+    insert_many(&database.client, "a", 10).await;
+    run(&database).await;
+    let now = committed(&database).await;
+    assert_eq!(now["a"].len(), 110);
+    assert_delivered(&now, &received(&database, 5_000 + 110).await);
+}

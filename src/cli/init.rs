@@ -181,9 +181,13 @@ async fn apply(
         step(transaction, "create table walpost.progress", &ddl.progress).await?;
     }
     lines.push(line(has_progress, "table walpost.progress"));
-    if before.straggler != StragglerTable::Current {
-        let doing = "make table walpost.straggler what this version needs";
-        step(transaction, doing, &ddl.straggler).await?;
+    if before.straggler == StragglerTable::Missing {
+        step(
+            transaction,
+            "create table walpost.straggler",
+            &ddl.straggler,
+        )
+        .await?;
     }
     lines.push(match before.straggler {
         StragglerTable::Missing => line(false, "table walpost.straggler"),
@@ -213,6 +217,11 @@ async fn apply(
         lines.push(line(existed.get(0), "table walpost.after_publish"));
     }
     lines.extend(apply_emit(transaction, ddl, before, &after).await?);
+    if before.straggler == StragglerTable::Older {
+        // Last: nobody else can use the table from here to the end of the transaction.
+        let doing = "bring table walpost.straggler up to date";
+        step(transaction, doing, &ddl.straggler).await?;
+    }
     Ok(lines)
 }
 

@@ -86,12 +86,7 @@ pub async fn run(
     match action {
         Action::List { json } => table.list(json, out).await?,
         Action::Retry => {
-            let sql = format!(
-                "update walpost.straggler set next_attempt_at = now(), attempts = 0, dead_letter_at = null,
-                        state = case state when 'dead' then 'retrying' else state end
-                 where {WHERE}"
-            );
-            let count = table.execute("retry stragglers", &sql).await?;
+            let count = table.retry(config).await?;
             print(out, &format!("{count} stragglers are due now\n"))?;
         }
         Action::Discard { yes } => {
@@ -143,9 +138,32 @@ impl Table<'_> {
         ]
     }
 
-    async fn execute(&self, doing: &str, sql: &str) -> Result<u64> {
-        let done = self.client.execute(sql, &self.parameters()).await;
-        done.map_err(|error| failed(doing, error))
+    /// Makes them due. A dead one among them is then again one that later ones of its key wait behind.
+    async fn retry(&self, config: &Config) -> Result<u64> {
+        let doing = "retry stragglers";
+        let begun = self.client.batch_execute("begin").await;
+        begun.map_err(|error| failed(doing, error))?;
+        let sql = format!(
+            "update walpost.straggler set next_attempt_at = now(), attempts = 0, dead_letter_at = null,
+                    state = case state when 'dead' then 'retrying' else state end
+             where {WHERE}"
+        );
+        let done = self.client.execute(&sql, &self.parameters()).await;
+        let count = done.map_err(|error| failed(doing, error))?;
+        if config.keep_key_order {
+            let sql = "
+                update walpost.straggler s set state = 'parked' from (
+                    select number, row_number() over (partition by topic, key order by number) as place
+                    from walpost.straggler
+                    where slot = $1 and topic is not null and key is not null and (state <> 'dead' or $2)
+                ) line where line.number = s.number and line.place > 1 and s.state = 'retrying'";
+            let parameters: [&(dyn ToSql + Sync); 2] = [&self.slot, &config.dead_block];
+            let parked = self.client.execute(sql, &parameters).await;
+            parked.map_err(|error| failed(doing, error))?;
+        }
+        let ended = self.client.batch_execute("commit").await;
+        ended.map_err(|error| failed(doing, error))?;
+        Ok(count)
     }
 
     async fn count(&self) -> Result<i64> {
@@ -167,16 +185,16 @@ impl Table<'_> {
             for (number, table) in self.tables(config).await?.iter().enumerate() {
                 let (name, id) = (&table.name, table.id_column());
                 let ids = format!(
-                    "array(select gone.id from gone where gone.outbox = {} and gone.id is not null)",
+                    "(select gone.id::{} from gone where gone.outbox = {} and gone.id is not null)",
+                    table.id.sql_type,
                     quote_literal(&name.to_string())
                 );
-                let ids = format!("any ({ids}::text[]::{}[])", table.id.sql_type);
                 match mode {
                     AfterPublish::Delete => parts.push(format!(
-                        "row_{number} as (delete from {name} where {id} = {ids})"
+                        "row_{number} as (delete from {name} where {id} in {ids})"
                     )),
                     _ if table.has_sent_at => parts.push(format!(
-                        "row_{number} as (update {name} set sent_at = clock_timestamp() where {id} = {ids} and num_nulls(sent_at) = 1)"
+                        "row_{number} as (update {name} set sent_at = clock_timestamp() where {id} in {ids} and num_nulls(sent_at) = 1)"
                     )),
                     _ => {}
                 }

@@ -72,12 +72,8 @@ impl Connector {
             self.drop_pipe();
             self.session.told = None;
         }
-        let known = self
-            .pipe
-            .as_ref()
-            .map(|(known, _)| (known.system_id, known.timeline));
-        if known != Some((identity.system_id, identity.timeline)) {
-            if known.is_some() {
+        if !self.has_pipe_of(&identity)? {
+            if self.pipe.is_some() {
                 warn!(
                     timeline = identity.timeline,
                     "another cluster or timeline answers: starting with new producer names"
@@ -135,6 +131,23 @@ impl Connector {
         info!(slot = self.config.slot, from = %start, "streaming");
         self.scanner = Some(client);
         Ok(Some(stream))
+    }
+
+    /// Whether there is a pipe, and it is of this server's log.
+    ///
+    /// # Errors
+    /// Refused when the log ends before what the pipe has received of it.
+    fn has_pipe_of(&self, identity: &SystemIdentity) -> Result<bool> {
+        let Some((known, pipe)) = &self.pipe else {
+            return Ok(false);
+        };
+        if (known.system_id, known.timeline) != (identity.system_id, identity.timeline) {
+            return Ok(false);
+        }
+        if identity.xlogpos < pipe.received() {
+            return Err(put_back(identity.xlogpos, pipe.received()));
+        }
+        Ok(true)
     }
 
     fn publishing_for(&self, identity: &SystemIdentity) -> PublisherConfig {
@@ -233,6 +246,16 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
         prepared,
         tables,
     })
+}
+
+/// The database was put back to an older state without a new timeline. What it commits from now on would be taken for what was
+/// received before, and passed over.
+fn put_back(log_end: Lsn, received: Lsn) -> Error {
+    Error::refused(format!(
+        "the database's log ends at {log_end}, and what was received from it before goes up to {received}: it was put back to \
+         an older state on the same timeline"
+    ))
+    .hint("start walpost again; where the broker deduplicates, with a WALPOST_PRODUCER_NAME that was never used")
 }
 
 /// Of several hosts each connection finds its own: what the slot has confirmed on one server says nothing of the slot on another,

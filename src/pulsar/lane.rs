@@ -34,6 +34,13 @@
 //! A broker that finds a frame's checksum wrong refuses that frame alone, and may have stored those behind it. Under the same
 //! name it would then take the frame for an old one. So the lane goes on under another name (`…~1`), with everything that
 //! has no receipt: what stood behind the damaged frame may come twice, nothing is lost.
+//!
+//! # What this does not cover
+//!
+//! Where the broker deduplicates and refuses one frame alone (damaged; or not allowed, as one larger than its topic's policy
+//! takes), frames behind it are stored already. A process that is killed right then, before the refused events are stored under
+//! another name or as stragglers, finds their ids below the highest one when it comes back, and takes the broker's "stored
+//! before" for a receipt. The broker keeps no more than the highest id, so nobody can tell. `walpost verify` finds such rows.
 
 use std::collections::VecDeque;
 

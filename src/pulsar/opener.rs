@@ -42,7 +42,7 @@ pub(super) struct Directory {
     events: mpsc::Sender<Event>,
     /// One connection per endpoint. Locks, but not on the data's path: they are taken when a topic is opened. An endpoint's own
     /// is held while connecting, so that sixteen openers make one connection, and one that does not answer holds up no other.
-    connections: std::sync::Mutex<HashMap<Endpoint, Slot>>,
+    connections: std::sync::Mutex<HashMap<Endpoint, Arc<Mutex<Slot>>>>,
     next_connection: AtomicU64,
     /// The last lookup said that brokers are reached through the service URL's proxy.
     behind_proxy: AtomicBool,
@@ -51,12 +51,22 @@ pub(super) struct Directory {
 }
 
 /// Where an endpoint's connection is; locked while one is being made.
-type Slot = Arc<Mutex<Option<Connection>>>;
+#[derive(Debug, Default)]
+struct Slot {
+    connection: Option<Connection>,
+    /// When the last attempt failed.
+    failed_at: Option<Instant>,
+}
+
+impl Slot {
+    fn open(&self) -> Option<Connection> {
+        self.connection.clone().filter(|open| !open.is_closed())
+    }
+}
 
 /// The connection, if it is open and nobody is making one.
-fn open_in(slot: &Mutex<Option<Connection>>) -> Option<Connection> {
-    let connection = slot.try_lock().ok()?;
-    connection.clone().filter(|open| !open.is_closed())
+fn open_in(slot: &Mutex<Slot>) -> Option<Connection> {
+    slot.try_lock().ok()?.open()
 }
 
 /// A producer to open.
@@ -105,18 +115,31 @@ impl Directory {
 
     async fn connect(&self, endpoint: &Endpoint) -> Result<Connection> {
         let slot = self.slot(endpoint);
-        let mut connection = slot.lock().await;
-        if let Some(open) = connection.as_ref().filter(|open| !open.is_closed()) {
-            return Ok(open.clone());
+        let asked_at = Instant::now();
+        let mut place = slot.lock().await;
+        if let Some(open) = place.open() {
+            return Ok(open);
+        }
+        if place
+            .failed_at
+            .is_some_and(|failed_at| failed_at > asked_at)
+        {
+            // Each by itself would wait for as long as the one before.
+            return Err(Error::temporary(format!(
+                "{endpoint} was just tried, and cannot be reached"
+            )));
         }
         let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
-        let opened = Connection::open(endpoint, id, &self.manner, self.events.clone()).await?;
-        *connection = Some(opened.clone());
-        Ok(opened)
+        let opened = Connection::open(endpoint, id, &self.manner, self.events.clone()).await;
+        match &opened {
+            Ok(opened) => place.connection = Some(opened.clone()),
+            Err(_) => place.failed_at = Some(Instant::now()),
+        }
+        opened
     }
 
     /// The place of an endpoint's connection.
-    fn slot(&self, endpoint: &Endpoint) -> Slot {
+    fn slot(&self, endpoint: &Endpoint) -> Arc<Mutex<Slot>> {
         let mut slots = self
             .connections
             .lock()

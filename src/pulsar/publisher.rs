@@ -146,6 +146,8 @@ pub(super) struct Topic {
     pub(super) next_broker: Option<NextBroker>,
     /// Ends the names of its producers.
     pub(super) naming: u32,
+    /// Its lanes under other such names.
+    pub(super) earlier_lanes: HashMap<u32, Vec<Option<usize>>>,
     /// The route that it belongs to.
     pub(super) route: usize,
     /// Why its events are diverted.
@@ -419,7 +421,7 @@ impl Publisher {
         }
     }
 
-    fn drain(&mut self, drain: Drain) {
+    pub(super) fn drain(&mut self, drain: Drain) {
         self.draining = Some(drain);
         self.flush(Flush::All);
         self.drained();

@@ -73,7 +73,7 @@ fn diverted(publisher: &mut Publisher) -> Vec<Lsn> {
 
 /// A transaction that has filled its lane, and has two events in a dedicated one; returns that.
 fn with_tail(publisher: &mut Publisher, topic: &str) -> usize {
-    let route = known(publisher, topic, 0);
+    let route = known(publisher, topic, 1);
     let topic_id = publisher.routes[route].topics[0];
     let lane = publisher.lane(topic_id, 0);
     for _ in 0..MAX_ORDINALS {
@@ -86,8 +86,11 @@ fn with_tail(publisher: &mut Publisher, topic: &str) -> usize {
     dedicated
 }
 
-/// As if everything that is in a lane had got its receipt.
+/// As if every producer had opened, and everything that is in a lane had got its receipt.
 fn acknowledge(publisher: &mut Publisher) {
+    for topic in &mut publisher.topics {
+        topic.opener = None;
+    }
     for lane in &mut publisher.lanes {
         drop(lane.take_all());
     }
@@ -208,4 +211,55 @@ async fn a_partition_that_is_also_a_topic_by_itself_has_lanes_of_its_own() {
     assert_eq!(alone.0, whole.0);
     assert_ne!(alone.1, whole.1);
     assert_eq!(publisher.in_flight().0, 1);
+}
+
+#[tokio::test]
+async fn what_is_diverted_elsewhere_holds_up_no_new_partitions() {
+    let mut publisher = publisher();
+    let other = known(&mut publisher, "refused", 0);
+    let topic = publisher.routes[other].topics[0];
+    publisher.topics[topic].refused = Some("refused".to_owned());
+    let route = known(&mut publisher, "topic", 2);
+    publish(&mut publisher, "refused", EARLIER);
+    assert_eq!(diverted(&mut publisher), [EARLIER]);
+
+    publisher.partitions_counted(route, 3);
+    publisher.finish_changes();
+    assert_eq!(publisher.routes[route].partitions, 3);
+}
+
+#[tokio::test]
+async fn partitions_that_come_back_have_the_lanes_they_had() {
+    // GIVEN a lane that has counted, and a change there and back
+    let mut publisher = publisher();
+    let route = known(&mut publisher, "topic", 2);
+    publish(&mut publisher, "topic", EARLIER);
+    acknowledge(&mut publisher);
+    for partitions in [3, 2] {
+        publisher.partitions_counted(route, partitions);
+        publisher.finish_changes();
+        assert_eq!(publisher.routes[route].partitions, partitions);
+    }
+
+    // WHEN more of its transaction comes THEN it counts on
+    publish(&mut publisher, "topic", EARLIER);
+    assert_eq!(publisher.lanes[0].next_ordinal(EARLIER), 2);
+}
+
+#[tokio::test]
+async fn new_partitions_of_a_topic_with_a_tail_are_taken_although_its_transaction_goes_on() {
+    let mut publisher = publisher();
+    let dedicated = with_tail(&mut publisher, "large");
+    let route = publisher.route("large");
+    publisher.partitions_counted(route, 2);
+    publish(&mut publisher, "large", LARGE);
+    assert_eq!(publisher.held_messages, 1);
+
+    publisher.finish_changes();
+    assert_eq!(publisher.draining, Some(Drain::AfterTail));
+    acknowledge(&mut publisher);
+    publisher.finish_changes();
+
+    assert_eq!(publisher.routes[route].partitions, 2);
+    assert_eq!(publisher.lanes[dedicated].next_ordinal(LARGE), 2);
 }

@@ -13,7 +13,7 @@
 //! An event that was sent under the old count, and whose confirmation was lost with the process or with Postgres, therefore
 //! comes again under the new one: the moment of growth is at least once, also with deduplication.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ use tracing::{info, warn};
 
 use super::opener;
 use super::outgoing::{Outgoing, RowTag};
-use super::publisher::{Placed, Publisher, Topic};
+use super::publisher::{Drain, Placed, Publisher, Topic};
 use super::rows::{Row, Rows};
 use crate::ack::TxnNo;
 use crate::meter::TopicId;
@@ -193,9 +193,6 @@ impl Publisher {
         if !self.changing_routes {
             return;
         }
-        if self.stored_events < self.diverted_events {
-            return;
-        }
         self.changing_routes = false;
         for index in 0..self.routes.len() {
             let State::Changing { to } = self.routes[index].state else {
@@ -208,12 +205,27 @@ impl Publisher {
             if lanes.all(|&lane| self.lanes[lane].is_empty())
                 && !self.routes[index].topics.iter().any(busy)
                 && self.dedicated.is_empty()
+                && self.is_stored(index)
             {
                 self.take_partitions(index, to);
-            } else {
-                self.changing_routes = true;
+                continue;
+            }
+            self.changing_routes = true;
+            // More of its transaction may be held here than there is room for, and its end would never be read.
+            let is_tail =
+                |(lane, _): &(usize, Lsn)| self.topics[self.lanes[*lane].topic].route == index;
+            if self.draining.is_none() && self.dedicated.keys().any(is_tail) {
+                self.drain(Drain::AfterTail);
             }
         }
+    }
+
+    /// True when what was diverted on a route is safe.
+    fn is_stored(&self, index: usize) -> bool {
+        let route = &self.routes[index];
+        let topics = route.topics.iter();
+        let of_topics = topics.map(|&topic| self.topics[topic].last_diverted);
+        of_topics.fold(route.last_diverted, u64::max) <= self.stored_events
     }
 
     fn take_partitions(&mut self, index: usize, partitions: u32) {
@@ -239,17 +251,23 @@ impl Publisher {
         crc32c::crc32c(text.as_bytes())
     }
 
-    /// The topic of that name, whose producers' names end in `naming` from now on. Its lanes must be empty.
+    /// The topic of that name, whose producers' names end in `naming` from now on. Its lanes must be empty. Lanes of a name that it
+    /// had before are taken up again: they know how far they have counted, and what they have written.
     fn topic(&mut self, name: &str, naming: u32, route: usize) -> usize {
         let lanes = vec![None; self.config.lanes as usize];
         let place = (route, name.to_owned());
         if let Some(&index) = self.topic_index.get(&place) {
             let topic = &mut self.topics[index];
-            topic.naming = naming;
+            if topic.naming == naming {
+                return index;
+            }
+            let lanes = topic.earlier_lanes.remove(&naming).unwrap_or(lanes);
             let old = std::mem::replace(&mut topic.lanes, lanes);
-            for lane in old.into_iter().flatten() {
+            for &lane in old.iter().flatten() {
                 self.lanes[lane].close();
             }
+            topic.earlier_lanes.insert(topic.naming, old);
+            topic.naming = naming;
             return index;
         }
         let (initial, max) = self.config.reconnect;
@@ -262,6 +280,7 @@ impl Publisher {
             troubled: false,
             next_broker: None,
             naming,
+            earlier_lanes: HashMap::new(),
             route,
             refused: None,
             last_diverted: 0,

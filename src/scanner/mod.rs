@@ -7,7 +7,7 @@
 //! | `gap` | publishes what was committed before the slot, or while there was none; stores what cannot be |
 //! | `delivered` | notes every few seconds which transactions are delivered |
 //! | `poll` | the gap scan on a timer, where there is no logical replication; everything below works beside it too |
-//! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_store` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, the SQL |
+//! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_pages`, `straggler_store` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, how they are read for that, the SQL |
 //! | `outbox` | what a table has and what the role may do: which modes it can have |
 //! | `after_publish` | marks or deletes rows whose receipt has come |
 //! | `unmarked` | finds rows that were never marked, and publishes them again |
@@ -73,6 +73,7 @@ pub mod progress;
 pub mod recovery;
 pub mod retention;
 pub mod straggler;
+mod straggler_pages;
 mod straggler_retry;
 pub(crate) mod straggler_store;
 mod straggler_task;

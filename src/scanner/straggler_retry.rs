@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use tracing::warn;
 
-use super::straggler_store::{Failure, Key, Stored};
+use super::straggler_pages::Stored;
+use super::straggler_store::{Failure, Key};
 use super::straggler_task::Task;
 use crate::ack::TxnNo;
 use crate::outbox::{key_hash, own_topic_into};

@@ -47,8 +47,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{debug, warn};
 
 use super::straggler::{Item, Report, Straggler};
+use super::straggler_pages::{PAGE_BYTES, Stored};
 use super::straggler_retry::Sent;
-use super::straggler_store::{Failure, Key, PAGE_BYTES, Store, Stored};
+use super::straggler_store::{Failure, Key, Store};
 use crate::ack::TxnNo;
 use crate::config::Config;
 use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig};
@@ -64,6 +65,12 @@ const BATCH_EVENTS: usize = 1000;
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// How long a broker may take to say its message limit before a scan is put off.
 const BROKER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whether there may be more of what is due.
+enum Page {
+    Full,
+    Last,
+}
 
 /// See the module's documentation.
 pub(super) struct Task {
@@ -128,8 +135,11 @@ async fn run_task(
             // 3. What is due.
             () = sleep_until(scan_at), if *may_retry.borrow() => {
                 scan_at = Instant::now() + SCAN_INTERVAL;
-                if let Err(error) = task.scan().await {
-                    task.reconnect(&error).await;
+                match task.scan().await {
+                    // After what has come meanwhile, and what has failed is noted.
+                    Ok(Page::Full) => scan_at = Instant::now(),
+                    Ok(Page::Last) => {}
+                    Err(error) => task.reconnect(&error).await,
                 }
             }
             changed = may_retry.changed() => if changed.is_err() { return },
@@ -386,8 +396,8 @@ impl Task {
         self.order && key.is_some_and(|key| self.stopped.contains(&key))
     }
 
-    /// Publishes the heads that are due.
-    async fn scan(&mut self) -> Result<()> {
+    /// Publishes a page of the heads that are due.
+    async fn scan(&mut self) -> Result<Page> {
         if !self.store.is_connected() {
             self.connect().await?;
         }
@@ -396,40 +406,39 @@ impl Task {
             self.reload().await?;
         }
         if self.store.rows() == 0 || !self.publisher.has_room() {
-            return Ok(());
+            return Ok(Page::Last);
         }
         self.stopped.clear();
-        let mut due = self.due().await?;
+        let due = self.due().await?;
         if due.is_empty() {
-            return Ok(());
+            return Ok(Page::Last);
         }
         // Learns the message limit, which may have been raised.
         match timeout(BROKER_PATIENCE, self.publisher.connect()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 debug!("no retries while no broker answers: {}", error.report());
-                return Ok(());
+                return Ok(Page::Last);
             }
-            Err(_) => return Ok(()),
+            Err(_) => return Ok(Page::Last),
         }
-        loop {
-            let bytes: usize = due.iter().map(Stored::bytes).sum();
-            let before = self.messages;
-            for row in due {
-                if !self.publisher.has_room() {
-                    return Ok(());
-                }
-                let key = row.topic.clone().zip(row.key.clone());
-                let waits = key.is_some_and(|key| self.busy.contains_key(&key));
-                if row.is_dead || !self.order || !(waits || self.is_stopped(&row)) {
-                    self.publish(&row);
-                }
+        let bytes: usize = due.iter().map(Stored::bytes).sum();
+        let before = self.messages;
+        for row in due {
+            if !self.publisher.has_room() {
+                return Ok(Page::Last);
             }
-            // There is more where bytes have ended the page. (Nothing of it was sent: nor would it be of the next.)
-            if bytes < PAGE_BYTES || self.messages == before {
-                return Ok(());
+            let key = row.topic.clone().zip(row.key.clone());
+            let waits = key.is_some_and(|key| self.busy.contains_key(&key));
+            if row.is_dead || !self.order || !(waits || self.is_stopped(&row)) {
+                self.publish(&row);
             }
-            due = self.due().await?;
+        }
+        // There is more where bytes have ended the page. (Nothing of it was sent: nor would it be of the next.)
+        if bytes < PAGE_BYTES || self.messages == before {
+            Ok(Page::Last)
+        } else {
+            Ok(Page::Full)
         }
     }
 
