@@ -166,12 +166,13 @@ async fn a_slot_that_is_dropped_under_the_running_stream_is_made_anew_and_the_ro
         .sql(&format!(
             "DO $$ DECLARE slot name := '{0}'; BEGIN
                  PERFORM pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = slot;
-                 FOR n IN 1..10000 LOOP
+                 WHILE clock_timestamp() < now() + interval '60 s' LOOP
                      BEGIN
                          PERFORM pg_drop_replication_slot(slot);
                          RETURN;
                      EXCEPTION WHEN object_in_use THEN PERFORM pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = slot;
                      END;
+                     PERFORM pg_sleep(0.001);
                  END LOOP;
                  RAISE EXCEPTION 'the slot could not be dropped';
              END $$",
