@@ -103,10 +103,8 @@ async fn a_stream_that_is_lost_while_the_last_transaction_arrives_is_no_reason_n
     proxy.hold_upstream_replies(true);
     walpost.sigterm();
     walpost.wait_for_line("draining", DEADLINE).await;
-    // The connector hears of it a moment later than the log does.
-    tokio::time::sleep(Duration::from_millis(200)).await;
 
-    // WHEN the connection breaks
+    // WHEN the connection breaks (the connector looks for a signal before it looks at the stream)
     proxy.cut();
 
     // THEN it stops, and what was not confirmed comes at the next start
