@@ -65,7 +65,7 @@ use tracing::{info, warn};
 
 pub use message::{Message, ends_its_entry};
 
-use crate::postgres::{PostgresConfig, connect_sql, sql_error};
+use crate::postgres::{PostgresConfig, connect_application, sql_error};
 use crate::retry::Backoff;
 use crate::{Error, Result};
 use message::{ID_BYTES, storable};
@@ -485,7 +485,7 @@ impl Inbox {
     ) -> Result<Outcome> {
         if session.client.as_ref().is_none_or(Client::is_closed) {
             let name = format!("walpost inbox {}", self.consumer);
-            session.client = Some(connect_sql(postgres, &name).await?);
+            session.client = Some(connect_application(postgres, &name).await?);
         }
         let client = session
             .client

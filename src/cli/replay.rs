@@ -34,7 +34,7 @@ use crate::config::Config;
 use crate::outbox::{Extractor, OutboxEvent, Scratch};
 use crate::postgres::{connect_sql, quote_ident, sql_error, sqlstate};
 use crate::scanner::outbox::OutboxTable;
-use crate::scanner::table::{ScanRow, ScanTable, print_as_the_stream};
+use crate::scanner::table::{ScanRow, ScanTable};
 use crate::{Error, Result};
 use sender::Sender;
 
@@ -93,7 +93,6 @@ pub(super) fn options(matches: &ArgMatches) -> Options {
 pub async fn run(config: &Config, options: &Options, out: &mut dyn Write) -> Result<u8> {
     check(options)?;
     let client = connect_sql(&config.postgres, "walpost replay").await?;
-    print_as_the_stream(&client).await?;
     // For the error that says what is allowed.
     milliseconds(&client, "--from", options.from.as_deref()).await?;
     milliseconds(&client, "--to", options.to.as_deref()).await?;

@@ -1,7 +1,8 @@
 //! Reaches a server: addresses in order, socket options, `SSLRequest`, TLS, and the check that it is the wanted one.
 //!
 //! Input: [`PostgresConfig`]. Output: for [`connect_sql`] a `tokio_postgres` client with its driver task, for the
-//! replication connection whatever its login makes of the [`Stream`].
+//! replication connection whatever its login makes of the [`Stream`]. The settings that each session is given are those of
+//! [`super::session`]; this is the only place where one is opened.
 //!
 //! As in libpq: hosts are tried in order, each address of a host in turn; a refused login ends the search; `prefer` and
 //! `allow` try the other kind of connection when the first kind is refused. A Unix socket is never encrypted.
@@ -21,11 +22,13 @@ use super::config::{
     ChannelBindingMode, Host, PostgresConfig, SslMode, TargetSession, socket_path,
 };
 use super::server_error::{sql_error, sqlstate};
+use super::session;
 use super::stream::{Established, Stream};
 use super::tls;
 use crate::{Error, Result};
 
-/// Connects for ordinary SQL and runs the connection in a task of its own, which ends when the client is dropped.
+/// Connects for ordinary SQL and runs the connection in a task of its own, which ends when the client is dropped. The session
+/// has the settings of [`super::session`].
 ///
 /// `application_name` is what `pg_stat_activity` shows, unless the configuration names another.
 ///
@@ -34,6 +37,33 @@ use crate::{Error, Result};
 pub async fn connect_sql(
     config: &PostgresConfig,
     application_name: &str,
+) -> Result<tokio_postgres::Client> {
+    connect(config, application_name, Settings::Walpost).await
+}
+
+/// The same for statements of an application (System A or B): the session has the settings of its role and database. Every
+/// name in walpost's own statements must be qualified there.
+///
+/// # Errors
+/// As [`connect_sql`].
+pub async fn connect_application(
+    config: &PostgresConfig,
+    application_name: &str,
+) -> Result<tokio_postgres::Client> {
+    connect(config, application_name, Settings::Inherited).await
+}
+
+/// Whose settings a session has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Settings {
+    Walpost,
+    Inherited,
+}
+
+async fn connect(
+    config: &PostgresConfig,
+    application_name: &str,
+    of: Settings,
 ) -> Result<tokio_postgres::Client> {
     let mut settings = tokio_postgres::Config::new();
     settings
@@ -56,13 +86,12 @@ pub async fn connect_sql(
     if let Some(options) = &config.options {
         settings.options(options);
     }
-    let (client, connection) = first_host(config, &SqlLogin { config, settings }).await?;
-    tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            debug!(%error, "an SQL connection ended");
-        }
-    });
-    Ok(client)
+    let login = SqlLogin {
+        config,
+        settings,
+        of,
+    };
+    first_host(config, &login).await
 }
 
 /// What to do with a connected stream, before it is known whether this server will do.
@@ -72,22 +101,24 @@ pub(super) trait Login: Sync {
     /// A logged-in connection.
     type Output: Send;
 
-    /// Logs in, and checks that the server is the wanted one.
-    fn log_in(&self, stream: Stream) -> impl Future<Output = Result<Self::Output>> + Send;
+    /// Logs in, checks that the server is the `wanted` one ([`check_target`]), and gives the session its settings.
+    fn log_in(
+        &self,
+        stream: Stream,
+        wanted: TargetSession,
+    ) -> impl Future<Output = Result<Self::Output>> + Send;
 }
 
 struct SqlLogin<'a> {
     config: &'a PostgresConfig,
     settings: tokio_postgres::Config,
+    of: Settings,
 }
 
 impl Login for SqlLogin<'_> {
-    type Output = (
-        tokio_postgres::Client,
-        tokio_postgres::Connection<Stream, Stream>,
-    );
+    type Output = tokio_postgres::Client;
 
-    async fn log_in(&self, stream: Stream) -> Result<Self::Output> {
+    async fn log_in(&self, stream: Stream, wanted: TargetSession) -> Result<Self::Output> {
         let config = self.config;
         let mut settings = self.settings.clone();
         if stream.is_encrypted() {
@@ -106,13 +137,53 @@ impl Login for SqlLogin<'_> {
                     let doing = format!("log in as {} to {}", config.user, config.dbname);
                     sql_error(&doing, error)
                 })?;
-        check_target(config, |name| connection.parameter(name))?;
-        Ok((client, connection))
+        check_target(wanted, |name| connection.parameter(name))?;
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                debug!(%error, "an SQL connection ended");
+            }
+        });
+        if self.of == Settings::Walpost {
+            let set = client
+                .batch_execute(&session::statements().join("; "))
+                .await;
+            set.map_err(|error| sql_error("set up the session", error))?;
+        }
+        Ok(client)
     }
 }
 
 /// Tries the hosts in order until `login` succeeds with one.
+///
+/// `target_session_attrs=read-write` prefers a server that takes writes by default. Where there is none, a primary that is only read-only
+/// by default will do: a managed service makes it so when its disk is full, and walpost's sessions write all the same.
 pub(super) async fn first_host<L: Login>(config: &PostgresConfig, login: &L) -> Result<L::Output> {
+    let mut failures = match try_hosts(config, login, config.target).await {
+        Tried::Done(outcome) => return outcome,
+        Tried::Failed(failures) => failures,
+    };
+    if failures.iter().any(is_read_only_by_default) {
+        failures = match try_hosts(config, login, TargetSession::Primary).await {
+            Tried::Done(outcome) => return outcome,
+            Tried::Failed(failures) => failures,
+        };
+    }
+    Err(combined(config, failures))
+}
+
+/// How a walk over the hosts ended.
+enum Tried<T> {
+    /// With a session, or with an error that no other host can change.
+    Done(Result<T>),
+    /// None will do.
+    Failed(Vec<Error>),
+}
+
+async fn try_hosts<L: Login>(
+    config: &PostgresConfig,
+    login: &L,
+    wanted: TargetSession,
+) -> Tried<L::Output> {
     let mut failures: Vec<Error> = Vec::new();
     for host in &config.hosts {
         let addresses = match addresses(host, config.connect_timeout).await {
@@ -123,11 +194,11 @@ pub(super) async fn first_host<L: Login>(config: &PostgresConfig, login: &L) -> 
             }
         };
         for address in &addresses {
-            match first_encryption(config, host, address, login).await {
-                Ok(done) => return Ok(done),
+            match first_encryption(config, host, address, (login, wanted)).await {
+                Ok(done) => return Tried::Done(Ok(done)),
                 // Another server would hear the same wrong password, and a wrong file stays wrong.
                 Err(error) if is_login_refusal(&error) || error.exit_code() == 64 => {
-                    return Err(error);
+                    return Tried::Done(Err(error));
                 }
                 Err(error) => {
                     debug!(%host, error = %error.report(), "this server will not do");
@@ -136,7 +207,7 @@ pub(super) async fn first_host<L: Login>(config: &PostgresConfig, login: &L) -> 
             }
         }
     }
-    Err(combined(config, failures))
+    Tried::Failed(failures)
 }
 
 fn is_login_refusal(error: &Error) -> bool {
@@ -212,7 +283,7 @@ async fn first_encryption<L: Login>(
     config: &PostgresConfig,
     host: &Host,
     address: &Address<'_>,
-    login: &L,
+    (login, wanted): (&L, TargetSession),
 ) -> Result<L::Output> {
     let bound = config.channel_binding == ChannelBindingMode::Require;
     let (first, second) = match (address, config.ssl.mode) {
@@ -226,7 +297,7 @@ async fn first_encryption<L: Login>(
     let attempt = |ask| {
         within(config.connect_timeout, host, async move {
             let stream = open(config, host, address, ask).await?;
-            login.log_in(stream).await
+            login.log_in(stream, wanted).await
         })
     };
     match (attempt(first).await, second) {
@@ -353,25 +424,40 @@ fn is_tls(error: &Error) -> bool {
     std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<TlsFailure>)
 }
 
-/// Refuses a server that is not what `target_session_attrs` asks for, by the settings that Postgres 14+ reports at login.
+/// Refuses a server that is not the wanted one, by the settings that Postgres 14+ reports at login.
 pub(super) fn check_target<'a>(
-    config: &PostgresConfig,
+    wanted: TargetSession,
     parameter: impl Fn(&str) -> Option<&'a str>,
 ) -> Result<()> {
     let is_on = |name| parameter(name) == Some("on");
-    let unfit = match config.target {
-        TargetSession::Any => false,
-        TargetSession::Primary => is_on("in_hot_standby"),
-        TargetSession::ReadWrite => {
-            is_on("in_hot_standby") || is_on("default_transaction_read_only")
-        }
-    };
-    if unfit {
+    if wanted != TargetSession::Any && is_on("in_hot_standby") {
         return Err(Error::temporary(
-            "the server is read-only or a standby, and target_session_attrs wants another",
+            "the server is a standby, and target_session_attrs wants another",
         ));
     }
+    if wanted == TargetSession::ReadWrite && is_on("default_transaction_read_only") {
+        return Err(Error::temporary(
+            "the server is read-only by default (default_transaction_read_only), and target_session_attrs wants another",
+        )
+        .caused_by(ReadOnlyByDefault));
+    }
     Ok(())
+}
+
+/// Marks an error as one of a primary that takes writes when asked to.
+#[derive(Debug)]
+struct ReadOnlyByDefault;
+
+impl std::fmt::Display for ReadOnlyByDefault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("default_transaction_read_only is on")
+    }
+}
+
+impl std::error::Error for ReadOnlyByDefault {}
+
+fn is_read_only_by_default(error: &Error) -> bool {
+    std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<ReadOnlyByDefault>)
 }
 
 #[cfg(test)]

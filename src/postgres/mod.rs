@@ -1,7 +1,7 @@
 //! The Postgres side: how walpost reaches a server, streams a slot, and looks after slot and publication.
 //!
 //! Reading order: [`config`] says where to connect; [`connection`] dials, encrypts ([`tls`], [`channel_binding`]) and
-//! picks a host, [`stream`] is what it returns; [`startup`] logs in a replication connection; [`replication`] speaks its
+//! picks a host, [`stream`] is what it returns; [`session`] says which settings every session has; [`startup`] logs in a replication connection; [`replication`] speaks its
 //! commands and turns it into a [`replication_stream::ReplicationStream`], whose bytes [`frame`] takes apart.
 //! [`slot`] and [`mod@preflight`] ask an ordinary SQL connection about slot, publication, tables and rights; [`names`]
 //! quotes what goes into SQL; [`server_error`] says what a server's refusal means for the process.
@@ -19,6 +19,7 @@ mod quiet;
 pub mod replication;
 pub mod replication_stream;
 pub mod server_error;
+pub mod session;
 pub mod slot;
 pub mod startup;
 pub mod stream;
@@ -26,7 +27,7 @@ pub mod tls;
 mod url;
 
 pub use config::PostgresConfig;
-pub use connection::connect_sql;
+pub use connection::{connect_application, connect_sql};
 pub use frame::{Frame, StandbyStatus};
 pub use names::{TableName, quote_ident, quote_literal};
 pub use preflight::preflight;

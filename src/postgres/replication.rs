@@ -7,7 +7,7 @@ use fallible_iterator::FallibleIterator as _;
 use postgres_protocol::message::backend::Message;
 use tracing::debug;
 
-use super::config::PostgresConfig;
+use super::config::{PostgresConfig, TargetSession};
 use super::connection::{Login, check_target, first_host};
 use super::names::{quote_ident, quote_replication_literal};
 use super::replication_stream::ReplicationStream;
@@ -57,9 +57,10 @@ struct ReplicationLogin<'a> {
 impl Login for ReplicationLogin<'_> {
     type Output = Session;
 
-    async fn log_in(&self, stream: Stream) -> Result<Session> {
-        let session = Session::open(stream, self.config, self.name).await?;
-        check_target(self.config, |parameter| session.parameter(parameter))?;
+    async fn log_in(&self, stream: Stream, wanted: TargetSession) -> Result<Session> {
+        let mut session = Session::open(stream, self.config, self.name).await?;
+        check_target(wanted, |parameter| session.parameter(parameter))?;
+        session.set_up().await?;
         Ok(session)
     }
 }

@@ -20,6 +20,7 @@ use tracing::debug;
 
 use super::config::{ChannelBindingMode, PostgresConfig};
 use super::server_error::ServerError;
+use super::session;
 use super::stream::Stream;
 use crate::{Error, Result};
 
@@ -37,7 +38,8 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Logs in for logical replication of the configured database.
+    /// Logs in for logical replication of the configured database. The settings are still those of the role:
+    /// [`Session::set_up`] changes that.
     pub(super) async fn open(
         stream: Stream,
         config: &PostgresConfig,
@@ -55,10 +57,6 @@ impl Session {
             ("replication", "database"),
             ("application_name", application_name),
             ("client_encoding", "UTF8"),
-            // Text-format values must read the same whatever the server's defaults are.
-            ("datestyle", "ISO"),
-            ("timezone", "UTC"),
-            ("bytea_output", "hex"),
         ];
         if let Some(options) = &config.options {
             parameters.push(("options", options));
@@ -69,6 +67,16 @@ impl Session {
         session.log_in(config).await?;
         session.until_ready().await?;
         Ok(session)
+    }
+
+    /// Gives the session the settings of [`super::session`].
+    pub(super) async fn set_up(&mut self) -> Result<()> {
+        self.doing("set up the replication session");
+        for statement in session::statements() {
+            self.query(&statement).await?;
+            while !matches!(self.read().await?, Message::ReadyForQuery(_)) {}
+        }
+        Ok(())
     }
 
     /// A setting that the server reports, such as `server_version`.

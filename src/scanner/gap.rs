@@ -38,7 +38,7 @@ use tracing::{debug, info};
 
 use super::progress::{self, Progress, Snapshot};
 use super::straggler::Stragglers;
-use super::table::{ScanRow, ScanTable, print_as_the_stream};
+use super::table::{ScanRow, ScanTable};
 use crate::outbox::Extractor;
 use crate::outlet::{Outlet, Source};
 use crate::pipe::Routing;
@@ -79,7 +79,6 @@ pub async fn close(
     let Some(upto) = progress.gap().cloned() else {
         return Ok(stragglers);
     };
-    print_as_the_stream(gap.rows).await?;
     let mut tables = Vec::with_capacity(gap.routing.tables.len());
     for (place, name) in (0..).zip(&gap.routing.tables) {
         let Some(table) = ScanTable::describe(gap.rows, name).await? else {

@@ -76,14 +76,6 @@ impl ScanRow {
     }
 }
 
-/// Makes a session print values in the form in which the walsender does.
-pub async fn print_as_the_stream(client: &Client) -> Result<()> {
-    let sql = "SET datestyle TO 'ISO'; SET intervalstyle TO 'postgres'; SET timezone TO 'UTC';
-               SET bytea_output TO 'hex'; SET extra_float_digits TO 3";
-    let set = client.batch_execute(sql).await;
-    set.map_err(|error| sql_error("set up the session", error))
-}
-
 impl ScanTable {
     /// Looks at a table; `None` when it does not exist, or lacks `txid` or `seq`, so that it cannot be scanned.
     pub async fn describe(client: &Client, name: &TableName) -> Result<Option<Self>> {

@@ -28,7 +28,7 @@ use tokio_postgres::{Client, SimpleQueryMessage};
 use tracing::{info, warn};
 
 use super::outbox::OutboxTable;
-use super::table::{decode, describe, encode, print_as_the_stream};
+use super::table::{decode, describe, encode};
 use crate::feedback::Progress;
 use crate::outbox::Extractor;
 use crate::outlet::{Outlet, Source};
@@ -111,7 +111,7 @@ impl Unmarked {
 
     async fn round(&mut self, client: &mut Option<Client>) -> Result<()> {
         if client.is_none() {
-            *client = Some(open(&self.postgres).await?);
+            *client = Some(connect_sql(&self.postgres, "walpost scanner").await?);
         }
         let Some(client) = client else {
             return Err(Error::bug("a session was just opened"));
@@ -338,13 +338,6 @@ impl Again {
             }
         }
     }
-}
-
-/// A session that prints values as the walsender does.
-async fn open(postgres: &PostgresConfig) -> Result<Client> {
-    let client = connect_sql(postgres, "walpost scanner").await?;
-    print_as_the_stream(&client).await?;
-    Ok(client)
 }
 
 /// Where the log ends.

@@ -14,7 +14,7 @@ use crate::outbox::{Extractor, Problem, Role, Scratch};
 use crate::postgres::{TableName, connect_sql, quote_ident, sql_error, sqlstate};
 use crate::pulsar::{ReaderConfig, produce_to};
 use crate::scanner::outbox::OutboxTable;
-use crate::scanner::table::{ScanTable, print_as_the_stream};
+use crate::scanner::table::ScanTable;
 use crate::{Error, Result};
 
 /// Topics that are tried.
@@ -79,7 +79,6 @@ fn size(largest_bytes: i64, max_message_bytes: usize) -> Finding {
 
 /// The topics, and the largest payload.
 async fn look(client: &Client, config: &Config) -> Result<(Vec<String>, i64)> {
-    print_as_the_stream(client).await?;
     let mut topics = BTreeSet::new();
     let mut largest_bytes = 0;
     let mut topic = String::new();

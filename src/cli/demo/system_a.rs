@@ -10,7 +10,7 @@ use tokio_postgres::Client;
 
 use super::{Fact, Options};
 use crate::config::Config;
-use crate::postgres::{connect_sql, sql_error};
+use crate::postgres::{connect_application, sql_error};
 use crate::{Error, Result};
 
 /// One order in so many is rolled back after its rows were written.
@@ -61,7 +61,7 @@ pub(super) async fn start(
 ) -> Result<SystemA> {
     let mut clients = Vec::new();
     for _ in 0..options.writers {
-        clients.push(connect_sql(&config.postgres, "demo system A").await?);
+        clients.push(connect_application(&config.postgres, "demo system A").await?);
     }
     let pause = Duration::from_secs(1) * options.writers / options.rate;
     let writers = clients.into_iter().enumerate();

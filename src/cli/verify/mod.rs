@@ -52,7 +52,7 @@ use crate::postgres::{TableName, connect_sql, sql_error, sqlstate};
 use crate::scanner::outbox::TXID;
 use crate::scanner::progress as stored;
 use crate::scanner::recovery;
-use crate::scanner::table::{ScanRow, ScanTable, print_as_the_stream};
+use crate::scanner::table::{ScanRow, ScanTable};
 use crate::{Error, Result};
 use judge::{Judge, Range};
 use progress::Progress;
@@ -121,7 +121,6 @@ pub(super) fn options(matches: &ArgMatches) -> Options {
 /// Runs the command and gives its exit code.
 pub async fn run(config: &Config, options: &Options, out: &mut dyn Write) -> Result<u8> {
     let client = connect_sql(&config.postgres, "walpost verify").await?;
-    print_as_the_stream(&client).await?;
     let range = Range {
         from_ms: milliseconds(&client, "--from", options.from.as_deref()).await?,
         to_ms: milliseconds(&client, "--to", options.to.as_deref()).await?,
