@@ -1,6 +1,7 @@
 -- walpost 5/13: how far delivery is, one row for each replication slot. walpost writes it about every ten seconds while
 -- events pass, and not at all while none do.
--- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again.
+-- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again, and brings a table of an earlier
+-- version up to date.
 --
 -- A snapshot says of every transaction whether it had committed at that moment (documentation, "Transaction ID and
 -- Snapshot Information Functions"): one value a table's rows can be compared with, however many there are.
@@ -16,3 +17,10 @@ create table if not exists walpost.progress (
     confirmed_lsn pg_lsn,                     -- what it told the slot last, written when it stopped in good order
     updated_at    timestamptz not null default clock_timestamp()
 );
+
+-- Of the cluster when the slot was made or last taken by a process: on another one the slot may be another one too.
+alter table walpost.progress add column if not exists timeline integer;
+-- The tables (partitions, children) whose rows "delivered" speaks of.
+alter table walpost.progress add column if not exists tables jsonb;
+-- How many rows the stream brought since "delivered", written when the process stopped in good order.
+alter table walpost.progress add column if not exists streamed jsonb;

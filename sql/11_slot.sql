@@ -11,11 +11,26 @@
 
 select set_config('walpost.slot', /*:slot*/ 'walpost', false);
 
--- Empty where there is a slot: then nothing is made below. Each statement sees what is committed when it begins.
+-- Who holds this lock writes the slot's row in walpost.progress: a running "walpost run" (in poll mode too), "walpost init", or
+-- this session, to the end of the file.
+select set_config(
+    'walpost.slot_locked',
+    pg_try_advisory_lock(hashtext('walpost'), hashtext(current_setting('walpost.slot')))::text,
+    false
+);
+
+-- Empty where there is a slot, and where none can be made: then nothing is made or written below, also by a psql that goes on after
+-- an error. Each statement sees what is committed when it begins.
 select set_config(
     'walpost.scan_before',
     case
-        when exists (select from pg_replication_slots where slot_name = current_setting('walpost.slot')) then ''
+        when exists (select from pg_replication_slots where slot_name = current_setting('walpost.slot'))
+            or current_setting('walpost.slot_locked') <> 'true'
+            or exists (
+                select from walpost.progress p, pg_control_system() c
+                where p.slot = current_setting('walpost.slot') and p.system_id <> c.system_identifier::text
+            )
+        then ''
         else pg_current_snapshot()::text
     end,
     false
@@ -25,10 +40,13 @@ do $walpost$
 declare
     slot constant text := current_setting('walpost.slot');
 begin
-    if current_setting('walpost.scan_before') <> '' and exists (
-        select from walpost.progress p, pg_control_system() c
-        where p.slot = current_setting('walpost.slot') and p.system_id <> c.system_identifier::text
-    ) then
+    if current_setting('walpost.scan_before') = ''
+        and not exists (select from pg_replication_slots where slot_name = slot)
+    then
+        if current_setting('walpost.slot_locked') <> 'true' then
+            raise exception 'slot % does not exist and cannot be made: another walpost has its lock and writes its row in walpost.progress', slot
+                using hint = 'stop that walpost, then apply this file again';
+        end if;
         raise exception 'walpost.progress has a row of slot % from another cluster', slot
             using hint = 'delete it if this cluster is a copy that publishes on its own, then try again';
     end if;
@@ -49,17 +67,24 @@ end
 $walpost$;
 
 -- Noted before there is a slot: one that is left behind half done is then made anew by "walpost run".
-insert into walpost.progress (slot, system_id, scan_before)
-    select current_setting('walpost.slot'), c.system_identifier::text, current_setting('walpost.scan_before')::pg_snapshot
+insert into walpost.progress as p (slot, system_id, scan_before, timeline)
+    select current_setting('walpost.slot'), c.system_identifier::text, current_setting('walpost.scan_before')::pg_snapshot,
+           ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int
     from pg_control_system() c
     where current_setting('walpost.scan_before') <> ''
     on conflict (slot) do update
-    set scan_before = excluded.scan_before, scan_upto = null, scan_position = null, confirmed_lsn = null,
-        updated_at = clock_timestamp();
+    set scan_before = excluded.scan_before, scan_upto = null, scan_position = null, confirmed_lsn = null, streamed = null,
+        timeline = excluded.timeline, updated_at = clock_timestamp()
+    where p.system_id = excluded.system_id;
 
 execute walpost_make_slot (current_setting('walpost.slot'), current_setting('walpost.scan_before'));
 deallocate walpost_make_slot;
 
-update walpost.progress set scan_upto = pg_current_snapshot()
-    where slot = current_setting('walpost.slot') and current_setting('walpost.scan_before') <> ''
-      and exists (select from pg_replication_slots where slot_name = current_setting('walpost.slot'));
+-- Only in the row as it was written above. With it the position that the slot stands at until somebody streams it.
+update walpost.progress set scan_upto = pg_current_snapshot(), confirmed_lsn = s.confirmed_flush_lsn
+    from pg_replication_slots s
+    where slot = current_setting('walpost.slot') and s.slot_name = slot
+      and scan_before::text = current_setting('walpost.scan_before') and scan_upto is null;
+
+select pg_advisory_unlock(hashtext('walpost'), hashtext(current_setting('walpost.slot')))
+    where current_setting('walpost.slot_locked') = 'true';

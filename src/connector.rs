@@ -56,7 +56,7 @@ use crate::retry::Backoff;
 use crate::scanner::delivered::Keeper;
 use crate::scanner::modes::Modes;
 use crate::scanner::poll;
-use crate::scanner::progress;
+use crate::scanner::progress::{self, Claim};
 use crate::scanner::recovery::{self, Session};
 use crate::{Error, Result};
 pub(crate) use publishing::{diversion, publisher_config, routing};
@@ -93,6 +93,7 @@ pub async fn run(
         binary: true,
         session,
         scanner: None,
+        claimed: None,
         modes: Modes::default(),
     };
     let mut backoff = Backoff::new(
@@ -179,6 +180,8 @@ struct Connector {
     session: Session,
     /// The session that holds the lock on the slot, while there is a stream and a `walpost.progress`.
     scanner: Option<Client>,
+    /// The right to change the slot's row in `walpost.progress`, and that row as the stream began with it.
+    claimed: Option<(Claim, progress::Progress)>,
     /// What works on the tables beside the stream.
     modes: Modes,
 }
@@ -246,10 +249,10 @@ impl Connector {
         mut shutdown: Shutdown<'_, F>,
     ) -> Result<Ended> {
         let grace = self.config.shutdown_grace;
-        let keeper = self.scanner.as_ref().map(|_| {
-            let (postgres, slot) = (self.config.postgres.clone(), self.config.slot.clone());
+        let keeper = self.claimed.clone().map(|(claim, stored)| {
+            let postgres = self.config.postgres.clone();
             let interval = self.config.scan_interval;
-            Keeper::start(postgres, slot, interval, self.progress.subscribe())
+            Keeper::start(postgres, claim, stored, interval, self.progress.subscribe())
         });
         let mut feedback = Feedback::new(self.config.status_interval, self.progress.clone());
         let ended = pump(
@@ -290,11 +293,11 @@ impl Connector {
 
     /// Notes what the slot was told last, so that the next start can tell whether it still is the same slot.
     async fn note_stop(&mut self) {
-        let Some(client) = self.scanner.take() else {
+        let (Some(client), Some((claim, _))) = (self.scanner.take(), self.claimed.take()) else {
             return;
         };
         let confirmed = self.pipe().flush_lsn();
-        let noting = progress::stopped(&client, &self.config.slot, confirmed);
+        let noting = progress::stopped(&client, &claim, confirmed, None);
         if let Ok(Err(error)) = timeout(GOODBYE, noting).await {
             warn!("{}", error.report());
         }

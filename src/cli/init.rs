@@ -11,6 +11,7 @@ mod rights;
 use std::io::Write;
 use std::time::Duration;
 
+use tokio::time::{Instant, sleep};
 use tokio_postgres::{Client, Transaction};
 
 use super::ddl::{Ddl, Payload, emit_transient_sql, own_table, roles_sql};
@@ -30,8 +31,10 @@ const CONFIGURATION_LIMIT_EXCEEDED: &str = "53400";
 /// A right is missing.
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
-/// After this long the operator is told what the making of the slot waits for.
+/// After this long the operator is told what the making of the slot waits for; and so long it waits for the slot's lock.
 const SLOT_PATIENCE: Duration = Duration::from_secs(5);
+/// Between two attempts at the slot's lock.
+const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
 /// Makes what is missing. `payload` is the type that was asked for, if one was: an existing table must then have it; and so
 /// with `partition_by`. With `roles`, also what `sql/12_roles.sql` says, last.
@@ -176,11 +179,18 @@ async fn apply(
     if config.mode == Mode::Stream {
         step(transaction, "set up the publication", &ddl.publication).await?;
     }
-    let has_progress = before.progress != ProgressTable::Missing;
-    if !has_progress {
-        step(transaction, "create table walpost.progress", &ddl.progress).await?;
+    let doing = match before.progress {
+        ProgressTable::Missing => Some("create table walpost.progress"),
+        ProgressTable::Older => Some("bring table walpost.progress up to date"),
+        ProgressTable::Closed | ProgressTable::Usable => None,
+    };
+    if let Some(doing) = doing {
+        step(transaction, doing, &ddl.progress).await?;
     }
-    lines.push(line(has_progress, "table walpost.progress"));
+    lines.push(match before.progress {
+        ProgressTable::Older => "brought up to date table walpost.progress".to_owned(),
+        other => line(other != ProgressTable::Missing, "table walpost.progress"),
+    });
     if before.straggler == StragglerTable::Missing {
         step(
             transaction,
@@ -387,8 +397,39 @@ fn existing_slot_line(slot: &SlotState, name: &str, server: &Server) -> String {
     }
 }
 
-/// Makes the slot, and says what it waits for when it takes long.
+/// Makes the slot, and says what it waits for when it takes long. Holds the slot's lock from here to the end of the session: what
+/// it writes into `walpost.progress` must not meet the writes of a running walpost.
 async fn create_slot(client: &Client, slot: &str) -> Result<String> {
+    lock_slot(client, slot).await?;
+    // A walpost that had the lock until now may have made it.
+    match slot_state(client, slot).await? {
+        Some(_) => Ok(line(true, &format!("slot {slot}"))),
+        None => make_slot(client, slot).await,
+    }
+}
+
+/// Takes the slot's lock. An instance that only looks whether it can run has it for a moment.
+async fn lock_slot(client: &Client, slot: &str) -> Result<()> {
+    let deadline = Instant::now() + SLOT_PATIENCE;
+    loop {
+        let error = match recovery::lock(client, slot).await {
+            Err(error) if recovery::is_busy(&error) => error,
+            taken => return taken,
+        };
+        if Instant::now() >= deadline {
+            let who = recovery::lock_holder(client, slot).await?;
+            return Err(Error::temporary(format!(
+                "slot {slot} does not exist and cannot be made: {} has its lock and writes its row in walpost.progress",
+                who.unwrap_or_else(|| "another walpost".to_owned())
+            ))
+            .hint("stop that walpost, then: walpost init")
+            .caused_by(error));
+        }
+        sleep(LOCK_PAUSE).await;
+    }
+}
+
+async fn make_slot(client: &Client, slot: &str) -> Result<String> {
     let creating = recovery::make_slot(client, slot);
     tokio::pin!(creating);
     let created = if let Ok(created) = tokio::time::timeout(SLOT_PATIENCE, &mut creating).await {
@@ -401,7 +442,7 @@ async fn create_slot(client: &Client, slot: &str) -> Result<String> {
         creating.await
     };
     let made = match created {
-        Ok(()) => true,
+        Ok(_) => true,
         Err(error) => match sqlstate(&error) {
             Some(DUPLICATE_OBJECT) => false,
             Some(CONFIGURATION_LIMIT_EXCEEDED) => {

@@ -37,6 +37,7 @@ impl Connector {
     ) -> Result<Option<ReplicationStream>> {
         let config = self.config.clone();
         let held = self.scanner.take();
+        self.claimed = None;
         let session = Session {
             name: self.session.name.clone(),
             ..self.session
@@ -56,7 +57,7 @@ impl Connector {
             connection,
             identity,
             confirmed,
-            prepared,
+            mut prepared,
             tables,
         } = checked.inspect_err(|error| {
             if recovery::is_busy(error) {
@@ -90,7 +91,7 @@ impl Connector {
             };
             let stragglers = started?;
             settings.diversion = diversion(&config, stragglers.as_ref());
-            let closing = self.close_gap(&client, &settings, prepared, stragglers);
+            let closing = self.close_gap(&client, &settings, prepared.as_mut(), stragglers);
             let (scanned, stragglers) = tokio::select! {
                 biased;
                 () = shutdown.as_mut() => return Ok(None),
@@ -130,6 +131,7 @@ impl Connector {
         self.meter.set_phase(Phase::Streaming);
         info!(slot = self.config.slot, from = %start, "streaming");
         self.scanner = Some(client);
+        self.claimed = prepared.map(|prepared| (prepared.claim, prepared.progress));
         Ok(Some(stream))
     }
 
@@ -173,22 +175,25 @@ impl Connector {
         &self,
         client: &Client,
         publisher: &PublisherConfig,
-        prepared: Option<Prepared>,
+        prepared: Option<&mut Prepared>,
         mut stragglers: Option<Stragglers>,
     ) -> Result<(Vec<(u32, String)>, Option<Stragglers>)> {
-        let Some(Prepared { mut progress, .. }) = prepared else {
+        let Some(Prepared {
+            progress, claim, ..
+        }) = prepared
+        else {
             return Ok((Vec::new(), stragglers));
         };
         let routing = routing(&self.config);
         // Before the scan: in the mode delete its rows go as soon as they have their receipts.
-        let scanned = gap::overlap(client, &routing, &progress).await?;
+        let scanned = gap::overlap(client, &routing, progress).await?;
         if progress.gap().is_some() {
             self.meter.set_phase(Phase::Scanning);
             let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
             let gap = Gap {
                 client,
                 rows: &rows,
-                slot: &self.config.slot,
+                claim,
                 routing: &routing,
                 publisher,
             };
@@ -199,7 +204,7 @@ impl Connector {
             };
             // The lock is held, so nobody else does.
             retry(&stragglers, true);
-            stragglers = gap::close(&gap, &mut progress, stragglers).await?;
+            stragglers = gap::close(&gap, progress, stragglers).await?;
             retry(&stragglers, false);
         }
         Ok((scanned, stragglers))

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
 use tracing::{debug, warn};
 
-use super::progress;
+use super::progress::{self, Claim};
 use crate::feedback::Progress;
 use crate::postgres::{PostgresConfig, connect_sql, sql_error};
 use crate::{Error, Lsn, Result};
@@ -28,36 +28,43 @@ impl Drop for Keeper {
 }
 
 impl Keeper {
-    /// Starts beside a stream of `slot`.
+    /// Starts beside a stream of the claim's slot. `stored` is its row as the stream began with it.
     pub fn start(
         postgres: PostgresConfig,
-        slot: String,
+        claim: Claim,
+        stored: progress::Progress,
         interval: Duration,
         stream: watch::Receiver<Progress>,
     ) -> Self {
-        Self(tokio::spawn(keep(postgres, slot, interval, stream)))
+        Self(tokio::spawn(keep(
+            postgres, claim, stored, interval, stream,
+        )))
     }
 }
 
 async fn keep(
     postgres: PostgresConfig,
-    slot: String,
+    claim: Claim,
+    stored: progress::Progress,
     interval: Duration,
     mut stream: watch::Receiver<Progress>,
 ) {
     // Of this process's earlier streams: those events may have been acknowledged since the last snapshot.
     let mut seen = None;
     let mut client = None;
+    let mut stored = Some(stored);
     loop {
         let next = Instant::now() + interval;
         let counters = stream.borrow().counters;
         let done = counters.acknowledged + counters.stragglers;
         if seen != Some(done) && done > 0 {
-            match note(&postgres, &mut client, &slot, &mut stream).await {
+            match note(&postgres, &mut client, (&claim, &mut stored), &mut stream).await {
                 Ok(()) => seen = Some(done),
                 Err(error) => {
                     warn!("what is delivered could not be noted: {}", error.report());
                     client = None;
+                    // It may have been stored all the same.
+                    stored = None;
                 }
             }
         }
@@ -68,12 +75,16 @@ async fn keep(
 async fn note(
     postgres: &PostgresConfig,
     client: &mut Option<Client>,
-    slot: &str,
+    (claim, stored): (&Claim, &mut Option<progress::Progress>),
     stream: &mut watch::Receiver<Progress>,
 ) -> Result<()> {
     let client = match client {
         Some(client) => client,
         None => client.insert(connect_sql(postgres, "walpost scanner").await?),
+    };
+    let stored = match stored {
+        Some(stored) => stored,
+        None => stored.insert(progress::reread(client, claim).await?),
     };
     // In this order: see the module.
     let snapshot: String = ask(client, "SELECT pg_current_snapshot()::text").await?;
@@ -85,7 +96,7 @@ async fn note(
     reached
         .await
         .map_err(|_| Error::temporary("the connector has ended"))?;
-    progress::delivered(client, slot, &snapshot).await?;
+    progress::delivered(client, claim, stored, &snapshot, None).await?;
     debug!(snapshot, %position, "delivered");
     Ok(())
 }

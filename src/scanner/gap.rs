@@ -36,7 +36,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
 use tracing::{debug, info};
 
-use super::progress::{self, Progress, Snapshot};
+use super::progress::{self, Claim, Progress, Snapshot};
 use super::straggler::Stragglers;
 use super::table::{ScanRow, ScanTable};
 use crate::outbox::Extractor;
@@ -58,8 +58,8 @@ pub struct Gap<'a> {
     pub client: &'a Client,
     /// For the rows; busy all the time.
     pub rows: &'a Client,
-    /// The replication slot.
-    pub slot: &'a str,
+    /// The slot, and the right to change its row.
+    pub claim: &'a Claim,
     /// Tables, columns, template.
     pub routing: &'a Routing,
     /// The stream's publisher settings; the producers' names are changed.
@@ -86,10 +86,11 @@ pub async fn close(
             continue;
         };
         // Of all tables, before the first is scanned: nothing is half done when it is refused.
-        table.refuse_from_elsewhere(gap.rows, gap.slot).await?;
+        let slot = gap.claim.slot();
+        table.refuse_from_elsewhere(gap.rows, slot).await?;
         let except = progress.delivered.as_ref();
         table
-            .refuse_unscannable(gap.rows, gap.slot, &upto, except)
+            .refuse_unscannable(gap.rows, slot, &upto, except)
             .await?;
         tables.push((place, table));
     }
@@ -104,9 +105,7 @@ pub async fn close(
         scanned?;
         stragglers = scan.outlet.into_stragglers();
     }
-    progress.position.done = true;
-    progress.delivered = Some(upto);
-    progress::scanned(gap.client, gap.slot, &progress.position).await?;
+    progress::closed(gap.client, gap.claim, progress).await?;
     Ok(stragglers)
 }
 
@@ -272,7 +271,7 @@ impl<'a> Scan<'a> {
         if progress.position.tables.insert(table, seq) == Some(seq) {
             return Ok(());
         }
-        progress::scanned(gap.client, gap.slot, &progress.position).await
+        progress::scanned(gap.client, gap.claim, progress).await
     }
 
     fn take(&mut self, row: &ScanRow) -> Result<()> {

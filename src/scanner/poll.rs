@@ -37,7 +37,7 @@ use tracing::{info, warn};
 
 use super::gap::{self, Gap};
 use super::modes::{self, Modes};
-use super::progress::{self, Progress};
+use super::progress::{self, Claim, Progress};
 use super::recovery::{self, Session};
 use super::straggler::Stragglers;
 use super::table::ScanTable;
@@ -46,7 +46,7 @@ use crate::config::Config;
 use crate::connector::{GOODBYE, diversion, phase_after, publisher_config, routing};
 use crate::meter::{Meter, Phase, Side};
 use crate::postgres::slot::slot_state;
-use crate::postgres::{connect_sql, quote_literal, sql_error};
+use crate::postgres::{connect_sql, quote_literal};
 use crate::pulsar::PublisherConfig;
 use crate::retry::Backoff;
 use crate::{Error, Result};
@@ -140,6 +140,7 @@ struct Poller<'a> {
     /// Holds the lock on the slot.
     client: Client,
     rows: Client,
+    claim: Claim,
     progress: Progress,
     publisher: PublisherConfig,
     /// `None` while a look has them, and where there is no table for them.
@@ -156,7 +157,7 @@ impl<'a> Poller<'a> {
     ) -> Result<Self> {
         let client = connect_sql(&config.postgres, APPLICATION_NAME).await?;
         let rows = connect_sql(&config.postgres, APPLICATION_NAME).await?;
-        let (progress, timeline) = prepare(&client, config, session).await?;
+        let (progress, claim, timeline) = prepare(&client, config, session).await?;
         let tables = modes::prepare(&client, config).await?;
         let mut publisher = publisher_config(config, meter, &progress.system_id, timeline);
         let looks = watch::Sender::default();
@@ -174,6 +175,7 @@ impl<'a> Poller<'a> {
             meter,
             client,
             rows,
+            claim,
             progress,
             publisher,
             stragglers,
@@ -252,10 +254,7 @@ impl<'a> Poller<'a> {
         self.looks.send_modify(|looks| looks.begun += 1);
         let upto = progress::snapshot(&self.client).await?;
         if self.has_rows(&upto).await? {
-            progress::look(&self.client, &self.config.slot, &upto).await?;
-            self.progress.scan_before = None;
-            self.progress.scan_upto = Some(upto);
-            self.progress.position = progress::Position::default();
+            progress::look(&self.client, &self.claim, &mut self.progress, &upto).await?;
             self.close_gap().await?;
         }
         self.looks.send_modify(|looks| looks.over = looks.begun);
@@ -278,7 +277,7 @@ impl<'a> Poller<'a> {
         let gap = Gap {
             client: &self.client,
             rows: &self.rows,
-            slot: &self.config.slot,
+            claim: &self.claim,
             routing: &routing(self.config),
             publisher: &self.publisher,
         };
@@ -289,28 +288,25 @@ impl<'a> Poller<'a> {
 }
 
 /// Takes the lock, and checks that there is what polling needs.
-async fn prepare(client: &Client, config: &Config, session: &Session) -> Result<(Progress, u32)> {
+async fn prepare(
+    client: &Client,
+    config: &Config,
+    session: &Session,
+) -> Result<(Progress, Claim, u32)> {
     recovery::lock(client, &config.slot).await?;
     let system_id = recovery::system_id(client).await?;
     let progress = if let Some(progress) = stored(client, config, &system_id).await? {
         progress
     } else {
-        progress::begin(client, &config.slot, &system_id).await?;
-        Progress {
-            system_id,
-            ..Progress::default()
-        }
+        progress::begin(client, &config.slot, &system_id).await?
     };
-    progress::claim(client, &config.slot, &session.name).await?;
+    let timeline = recovery::timeline(client).await?;
+    let claim = progress::claim(client, &config.slot, &progress, &session.name, timeline).await?;
     check_tables(client, config).await?;
     if slot_state(client, &config.slot).await?.is_some() {
         warn!("{} (hint: {})", SLOT_LEFT, drop_slot(&config.slot));
     }
-    let sql = "SELECT timeline_id FROM pg_control_checkpoint()";
-    let row = client.query_one(sql, &[]).await;
-    let row = row.map_err(|error| sql_error("ask for the timeline", error))?;
-    let timeline: i32 = row.get(0);
-    Ok((progress, timeline.unsigned_abs()))
+    Ok((progress, claim, timeline))
 }
 
 /// What is wrong with a slot beside poll mode.

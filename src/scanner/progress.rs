@@ -1,10 +1,25 @@
 //! The slot's row in `walpost.progress`: how far delivery is, and what of a gap is left.
 //!
 //! Input and output: a SQL connection. Snapshots are passed through as text; only Postgres looks into them.
+//!
+//! # Two writers never undo each other
+//!
+//! Every statement that changes a row is made by the holder of the slot's advisory lock ([`super::recovery`],
+//! `walpost init`, `sql/11_slot.sql`), or by a task of the process that holds it, on a session of that task's own. The lock
+//! belongs to a session: it may end while a task of the same process still writes. So each statement also names the
+//! [`Claim`] that it is made under and the values that it was computed from, and changes nothing when one of them is not
+//! what is stored (a compare-and-set). Zero rows updated is an error: the caller reads the row again and computes anew. The functions
+//! that change a row bring the [`Progress`] that they are given up to date when the statement has succeeded, and only then.
+//!
+//! A statement whose answer is lost may have been carried out. The [`Progress`] in memory is then out of date, and the next statement
+//! that is computed from it is refused. [`reread`] gives the row as it is, if it still belongs to the claim.
+//!
+//! `tests/bookkeeping.rs` lets two sessions write in every order that matters.
 
 use std::collections::BTreeMap;
 
 use tokio_postgres::Client;
+use tokio_postgres::types::ToSql;
 
 use crate::postgres::{sql_error, sqlstate};
 use crate::{Error, Lsn, Result};
@@ -13,6 +28,8 @@ use crate::{Error, Lsn, Result};
 const UNDEFINED_TABLE: &str = "42P01";
 /// Or nobody may look at it, or at its schema.
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
+/// The table is of an earlier version.
+const UNDEFINED_COLUMN: &str = "42703";
 
 /// A `pg_snapshot` as text (`xmin:xmax:xip,…`).
 pub type Snapshot = String;
@@ -24,9 +41,9 @@ pub struct Progress {
     pub system_id: String,
     /// Every row visible in it has its receipt.
     pub delivered: Option<Snapshot>,
-    /// Taken before the slot was made.
+    /// Rows visible in it are never streamed.
     pub scan_before: Option<Snapshot>,
-    /// Taken after the slot was made.
+    /// Rows not visible in it are always streamed.
     pub scan_upto: Option<Snapshot>,
     /// How far the scan of the gap is, by table.
     pub position: Position,
@@ -34,6 +51,12 @@ pub struct Progress {
     pub session: Option<String>,
     /// What it told the slot last, if it stopped in good order.
     pub confirmed: Option<Lsn>,
+    /// Timeline of the cluster when the slot was made or last claimed; `None` in a row of an earlier version.
+    pub timeline: Option<u32>,
+    /// JSON: the leaf tables that `delivered` speaks of.
+    pub tables: Option<String>,
+    /// JSON: what the stream brought since `delivered`, if its process stopped in good order.
+    pub streamed: Option<String>,
     /// A snapshot in it knows transactions that this cluster has not come to.
     pub ahead: bool,
 }
@@ -54,22 +77,46 @@ impl Progress {
     }
 }
 
+/// The right to change a slot's row: [`claim`] gives it to the holder of the slot's lock, and it ends when another process
+/// claims the row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    slot: String,
+    session: String,
+}
+
+impl Claim {
+    /// The replication slot.
+    pub fn slot(&self) -> &str {
+        &self.slot
+    }
+}
+
 /// The row of `slot`; `None` when there is none yet.
 ///
 /// # Errors
-/// Refused with [`is_missing`] true when the table is not there or not ours to see; temporary when the server is away.
+/// Refused with [`is_missing`] true when the table is not there or not ours to see; refused without it when it is an earlier
+/// version's; temporary when the server is away.
 pub async fn read(client: &Client, slot: &str) -> Result<Option<Progress>> {
     let sql = "SELECT system_id, delivered::text, scan_before::text, scan_upto::text, scan_position::text, session, confirmed_lsn::text,
                       coalesce(greatest(pg_snapshot_xmax(delivered), pg_snapshot_xmax(scan_before), pg_snapshot_xmax(scan_upto))
-                               > pg_snapshot_xmax(pg_current_snapshot()), false)
+                               > pg_snapshot_xmax(pg_current_snapshot()), false),
+                      timeline, tables::text, streamed::text
                FROM walpost.progress WHERE slot = $1";
-    let row = client
-        .query_opt(sql, &[&slot])
-        .await
-        .map_err(|error| sql_error("read walpost.progress", error))?;
+    let row = client.query_opt(sql, &[&slot]).await.map_err(|error| {
+        let error = sql_error("read walpost.progress", error);
+        if sqlstate(&error) == Some(UNDEFINED_COLUMN) {
+            Error::refused("table walpost.progress is an earlier version's")
+                .caused_by(error)
+                .hint("walpost init brings it up to date, as the table's owner")
+        } else {
+            error
+        }
+    })?;
     row.map(|row| {
         let position: Option<String> = row.get(4);
         let confirmed: Option<String> = row.get(6);
+        let timeline: Option<i32> = row.get(8);
         Ok(Progress {
             system_id: row.get(0),
             delivered: row.get(1),
@@ -79,9 +126,23 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<Progress>> {
             session: row.get(5),
             confirmed: confirmed.and_then(|lsn| lsn.parse().ok()),
             ahead: row.get(7),
+            timeline: timeline.map(i32::cast_unsigned),
+            tables: row.get(9),
+            streamed: row.get(10),
         })
     })
     .transpose()
+}
+
+/// The row of a claim, as it is now.
+///
+/// # Errors
+/// As [`read`]; temporary when the row is gone, or another process has claimed it.
+pub async fn reread(client: &Client, claim: &Claim) -> Result<Progress> {
+    let progress = read(client, &claim.slot).await?;
+    progress
+        .filter(|progress| progress.session.as_ref() == Some(&claim.session))
+        .ok_or_else(|| changed(&claim.slot))
 }
 
 /// True for an error of [`read`] that says the table cannot be used.
@@ -92,32 +153,104 @@ pub fn is_missing(error: &Error) -> bool {
     )
 }
 
+/// True for an error that says the row is not what the change was computed from.
+pub fn is_changed(error: &Error) -> bool {
+    let source = std::error::Error::source(error);
+    source
+        .and_then(|source| source.downcast_ref::<Changed>())
+        .is_some()
+}
+
 /// Makes the row of a slot that has none: nothing is known of what was before.
-pub async fn begin(client: &Client, slot: &str, system_id: &str) -> Result<()> {
+///
+/// # Errors
+/// Temporary when there is a row by now.
+pub async fn begin(client: &Client, slot: &str, system_id: &str) -> Result<Progress> {
     let sql =
         "INSERT INTO walpost.progress (slot, system_id) VALUES ($1, $2) ON CONFLICT DO NOTHING";
-    store(client, sql, &[&slot, &system_id]).await
+    store(client, slot, sql, &[&slot, &system_id]).await?;
+    Ok(Progress {
+        system_id: system_id.to_owned(),
+        ..Progress::default()
+    })
 }
 
 /// A slot is about to be made: rows visible in `before` it will never stream. Until [`slot_made`] says the rest, the slot is
-/// not one to be streamed.
+/// not one to be streamed. `from` is the row as it was read, `None` where there was none. Returns the row as it is then.
+///
+/// # Errors
+/// Temporary when the row is not as it was read.
 pub async fn slot_making(
     client: &Client,
     slot: &str,
-    system_id: &str,
+    from: Option<&Progress>,
+    identity: (&str, u32),
     before: &Snapshot,
-) -> Result<()> {
-    let sql = "INSERT INTO walpost.progress (slot, system_id, scan_before) VALUES ($1, $2, $3::text::pg_snapshot)
-               ON CONFLICT (slot) DO UPDATE
-               SET scan_before = excluded.scan_before, scan_upto = NULL, scan_position = NULL, confirmed_lsn = NULL,
-                   updated_at = clock_timestamp()";
-    store(client, sql, &[&slot, &system_id, before]).await
+) -> Result<Progress> {
+    let (system_id, timeline) = identity;
+    let stored_timeline = timeline.cast_signed();
+    if let Some(from) = from {
+        let sql = "UPDATE walpost.progress
+                   SET scan_before = $7::text::pg_snapshot, scan_upto = NULL, scan_position = NULL, confirmed_lsn = NULL,
+                       streamed = NULL, timeline = $8, updated_at = clock_timestamp()
+                   WHERE slot = $1 AND session IS NOT DISTINCT FROM $2 AND delivered::text IS NOT DISTINCT FROM $3
+                     AND scan_before::text IS NOT DISTINCT FROM $4 AND scan_upto::text IS NOT DISTINCT FROM $5 AND system_id = $6";
+        let values: [&(dyn ToSql + Sync); 8] = [
+            &slot,
+            &from.session,
+            &from.delivered,
+            &from.scan_before,
+            &from.scan_upto,
+            &from.system_id,
+            before,
+            &stored_timeline,
+        ];
+        store(client, slot, sql, &values).await?;
+    } else {
+        let sql = "INSERT INTO walpost.progress (slot, system_id, scan_before, timeline)
+                   VALUES ($1, $2, $3::text::pg_snapshot, $4) ON CONFLICT DO NOTHING";
+        let values: [&(dyn ToSql + Sync); 4] = [&slot, &system_id, before, &stored_timeline];
+        store(client, slot, sql, &values).await?;
+    }
+    Ok(Progress {
+        system_id: system_id.to_owned(),
+        scan_before: Some(before.clone()),
+        scan_upto: None,
+        position: Position::default(),
+        confirmed: None,
+        timeline: Some(timeline),
+        streamed: None,
+        ..from.cloned().unwrap_or_default()
+    })
 }
 
-/// The slot is there: rows not visible in `upto` are always streamed.
-pub async fn slot_made(client: &Client, slot: &str, upto: &Snapshot) -> Result<()> {
-    let sql = "UPDATE walpost.progress SET scan_upto = $2::text::pg_snapshot WHERE slot = $1";
-    store(client, sql, &[&slot, upto]).await
+/// The slot is there and stands at `stands`: rows not visible in `upto` are always streamed. `making` is what [`slot_making`]
+/// returned.
+///
+/// # Errors
+/// Temporary when another process has changed the row since: the slot is then not one to be streamed.
+pub async fn slot_made(
+    client: &Client,
+    slot: &str,
+    making: &mut Progress,
+    upto: &Snapshot,
+    stands: Lsn,
+) -> Result<()> {
+    let sql = "UPDATE walpost.progress SET scan_upto = $5::text::pg_snapshot, confirmed_lsn = $6::text::pg_lsn
+               WHERE slot = $1 AND session IS NOT DISTINCT FROM $2 AND delivered::text IS NOT DISTINCT FROM $3
+                 AND scan_before::text IS NOT DISTINCT FROM $4 AND scan_upto IS NULL";
+    let values: [&(dyn ToSql + Sync); 6] = [
+        &slot,
+        &making.session,
+        &making.delivered,
+        &making.scan_before,
+        upto,
+        &stands.to_string(),
+    ];
+    store(client, slot, sql, &values).await?;
+    making.scan_upto = Some(upto.clone());
+    making.confirmed = Some(stands);
+    Ok(())
 }
 
 /// What is committed now.
@@ -129,56 +262,185 @@ pub async fn snapshot(client: &Client) -> Result<Snapshot> {
     Ok(row.get(0))
 }
 
-/// Notes that every row visible in `delivered` has its receipt. What a slot's making left to be looked at is over then:
-/// each row of the gap, and each that might come both ways, is visible in this snapshot.
-pub async fn delivered(client: &Client, slot: &str, delivered: &Snapshot) -> Result<()> {
-    let sql = "UPDATE walpost.progress
-               SET delivered = $2::text::pg_snapshot, scan_before = NULL, scan_upto = NULL, scan_position = NULL,
-                   updated_at = clock_timestamp()
-               WHERE slot = $1";
-    store(client, sql, &[&slot, delivered]).await
+/// Notes that every row of `tables` (JSON, kept as it is when `None`) that is visible in `snapshot` has its receipt, or is stored as a straggler. What a slot's making
+/// left to be looked at is over then: each row of the gap, and each that might come both ways, is visible in this snapshot.
+///
+/// # Errors
+/// Temporary when the row is not `from` under this claim any more; a bug while a gap is open.
+pub async fn delivered(
+    client: &Client,
+    claim: &Claim,
+    from: &mut Progress,
+    snapshot: &Snapshot,
+    tables: Option<&str>,
+) -> Result<()> {
+    if from.gap().is_some() {
+        return Err(Error::bug(format!(
+            "what is delivered cannot be noted for slot {} while rows of a gap are not published",
+            claim.slot
+        )));
+    }
+    let set = "delivered = $6::text::pg_snapshot, tables = coalesce($7::text::jsonb, tables),
+               scan_before = NULL, scan_upto = NULL, scan_position = NULL";
+    change(client, claim, from, set, &[snapshot, &tables]).await?;
+    from.delivered = Some(snapshot.clone());
+    from.tables = tables.map(ToOwned::to_owned).or_else(|| from.tables.take());
+    (from.scan_before, from.scan_upto) = (None, None);
+    from.position = Position::default();
+    Ok(())
 }
 
 /// Begins a look of poll mode at everything that is visible in `upto`.
-pub async fn look(client: &Client, slot: &str, upto: &Snapshot) -> Result<()> {
-    let sql = "UPDATE walpost.progress
-               SET scan_before = NULL, scan_upto = $2::text::pg_snapshot, scan_position = NULL, updated_at = clock_timestamp()
-               WHERE slot = $1";
-    store(client, sql, &[&slot, upto]).await
+///
+/// # Errors
+/// Temporary when the row is not `from` under this claim any more.
+pub async fn look(
+    client: &Client,
+    claim: &Claim,
+    from: &mut Progress,
+    upto: &Snapshot,
+) -> Result<()> {
+    let set = "scan_before = NULL, scan_upto = $6::text::pg_snapshot, scan_position = NULL";
+    change(client, claim, from, set, &[upto]).await?;
+    (from.scan_before, from.scan_upto) = (None, Some(upto.clone()));
+    from.position = Position::default();
+    Ok(())
 }
 
-/// Notes how far the scan of the gap is. At its end everything visible in `scan_upto` is delivered.
-pub async fn scanned(client: &Client, slot: &str, position: &Position) -> Result<()> {
-    let sql = "UPDATE walpost.progress
-               SET scan_position = $2::text::jsonb, updated_at = clock_timestamp(),
-                   delivered = CASE WHEN $3 THEN scan_upto ELSE delivered END
-               WHERE slot = $1";
-    store(client, sql, &[&slot, &show(position), &position.done]).await
+/// Stores how far the scan of the gap is: the position in `progress`.
+///
+/// # Errors
+/// Temporary when the row is not `progress` under this claim any more.
+pub async fn scanned(client: &Client, claim: &Claim, progress: &Progress) -> Result<()> {
+    let set = "scan_position = $6::text::jsonb";
+    change(client, claim, progress, set, &[&show(&progress.position)]).await
 }
 
-/// `session` streams now, and until it stops in good order nobody knows what the slot was told last.
-pub async fn claim(client: &Client, slot: &str, session: &str) -> Result<()> {
-    let sql = "UPDATE walpost.progress SET session = $2, confirmed_lsn = NULL
-               WHERE slot = $1 AND (session IS DISTINCT FROM $2 OR confirmed_lsn IS NOT NULL)";
-    store(client, sql, &[&slot, &session]).await
+/// The gap is closed: everything visible in `scan_upto` is delivered.
+///
+/// # Errors
+/// Temporary when the row is not `progress` under this claim any more.
+pub async fn closed(client: &Client, claim: &Claim, progress: &mut Progress) -> Result<()> {
+    let position = Position {
+        done: true,
+        ..progress.position.clone()
+    };
+    let set = "scan_position = $6::text::jsonb, delivered = scan_upto";
+    change(client, claim, progress, set, &[&show(&position)]).await?;
+    progress.position = position;
+    progress.delivered.clone_from(&progress.scan_upto);
+    Ok(())
 }
 
-/// A stop in good order: what the slot was told last.
-pub async fn stopped(client: &Client, slot: &str, confirmed: Lsn) -> Result<()> {
-    let sql = "UPDATE walpost.progress SET confirmed_lsn = $2::text::pg_lsn WHERE slot = $1";
-    store(client, sql, &[&slot, &confirmed.to_string()]).await
+/// `session` has the slot's lock and streams now, on this timeline. Until it stops in good order nobody knows what the slot was
+/// told last. `from`, the row as it was read, keeps what the last process left in `confirmed` and `streamed`; the table
+/// does not.
+///
+/// # Errors
+/// Temporary when the row is not as it was read.
+pub async fn claim(
+    client: &Client,
+    slot: &str,
+    from: &Progress,
+    session: &str,
+    timeline: u32,
+) -> Result<Claim> {
+    let sql = "UPDATE walpost.progress SET session = $6, timeline = $7, confirmed_lsn = NULL, streamed = NULL
+               WHERE slot = $1 AND session IS NOT DISTINCT FROM $2 AND delivered::text IS NOT DISTINCT FROM $3
+                 AND scan_before::text IS NOT DISTINCT FROM $4 AND scan_upto::text IS NOT DISTINCT FROM $5";
+    let values: [&(dyn ToSql + Sync); 7] = [
+        &slot,
+        &from.session,
+        &from.delivered,
+        &from.scan_before,
+        &from.scan_upto,
+        &session,
+        &timeline.cast_signed(),
+    ];
+    store(client, slot, sql, &values).await?;
+    Ok(Claim {
+        slot: slot.to_owned(),
+        session: session.to_owned(),
+    })
 }
 
+/// A stop in good order: what the slot was told last, and what the stream brought since `delivered` (JSON), if that is known.
+///
+/// # Errors
+/// Temporary when another process has claimed the row.
+pub async fn stopped(
+    client: &Client,
+    claim: &Claim,
+    confirmed: Lsn,
+    streamed: Option<&str>,
+) -> Result<()> {
+    let sql =
+        "UPDATE walpost.progress SET confirmed_lsn = $3::text::pg_lsn, streamed = $4::text::jsonb
+               WHERE slot = $1 AND session = $2 AND confirmed_lsn IS NULL";
+    let values: [&(dyn ToSql + Sync); 4] = [
+        &claim.slot,
+        &claim.session,
+        &confirmed.to_string(),
+        &streamed,
+    ];
+    store(client, &claim.slot, sql, &values).await
+}
+
+/// Changes a row that is still `from` and still this claim's. `set` numbers its values from `$6`.
+async fn change(
+    client: &Client,
+    claim: &Claim,
+    from: &Progress,
+    set: &str,
+    values: &[&(dyn ToSql + Sync)],
+) -> Result<()> {
+    let sql = format!(
+        "UPDATE walpost.progress SET {set}, updated_at = clock_timestamp()
+         WHERE slot = $1 AND session = $2 AND delivered::text IS NOT DISTINCT FROM $3
+           AND scan_before::text IS NOT DISTINCT FROM $4 AND scan_upto::text IS NOT DISTINCT FROM $5"
+    );
+    let named: [&(dyn ToSql + Sync); 5] = [
+        &claim.slot,
+        &claim.session,
+        &from.delivered,
+        &from.scan_before,
+        &from.scan_upto,
+    ];
+    store(client, &claim.slot, &sql, &[&named[..], values].concat()).await
+}
+
+/// Runs a statement that must change one row.
 async fn store(
     client: &Client,
+    slot: &str,
     sql: &str,
-    values: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+    values: &[&(dyn ToSql + Sync)],
 ) -> Result<()> {
     let stored = client.execute(sql, values).await;
-    stored
-        .map(|_| ())
-        .map_err(|error| sql_error("write walpost.progress", error))
+    match stored.map_err(|error| sql_error("write walpost.progress", error))? {
+        0 => Err(changed(slot)),
+        _ => Ok(()),
+    }
 }
+
+fn changed(slot: &str) -> Error {
+    Error::temporary(format!(
+        "the row of slot {slot} in walpost.progress is not what this process read: nothing was written"
+    ))
+    .caused_by(Changed)
+}
+
+/// The row is not what the change was computed from.
+#[derive(Debug)]
+struct Changed;
+
+impl std::fmt::Display for Changed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("another process or a person has changed it")
+    }
+}
+
+impl std::error::Error for Changed {}
 
 /// `{"tables": {"walpost.outbox": 17}, "done": true}`.
 fn show(position: &Position) -> String {

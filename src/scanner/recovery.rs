@@ -34,7 +34,7 @@ use tokio::time::timeout;
 use tokio_postgres::Client;
 use tracing::warn;
 
-use super::progress::{self, Progress};
+use super::progress::{self, Claim, Progress};
 use crate::config::{Config, SlotLost};
 use crate::postgres::slot::{self, SlotState, slot_state};
 use crate::postgres::{quote_literal, sql_error};
@@ -43,8 +43,10 @@ use crate::{Error, Lsn, Result};
 /// The slot's row, and whether this process's memory of the slot still holds; `None` where the table is missing, and with it the scanner.
 #[derive(Debug)]
 pub struct Prepared {
-    /// As it is now.
+    /// As it is now; `confirmed` and `streamed` as the process before left them.
     pub progress: Progress,
+    /// The right to change it.
+    pub claim: Claim,
     /// The slot is not as an earlier stream of this process left it: it was made anew, or another process has streamed it.
     /// What this process still holds of it is out of date.
     pub out_of_date: bool,
@@ -83,32 +85,32 @@ pub async fn prepare(
         Err(error) => return Err(error),
     };
     let system_id = system_id(client).await?;
-    let state = slot_state(client, &config.slot).await?;
+    let timeline = timeline(client).await?;
+    let slot = &config.slot;
+    let state = slot_state(client, slot).await?;
     let Some(progress) = stored else {
-        if state.is_some() {
-            progress::begin(client, &config.slot, &system_id).await?;
-            progress::claim(client, &config.slot, &session.name).await?;
+        if state.is_none() {
+            // The preflight says what to do: nothing was ever set up here.
+            return Ok(None);
         }
-        // Without a slot the preflight says what to do: nothing was ever set up here.
-        let progress = Progress {
-            system_id,
-            ..Progress::default()
-        };
+        let progress = progress::begin(client, slot, &system_id).await?;
+        let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
         return Ok(Some(Prepared {
             progress,
+            claim,
             out_of_date: false,
         }));
     };
-    check_cluster(&progress, &system_id, &config.slot)?;
+    check_cluster(&progress, &system_id, slot)?;
     let Some(why) = lost_because(state.as_ref(), &progress, session) else {
-        progress::claim(client, &config.slot, &session.name).await?;
+        let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
         let out_of_date = progress.session.as_ref() != Some(&session.name);
         return Ok(Some(Prepared {
             progress,
+            claim,
             out_of_date,
         }));
     };
-    let slot = &config.slot;
     if config.slot_lost == SlotLost::Fail {
         return Err(Error::refused(format!("replication slot {slot}: {why}")).hint(
             "WALPOST_SLOT_LOST=recover makes a new one and publishes the rows in between from the table",
@@ -128,43 +130,50 @@ pub async fn prepare(
         let dropped = client.execute(drop_slot, &[slot]).await;
         dropped.map_err(|error| sql_error(&format!("drop slot {slot}"), error))?;
     }
-    make_slot(client, slot).await?;
-    progress::claim(client, slot, &session.name).await?;
-    let progress = progress::read(client, slot).await?;
-    let progress = progress.ok_or_else(|| Error::temporary("walpost.progress lost its row"))?;
+    let progress = make_slot(client, slot).await?;
+    let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
     Ok(Some(Prepared {
         progress,
+        claim,
         out_of_date: true,
     }))
 }
 
-/// Makes the slot, with a snapshot before and after in `walpost.progress`.
+/// Makes the slot, with a snapshot before and after in `walpost.progress`. The caller holds the slot's lock ([`lock`]).
 ///
 /// What `sql/11_slot.sql` does.
 ///
 /// # Errors
 /// Refused when the progress is from another cluster, and for what [`slot::create_slot`] refuses.
-pub async fn make_slot(client: &Client, slot: &str) -> Result<()> {
+pub async fn make_slot(client: &Client, slot: &str) -> Result<Progress> {
     let system_id = system_id(client).await?;
-    if let Some(progress) = progress::read(client, slot).await? {
-        check_cluster(&progress, &system_id, slot)?;
+    let timeline = timeline(client).await?;
+    let stored = progress::read(client, slot).await?;
+    if let Some(progress) = &stored {
+        check_cluster(progress, &system_id, slot)?;
     }
     let before = progress::snapshot(client).await?;
-    progress::slot_making(client, slot, &system_id, &before).await?;
-    slot::create_slot(client, slot).await?;
+    let identity = (&*system_id, timeline);
+    let mut making =
+        progress::slot_making(client, slot, stored.as_ref(), identity, &before).await?;
+    let stands = slot::create_slot(client, slot).await?;
     let upto = progress::snapshot(client).await?;
-    progress::slot_made(client, slot, &upto).await
+    progress::slot_made(client, slot, &mut making, &upto, stands).await?;
+    Ok(making)
 }
 
 /// How long a session that ends is given to say so.
 const UNLOCK: Duration = Duration::from_secs(1);
 
-/// Held until the session ends.
+/// Takes the slot's advisory lock, which is held until the session ends. Who holds it may write `walpost.progress` and make the slot.
 ///
 /// The session does nothing while the stream runs, so the server is told how to find out that we are gone without a word (a host
 /// without power, a network that forgot the connection), and never to end it for its silence. (On a Unix socket the first three
 /// change nothing.)
-pub(super) async fn lock(client: &Client, slot: &str) -> Result<()> {
+///
+/// # Errors
+/// Temporary with [`is_busy`] true while another session has it.
+pub async fn lock(client: &Client, slot: &str) -> Result<()> {
     const KEEP: &str = "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;
                         SET idle_session_timeout = 0";
     let kept = client.batch_execute(KEEP).await;
@@ -179,6 +188,19 @@ pub(super) async fn lock(client: &Client, slot: &str) -> Result<()> {
         "another walpost has slot {slot}; this one waits until that one ends"
     ))
     .caused_by(Busy))
+}
+
+/// Who has the slot's lock, for people.
+pub async fn lock_holder(client: &Client, slot: &str) -> Result<Option<String>> {
+    let sql = "SELECT format('%s (process %s)', coalesce(nullif(a.application_name, ''), 'a session'), l.pid)
+               FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+               WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+                 AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                 AND l.classid = hashtext('walpost')::oid AND l.objid = hashtext($1)::oid
+               LIMIT 1";
+    let row = client.query_opt(sql, &[&slot]).await;
+    let row = row.map_err(|error| sql_error("ask who has the lock on the slot", error))?;
+    Ok(row.map(|row| row.get(0)))
 }
 
 /// Gives the lock back, and returns when the server has done so, or does not answer.
@@ -213,6 +235,16 @@ pub(crate) async fn system_id(client: &Client) -> Result<String> {
     let row = client.query_one(sql, &[]).await;
     let row = row.map_err(|error| sql_error("ask which cluster this is", error))?;
     Ok(row.get(0))
+}
+
+/// The timeline that the server writes on. (The one in the control file is the last checkpoint's, which a standby that was just
+/// promoted has not made yet.)
+pub(crate) async fn timeline(client: &Client) -> Result<u32> {
+    let sql = "SELECT CASE WHEN pg_is_in_recovery() THEN (SELECT timeline_id FROM pg_control_checkpoint())
+                      ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int4 END";
+    let row = client.query_one(sql, &[]).await;
+    let row = row.map_err(|error| sql_error("ask for the timeline", error))?;
+    Ok(row.get::<_, i32>(0).cast_unsigned())
 }
 
 /// Refuses snapshots that mean nothing here. One that is [`Progress::ahead`] was not taken from this cluster as it is now, whatever

@@ -261,6 +261,8 @@ pub(super) enum IdFunction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ProgressTable {
     Missing,
+    /// An earlier version's: its definition is applied again.
+    Older,
     /// There, and the role may not read or write it.
     Closed,
     Usable,
@@ -318,7 +320,9 @@ impl Catalog {
                            where attname = 'properties' and atttypid = 'json'::regtype)
                    and 4 = (select count(*) from straggler join pg_index on indrelid = oid
                             join pg_class i on i.oid = indexrelid
-                            where i.relname in ('straggler_row', 'straggler_due', 'straggler_key', 'straggler_id'))
+                            where i.relname in ('straggler_row', 'straggler_due', 'straggler_key', 'straggler_id')),
+                   3 = (select count(*) from progress join pg_attribute on attrelid = oid
+                        where attname in ('timeline', 'tables', 'streamed') and not attisdropped)
             from ours";
         let schema = client
             .query_one(query, &[])
@@ -338,10 +342,11 @@ impl Catalog {
         Ok(Self {
             has_schema: schema.get(0),
             may_create_in_schema: schema.get(1),
-            progress: match (schema.get(4), schema.get(5)) {
-                (false, _) => ProgressTable::Missing,
-                (true, false) => ProgressTable::Closed,
-                (true, true) => ProgressTable::Usable,
+            progress: match (schema.get(4), schema.get(11), schema.get(5)) {
+                (false, _, _) => ProgressTable::Missing,
+                (true, false, _) => ProgressTable::Older,
+                (true, true, false) => ProgressTable::Closed,
+                (true, true, true) => ProgressTable::Usable,
             },
             has_status: schema.get(6),
             straggler: match (schema.get(7), schema.get(10)) {

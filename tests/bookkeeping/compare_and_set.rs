@@ -1,0 +1,140 @@
+//! The statements that change `walpost.progress`, from real sessions.
+
+use walpost::Lsn;
+use walpost::scanner::progress::{self, Claim, Progress};
+
+use crate::support::Database;
+use crate::{DEADLINE, NOTED_SOON, insert, wait_all_sent};
+
+async fn stored(database: &Database) -> Progress {
+    let read = progress::read(&database.client, &database.slot).await;
+    read.expect("it can be read").expect("a row")
+}
+
+async fn claim(database: &Database, session: &str) -> (Claim, Progress) {
+    let progress = stored(database).await;
+    let claimed = progress::claim(&database.client, &database.slot, &progress, session, 1).await;
+    (claimed.expect("a claim"), progress)
+}
+
+async fn snapshot(database: &Database) -> String {
+    progress::snapshot(&database.client)
+        .await
+        .expect("a snapshot")
+}
+
+#[tokio::test]
+async fn a_change_that_was_computed_from_what_is_not_stored_any_more_changes_nothing() {
+    // GIVEN a process that has claimed the row, and knows it
+    let database = Database::create("cas").await;
+    database.init(&[], &[]).await;
+    let client = &database.client;
+    let (ours, mut known) = claim(&database, "we").await;
+    progress::closed(client, &ours, &mut known)
+        .await
+        .expect("no gap is left");
+    let upto = snapshot(&database).await;
+
+    // WHEN another one claims it, or makes the slot anew, or a person edits it
+    let others: [&str; 4] = [
+        "session = 'they'",
+        "scan_before = '7:7:', scan_upto = NULL, scan_position = NULL",
+        "scan_upto = pg_current_snapshot(), scan_position = NULL",
+        "delivered = '9:9:'",
+    ];
+    let slot = &database.slot;
+    for change in others {
+        let saved = format!(
+            "DROP TABLE IF EXISTS saved; CREATE TABLE saved AS TABLE walpost.progress; UPDATE walpost.progress SET {change} WHERE slot = '{slot}'"
+        );
+        database.sql(&saved).await;
+        let now = stored(&database).await;
+
+        // THEN none of our statements changes it, and each says so
+        let mut from = known.clone();
+        let noted = progress::delivered(client, &ours, &mut from, &upto, Some("[]")).await;
+        let looked = progress::look(client, &ours, &mut from.clone(), &upto).await;
+        let closed = progress::closed(client, &ours, &mut from.clone()).await;
+        let scanned = progress::scanned(client, &ours, &from).await;
+        for written in [noted, looked, closed, scanned] {
+            let error = written.expect_err(change);
+            assert!(progress::is_changed(&error), "{}", error.report());
+            assert!(error.is_temporary(), "{}", error.report());
+        }
+        let claimed = progress::claim(client, slot, &known, "we", 1).await;
+        assert!(claimed.is_err(), "{change}");
+        assert_eq!(stored(&database).await, now, "{change}");
+        assert_eq!(from, known, "{change}");
+        database.sql("UPDATE walpost.progress p SET session = s.session, delivered = s.delivered, scan_before = s.scan_before,
+                          scan_upto = s.scan_upto, scan_position = s.scan_position FROM saved s WHERE s.slot = p.slot").await;
+    }
+
+    // AND what it knows it may change
+    progress::delivered(client, &ours, &mut known, &upto, Some("[\"a\"]"))
+        .await
+        .expect("it is ours");
+    let now = stored(&database).await;
+    assert_eq!(
+        (now.delivered, now.scan_upto, now.tables),
+        (Some(upto), None, Some("[\"a\"]".to_owned()))
+    );
+}
+
+#[tokio::test]
+async fn what_a_stop_left_is_read_once_and_a_stop_of_an_earlier_claim_is_refused() {
+    let database = Database::create("cas").await;
+    database.init(&[], &[]).await;
+    let client = &database.client;
+    // GIVEN a process that stopped in good order
+    let (first, _) = claim(&database, "first").await;
+    progress::stopped(client, &first, Lsn::new(77), Some("{\"t\": 1}"))
+        .await
+        .expect("it is its");
+
+    // WHEN the next one claims the row THEN it is told, and the row says nothing any more
+    let (_second, known) = claim(&database, "second").await;
+    assert_eq!(
+        (known.confirmed, known.streamed.as_deref()),
+        (Some(Lsn::new(77)), Some("{\"t\": 1}"))
+    );
+    let now = stored(&database).await;
+    assert_eq!(
+        (now.confirmed, now.streamed, now.timeline),
+        (None, None, Some(1))
+    );
+
+    // AND the first one cannot stop again
+    assert!(
+        progress::stopped(client, &first, Lsn::new(99), None)
+            .await
+            .is_err()
+    );
+    assert!(progress::reread(client, &first).await.is_err());
+}
+
+#[tokio::test]
+async fn a_table_of_an_earlier_version_is_refused_until_init_has_brought_it_up_to_date() {
+    // GIVEN an installation of an earlier version
+    let database = Database::create("older").await;
+    database.init(&[], &[]).await;
+    database
+        .sql("ALTER TABLE walpost.progress DROP COLUMN timeline, DROP COLUMN tables, DROP COLUMN streamed")
+        .await;
+
+    // WHEN the new version runs THEN it says what to do
+    let (code, said) = database.walpost(&["run"], &[]).run(DEADLINE).await;
+    assert_eq!(code, 69, "{said}");
+    assert!(said.contains("walpost init"), "{said}");
+
+    // AND that is enough
+    let (code, said) = database.walpost(&["init"], &[]).run(DEADLINE).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(
+        said.contains("brought up to date table walpost.progress"),
+        "{said}"
+    );
+    let walpost = database.start(&[NOTED_SOON]).await;
+    insert(&database.client, "row").await;
+    wait_all_sent(&database).await;
+    walpost.stop().await;
+}
