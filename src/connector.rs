@@ -53,11 +53,12 @@ use crate::pipe::Pipe;
 use crate::postgres::{self, ReplicationStream, SystemIdentity};
 use crate::pulsar::Flush;
 use crate::retry::Backoff;
-use crate::scanner::delivered::Keeper;
+use crate::scanner::delivered::{Carried, Handover, Keeper};
 use crate::scanner::modes::Modes;
 use crate::scanner::poll;
 use crate::scanner::progress::{self, Claim};
 use crate::scanner::recovery::{self, Session};
+use crate::scanner::streamed::StreamedRuns;
 use crate::{Error, Result};
 pub(crate) use publishing::{diversion, publisher_config, routing};
 use pump::{Stopped, pump};
@@ -94,6 +95,8 @@ pub async fn run(
         session,
         scanner: None,
         claimed: None,
+        keeper: None,
+        carried: None,
         modes: Modes::default(),
     };
     let mut backoff = Backoff::new(
@@ -108,6 +111,7 @@ pub async fn run(
                 backoff.reset();
                 match connector.stream(stream, shutdown.as_mut()).await? {
                     Ended::Shutdown => return Ok(()),
+                    Ended::Missing => continue,
                     Ended::NeedsText => {
                         connector.binary = false;
                         continue;
@@ -164,6 +168,8 @@ enum Ended {
     Shutdown,
     /// The stream must be started again with values as text.
     NeedsText,
+    /// Rows that the stream left out are to be published before it goes on.
+    Missing,
     /// Postgres went away.
     Lost(Error),
 }
@@ -180,8 +186,12 @@ struct Connector {
     session: Session,
     /// The session that holds the lock on the slot, while there is a stream and a `walpost.progress`.
     scanner: Option<Client>,
-    /// The right to change the slot's row in `walpost.progress`, and that row as the stream began with it.
-    claimed: Option<(Claim, progress::Progress)>,
+    /// The right to change the slot's row in `walpost.progress`.
+    claimed: Option<Claim>,
+    /// Notes what is delivered; beside a pipe, while there is a `walpost.progress`.
+    keeper: Option<Keeper>,
+    /// What the keeper before left, for the next one on the same log.
+    carried: Option<(SystemIdentity, Carried)>,
     /// What works on the tables beside the stream.
     modes: Modes,
 }
@@ -189,7 +199,7 @@ struct Connector {
 impl Connector {
     /// What is in the air is not ours to wait for any more.
     fn drop_pipe(&mut self) {
-        self.pipe = None;
+        (self.pipe, self.keeper) = (None, None);
         self.meter.set_in_flight((0, 0), 0);
     }
 
@@ -249,21 +259,18 @@ impl Connector {
         mut shutdown: Shutdown<'_, F>,
     ) -> Result<Ended> {
         let grace = self.config.shutdown_grace;
-        let keeper = self.claimed.clone().map(|(claim, stored)| {
-            let postgres = self.config.postgres.clone();
-            let interval = self.config.scan_interval;
-            Keeper::start(postgres, claim, stored, interval, self.progress.subscribe())
-        });
         let mut feedback = Feedback::new(self.config.status_interval, self.progress.clone());
+        let mut keeper = self.keeper.take();
         let ended = pump(
             self.pipe(),
             &mut stream,
             &mut feedback,
+            keeper.as_mut(),
             grace / 2,
             shutdown.as_mut(),
         )
         .await;
-        drop(keeper);
+        self.keeper = keeper;
         // A stream that ended before its first status update has told nothing: what the one before told still holds.
         self.session.told = feedback.told().or(self.session.told);
         self.pipe().streaming(false);
@@ -275,6 +282,7 @@ impl Connector {
                 self.note_stop().await;
                 Ok(Ended::Shutdown)
             }
+            Ok(Stopped::Missing) => self.end_for_missing(stream, feedback, shutdown).await,
             Ok(Stopped::NeedsText) => {
                 // The server may close on us meanwhile, which changes nothing.
                 let _lost = stream.close().await;
@@ -283,21 +291,76 @@ impl Connector {
             Err(error) if error.is_temporary() => Ok(Ended::Lost(error)),
             Err(error) => {
                 // Nothing passes the event that cannot be published, and what is before it is confirmed.
-                if let Err(incomplete) = self.stop(stream, feedback, Instant::now() + grace).await {
-                    warn!("{}", incomplete.report());
+                match self.stop(stream, feedback, Instant::now() + grace).await {
+                    Ok(()) => self.note_stop().await,
+                    Err(incomplete) => warn!("{}", incomplete.report()),
                 }
                 Err(error)
             }
         }
     }
 
-    /// Notes what the slot was told last, so that the next start can tell whether it still is the same slot.
+    /// Rows that the stream left out were found. It ends when everything that it brought has its receipt and is confirmed, so that it
+    /// brings nothing twice; opening again publishes them.
+    async fn end_for_missing<F: Future<Output = ()>>(
+        &mut self,
+        mut stream: ReplicationStream,
+        mut feedback: Feedback,
+        mut shutdown: Shutdown<'_, F>,
+    ) -> Result<Ended> {
+        info!("the stream ends, so that rows it left out can be published from the table");
+        let grace = self.config.shutdown_grace;
+        let pipe = self.pipe();
+        while pipe.unfinished() > 0 {
+            pipe.publisher().flush(Flush::All);
+            tokio::select! {
+                biased;
+                () = shutdown.as_mut() => {
+                    self.stop(stream, feedback, Instant::now() + grace).await?;
+                    self.note_stop().await;
+                    return Ok(Ended::Shutdown);
+                }
+                event = pipe.next_event() => pipe.event(event)?,
+                () = sleep_until(feedback.next) => {
+                    feedback.tell(pipe, &mut stream);
+                    pipe.publisher().tick(Instant::now());
+                    if let Err(error) = stream.flush().await {
+                        return Ok(Ended::Lost(error));
+                    }
+                }
+            }
+        }
+        feedback.tell(pipe, &mut stream);
+        self.session.told = feedback.told().or(self.session.told);
+        if let Err(error) = stream.close().await {
+            warn!("{}", error.report());
+        }
+        self.carried = self.end_keeper().await;
+        self.drop_pipe();
+        Ok(Ended::Missing)
+    }
+
+    /// Ends the task that notes what is delivered, and keeps what the stream brought since then.
+    async fn end_keeper(&mut self) -> Option<(SystemIdentity, Carried)> {
+        let (identity, pipe) = self.pipe.as_mut()?;
+        let keeper = self.keeper.take()?;
+        // Rows of a transaction that was cut are counted, and the next stream brings them again.
+        let is_whole = !pipe.is_in_transaction();
+        let finishing = keeper.finish(handover(pipe));
+        let carried = timeout(GOODBYE, finishing).await.ok()?;
+        is_whole.then(|| (identity.clone(), carried))
+    }
+
+    /// Notes what the slot was told last, so that the next start can tell whether it still is the same slot, and what the stream brought
+    /// since the last note.
     async fn note_stop(&mut self) {
-        let (Some(client), Some((claim, _))) = (self.scanner.take(), self.claimed.take()) else {
+        let carried = self.end_keeper().await;
+        let (Some(client), Some(claim)) = (self.scanner.take(), self.claimed.take()) else {
             return;
         };
         let confirmed = self.pipe().flush_lsn();
-        let noting = progress::stopped(&client, &claim, confirmed, None);
+        let streamed = carried.and_then(|(_, carried)| carried.to_json(&self.config.outbox_tables));
+        let noting = progress::stopped(&client, &claim, confirmed, streamed.as_deref());
         if let Ok(Err(error)) = timeout(GOODBYE, noting).await {
             warn!("{}", error.report());
         }
@@ -350,6 +413,18 @@ impl Connector {
             None if missing > 0 => Err(unfinished(missing)),
             None => Ok(()),
         }
+    }
+}
+
+/// What the pipe has to say to the task that notes what is delivered.
+fn handover(pipe: &mut Pipe) -> Handover {
+    let rows = pipe.streamed().map(StreamedRuns::take);
+    let counters = pipe.counters();
+    Handover {
+        rows: rows.unwrap_or_default(),
+        // After the rows: see the keeper.
+        confirmed: pipe.flush_lsn(),
+        done: counters.acknowledged + counters.stragglers,
     }
 }
 

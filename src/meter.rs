@@ -186,6 +186,8 @@ pub struct Meter {
     unfinished: AtomicU64,
     lost_postgres: AtomicU64,
     lost_pulsar: AtomicU64,
+    reconciled: AtomicU64,
+    short_rounds: AtomicU64,
     scanning: AtomicBool,
     scan_table: AtomicU64,
     scan_published: AtomicU64,
@@ -225,6 +227,8 @@ impl Meter {
             unfinished: zero(),
             lost_postgres: zero(),
             lost_pulsar: zero(),
+            reconciled: zero(),
+            short_rounds: zero(),
             scanning: AtomicBool::new(false),
             scan_table: zero(),
             scan_published: zero(),
@@ -331,6 +335,16 @@ impl Meter {
         self.scanning.store(true, Relaxed);
     }
 
+    /// So many rows that the stream left out were published from the table, or stored as stragglers.
+    pub fn reconciled(&self, rows: u64) {
+        self.reconciled.fetch_add(rows, Relaxed);
+    }
+
+    /// So many comparisons in a row found rows that the stream left out.
+    pub fn set_short_rounds(&self, rounds: u32) {
+        self.short_rounds.store(u64::from(rounds), Relaxed);
+    }
+
     /// No scan is at work any more.
     pub fn end_scan(&self) {
         self.scanning.store(false, Relaxed);
@@ -427,6 +441,16 @@ impl Meter {
     /// How often a connection of this side was lost.
     pub fn times_lost(&self, side: Side) -> u64 {
         self.of_side(side).load(Relaxed)
+    }
+
+    /// Rows that the stream left out and that came from the table.
+    pub fn all_reconciled(&self) -> u64 {
+        self.reconciled.load(Relaxed)
+    }
+
+    /// Comparisons in a row that found such rows.
+    pub fn short_rounds(&self) -> u64 {
+        self.short_rounds.load(Relaxed)
     }
 
     /// How far the scan is, if one is at work.

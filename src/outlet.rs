@@ -60,6 +60,15 @@ pub enum Event {
     Stragglers(Report),
 }
 
+/// What became of a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Taken {
+    /// False for a row that is in its topic already.
+    pub is_new: bool,
+    /// Its `txid`, where it has one.
+    pub txid: Option<u64>,
+}
+
 /// What went through.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
@@ -160,7 +169,7 @@ impl Outlet {
         self.publisher.in_flight().0 + waiting
     }
 
-    /// Takes a row of the open transaction; false when `is_known` says of its id that it is in its topic already.
+    /// Takes a row of the open transaction, unless `is_known` says of its id that it is in its topic already.
     ///
     /// # Errors
     /// Refused for a row that can be neither published nor stored.
@@ -170,7 +179,7 @@ impl Outlet {
         tuple: &Tuple<'_>,
         origin: Origin,
         is_known: impl FnOnce(&str) -> bool,
-    ) -> Result<bool> {
+    ) -> Result<Taken> {
         let event = extractor.extract(tuple, &mut self.scratch);
         let routed = event.and_then(|event| {
             let topic = extractor.topic(tuple, &event)?;
@@ -180,15 +189,20 @@ impl Outlet {
             Ok(routed) => routed,
             Err(error) => {
                 let salvaged = extractor.salvage(tuple);
-                if salvaged.id.as_deref().is_some_and(is_known) {
-                    return Ok(false);
+                let txid = extractor.txid(tuple);
+                let is_new = !salvaged.id.as_deref().is_some_and(is_known);
+                if is_new {
+                    self.unusable(error, salvaged, origin)?;
                 }
-                self.unusable(error, salvaged, origin)?;
-                return Ok(true);
+                return Ok(Taken { is_new, txid });
             }
         };
+        let txid = event.txid;
         if is_known(event.id) {
-            return Ok(false);
+            return Ok(Taken {
+                is_new: false,
+                txid,
+            });
         }
         let outgoing = Outgoing {
             key: event.aggregateid,
@@ -214,7 +228,7 @@ impl Outlet {
         self.tracker.track();
         self.counts.events += 1;
         self.hand_on_diverted();
-        Ok(true)
+        Ok(Taken { is_new: true, txid })
     }
 
     /// Takes a row that was read by SQL, as a transaction of its own at `position`.

@@ -45,6 +45,7 @@ use crate::pgoutput::{self, Message, RelationCache, Tuple};
 use crate::postgres::{Frame, TableName};
 use crate::pulsar::{Publisher, RowTag};
 use crate::scanner::straggler::Stragglers;
+use crate::scanner::streamed::StreamedRuns;
 use crate::{Error, Lsn, Result};
 
 /// What passed through, since the start of the process.
@@ -177,6 +178,8 @@ pub struct Pipe {
     /// Table OID and id of rows that the gap scan published and that the stream may bring as well: a handful, and only while
     /// a slot is new.
     scanned: HashSet<(u32, String)>,
+    /// The rows that this pipe has taken, by table and `txid`, until they are handed on; `None`: nobody counts them.
+    streamed: Option<StreamedRuns>,
     /// Commit time of the last transaction that began, and when the last message was sent: microseconds by the server's
     /// clock.
     times_us: (i64, i64),
@@ -215,6 +218,7 @@ impl Pipe {
             stream: Stream::Between,
             received_whole: Lsn::ZERO,
             scanned: HashSet::new(),
+            streamed: None,
             times_us: (0, 0),
             received: confirmed,
             keepalive_wal_end: Lsn::ZERO,
@@ -240,6 +244,16 @@ impl Pipe {
         self.scanned = rows.into_iter().collect();
     }
 
+    /// From now on the rows that are taken are counted, for [`Pipe::streamed`].
+    pub fn count_streamed(&mut self) {
+        self.streamed = Some(StreamedRuns::default());
+    }
+
+    /// The rows taken since they were last handed on, where they are counted.
+    pub fn streamed(&mut self) -> Option<&mut StreamedRuns> {
+        self.streamed.as_mut()
+    }
+
     /// The publisher, to wait on.
     pub fn publisher(&mut self) -> &mut Publisher {
         self.outlet.publisher()
@@ -247,7 +261,8 @@ impl Pipe {
 
     /// True while another frame may be taken.
     pub fn has_room(&self) -> bool {
-        self.outlet.has_room()
+        let streamed = self.streamed.as_ref();
+        self.outlet.has_room() && streamed.is_none_or(|runs| runs.len() < StreamedRuns::FULL)
     }
 
     /// Events without receipt, and not stored as stragglers either.
@@ -537,8 +552,12 @@ impl Pipe {
         let scanned = &mut self.scanned;
         let is_scanned =
             |id: &str| !scanned.is_empty() && scanned.remove(&(relation_id, id.to_owned()));
-        if !self.outlet.take(extractor, tuple, origin, is_scanned)? {
+        let taken = self.outlet.take(extractor, tuple, origin, is_scanned)?;
+        if !taken.is_new {
             self.suppressed += 1;
+        }
+        if let (Some(streamed), Some(txid)) = (&mut self.streamed, taken.txid) {
+            streamed.add(*table, txid);
         }
         Ok(Format::Fits)
     }

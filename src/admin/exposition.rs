@@ -74,6 +74,11 @@ fn events(page: &mut Page, meter: &Meter) {
         counters.stragglers,
     );
     page.counter(
+        "walpost_reconciled_events_total",
+        "Rows that the stream left out and that were published from the table, or stored as stragglers.",
+        meter.all_reconciled(),
+    );
+    page.counter(
         "walpost_duplicates_suppressed_total",
         "Repeats that reached no topic: rows that Postgres sent again, messages that the broker's deduplication knew.",
         meter.duplicates_suppressed(),

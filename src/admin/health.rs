@@ -9,6 +9,8 @@
 //! * the log has grown and for [`SILENCE`] the walsender has brought nothing new of it, not even in a keepalive: not ready.
 //!   That also holds while intake is paused, say by too many stragglers, and while one huge transaction of somebody else's is
 //!   decoded: nothing is delivered meanwhile, whatever the cause;
+//! * two comparisons of the tables with the stream in a row found rows that the stream left out: not ready. They were published from the
+//!   table, but something keeps them out of the stream;
 //! * it is stopping: not ready.
 //!
 //! **A standby is ready**: it waits for the slot and can take over, which is all that is asked of it. Were it not, a rolling
@@ -33,6 +35,9 @@ pub(super) const SILENCE: Duration = Duration::from_secs(60);
 /// Thirty beats.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(30);
 
+/// Comparisons in a row with missing rows: one may be a publication that was changed and mended, two are a state.
+const SHORT_ROUNDS: u64 = 2;
+
 /// One reading.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reading {
@@ -46,6 +51,8 @@ pub(super) struct Reading {
     pub(super) received: Lsn,
     /// Where the log ends, if Postgres said so lately.
     pub(super) log_end: Option<Lsn>,
+    /// Comparisons in a row that found rows which the stream left out.
+    pub(super) short_rounds: u64,
 }
 
 /// The answer of `/readyz`.
@@ -119,6 +126,11 @@ impl Health {
                 now.received,
                 since(self.heard_at).as_secs()
             )),
+            _ if now.short_rounds >= SHORT_ROUNDS => not(format!(
+                "the stream left out rows in {} comparisons in a row (they are published from the table): look at the publication's \
+                 tables, row filters and publish_via_partition_root (walpost check)",
+                now.short_rounds
+            )),
             phase => yes(phase.name()),
         }
     }
@@ -166,6 +178,7 @@ mod tests {
                 unfinished: 0,
                 received: Lsn::new(100),
                 log_end: Some(Lsn::new(100)),
+                short_rounds: 0,
             };
             Self {
                 health: Health::default(),
@@ -230,6 +243,18 @@ mod tests {
         assert!(!clock.seconds(2, |_| {}).ready);
         assert!(clock.seconds(1, |now| now.phase = Phase::Standby).ready);
         assert!(!clock.seconds(1, |now| now.phase = Phase::Stopping).ready);
+    }
+
+    #[test]
+    fn rows_that_the_stream_leaves_out_twice_in_a_row_are_not_ready() {
+        let mut clock = Clock::new(Phase::Streaming);
+        assert!(clock.seconds(5, |now| now.short_rounds = 1).ready);
+        let said = clock.seconds(1, |now| now.short_rounds = 2);
+        assert!(
+            !said.ready && said.reason.contains("publication"),
+            "{said:?}"
+        );
+        assert!(clock.seconds(1, |now| now.short_rounds = 0).ready);
     }
 
     #[test]

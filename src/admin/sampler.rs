@@ -116,6 +116,7 @@ fn reading(meter: &Meter, fresh: Option<&Observed>) -> Reading {
         unfinished: meter.unfinished(),
         received: meter.received(),
         log_end: fresh.map(|seen| seen.log_end),
+        short_rounds: meter.short_rounds(),
     }
 }
 

@@ -58,6 +58,7 @@ pub(super) fn status(context: &Context, seen: Option<&Observed>, view: &View) ->
             "skipped": counters.skipped,
             "refused": counters.refused,
             "stragglers_stored": counters.stragglers,
+            "reconciled": meter.all_reconciled(),
             "duplicates_suppressed": meter.duplicates_suppressed(),
             "reconnects_postgres": meter.times_lost(Side::Postgres),
             "reconnects_pulsar": meter.times_lost(Side::Pulsar),

@@ -87,6 +87,8 @@ pub struct Config {
     pub mode: Mode,
     /// Time between two notes of what is delivered.
     pub scan_interval: Duration,
+    /// `WALPOST_RECONCILE`: rows that the stream left out are looked for.
+    pub reconcile: bool,
     /// What a lost slot leads to.
     pub slot_lost: SlotLost,
     /// How long a topic may have trouble that may pass before its events become stragglers; and the age at which a row that
@@ -183,6 +185,7 @@ fn read(reader: &mut Reader<'_>, env: Lookup<'_>) -> Option<Config> {
     let status_interval = reader.duration(&s::STATUS_INTERVAL);
     let mode = reader.text(&s::MODE, Mode::parse);
     let scan_interval = reader.duration(&s::SCAN_INTERVAL);
+    let reconcile = reader.text(&s::RECONCILE, |text| either(text, "on", "off"));
     let slot_lost = reader.text(&s::SLOT_LOST, SlotLost::parse);
     let straggler_age = reader.duration(&s::STRAGGLER_AGE);
     let straggler_limit = reader.count(&s::STRAGGLER_LIMIT);
@@ -251,6 +254,7 @@ fn read(reader: &mut Reader<'_>, env: Lookup<'_>) -> Option<Config> {
         status_interval: status_interval?,
         mode: mode?,
         scan_interval: scan_interval?,
+        reconcile: reconcile?,
         slot_lost: slot_lost?,
         straggler_age: straggler_age?,
         straggler_limit: straggler_limit?,

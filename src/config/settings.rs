@@ -374,6 +374,11 @@ settings! {
         "how often it is noted in walpost.progress what is delivered, while events pass; how often poll mode looks, and rows that \
          were never marked or are past their retention are looked for",
     );
+    RECONCILE = Setting::new(
+        "WALPOST_RECONCILE", Value("on"), Kind::Text("on or off"),
+        "compare each table with what the stream brought, every WALPOST_SCAN_INTERVAL in which something happened, and publish rows that \
+         it left out; needs the columns txid and seq",
+    );
     SLOT_LOST = Setting::new(
         "WALPOST_SLOT_LOST", Value("recover"), Kind::Text("recover or fail"),
         "what to do when the slot is lost, gone or not the one that walpost left: make it anew and publish the rows in \

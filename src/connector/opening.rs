@@ -5,6 +5,7 @@
 //! a pipe; the stream begins, and only then is the end of the log asked for and the stragglers of others known.
 
 use std::future::Future;
+use std::sync::Arc;
 
 use tokio_postgres::Client;
 use tracing::{info, warn};
@@ -18,11 +19,14 @@ use crate::postgres::{
     self, ReplicationConnection, ReplicationStream, StreamOptions, SystemIdentity, slot,
 };
 use crate::pulsar::{Publisher, PublisherConfig};
+use crate::scanner::delivered::{Carried, Keeper, Start};
 use crate::scanner::gap::{self, Gap};
 use crate::scanner::modes;
 use crate::scanner::outbox::OutboxTable;
+use crate::scanner::progress::{self, Progress, Snapshot};
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
+use crate::scanner::streamed::StreamedRows;
 use crate::scanner::unmarked::Way;
 use crate::{Error, Lsn, Result};
 
@@ -72,7 +76,17 @@ impl Connector {
             // What was in the air is in the gap, or the slot sends it again, or another instance has published it.
             self.drop_pipe();
             self.session.told = None;
+            self.carried = None;
         }
+        // Kept until the keeper has it: closing the gap may take several tries.
+        let carried = self.carried.clone();
+        let carried = carried.filter(|(known, _)| same_log(known, &identity));
+        let mut confirmed = confirmed;
+        if carried.is_some() {
+            // The walsender may not have taken the last status update yet.
+            confirmed = confirmed.max(self.session.told.unwrap_or_default());
+        }
+        let mut carried = carried.map(|(_, carried)| carried);
         if !self.has_pipe_of(&identity)? {
             if self.pipe.is_some() {
                 warn!(
@@ -91,6 +105,9 @@ impl Connector {
             };
             let stragglers = started?;
             settings.diversion = diversion(&config, stragglers.as_ref());
+            if let Some(prepared) = &prepared {
+                carried = carried.or_else(|| self.left_by_the_last(&prepared.progress, confirmed));
+            }
             let closing = self.close_gap(&client, &settings, prepared.as_mut(), stragglers);
             let (scanned, stragglers) = tokio::select! {
                 biased;
@@ -107,6 +124,12 @@ impl Connector {
             let mut pipe = Pipe::new(routing(&self.config), publisher, stragglers, confirmed);
             pipe.skip_scanned(scanned);
             self.pipe = Some((identity, pipe));
+        }
+        if let Some(prepared) = &prepared
+            && self.keeper.is_none()
+        {
+            let began = progress::snapshot(&client).await?;
+            self.keep(prepared, began, carried);
         }
         let binary = self.binary;
         let pipe = self.pipe();
@@ -131,8 +154,48 @@ impl Connector {
         self.meter.set_phase(Phase::Streaming);
         info!(slot = self.config.slot, from = %start, "streaming");
         self.scanner = Some(client);
-        self.claimed = prepared.map(|prepared| (prepared.claim, prepared.progress));
+        self.claimed = prepared.map(|prepared| prepared.claim);
         Ok(Some(stream))
+    }
+
+    /// What the stream brought since the delivered snapshot, where that is known before it begins: a gap between the delivered
+    /// snapshot and a later one is about to be closed, behind which nothing was streamed; or the last process stopped in good order
+    /// and the slot stands where it left it.
+    fn left_by_the_last(&self, progress: &Progress, confirmed: Lsn) -> Option<Carried> {
+        let tables = &self.config.outbox_tables;
+        if progress.gap().is_some() {
+            let nothing = vec![StreamedRows::default(); tables.len()];
+            return progress.position.missing.is_none().then_some(Carried {
+                streamed: Some(nothing),
+                ..Carried::default()
+            });
+        }
+        let streamed = progress.streamed.as_ref()?;
+        (progress.confirmed == Some(confirmed))
+            .then(|| Carried::from_json(streamed, tables))
+            .flatten()
+    }
+
+    /// Starts the task that notes what is delivered, beside the pipe.
+    fn keep(&mut self, prepared: &Prepared, began: Snapshot, carried: Option<Carried>) {
+        let config = &self.config;
+        let start = Start {
+            postgres: config.postgres.clone(),
+            claim: prepared.claim.clone(),
+            interval: config.scan_interval,
+            compares: config.reconcile,
+            tables: config.outbox_tables.clone(),
+            publication: config.publication.clone(),
+            progress: prepared.progress.clone(),
+            began,
+            carried: carried.unwrap_or_default(),
+            meter: Arc::clone(&self.meter),
+        };
+        self.keeper = Some(Keeper::start(start));
+        self.carried = None;
+        if self.config.reconcile {
+            self.pipe().count_streamed();
+        }
     }
 
     /// Whether there is a pipe, and it is of this server's log.
@@ -143,7 +206,7 @@ impl Connector {
         let Some((known, pipe)) = &self.pipe else {
             return Ok(false);
         };
-        if (known.system_id, known.timeline) != (identity.system_id, identity.timeline) {
+        if !same_log(known, identity) {
             return Ok(false);
         }
         if identity.xlogpos < pipe.received() {
@@ -209,6 +272,11 @@ impl Connector {
         }
         Ok((scanned, stragglers))
     }
+}
+
+/// Whether positions of the one mean the same on the other.
+fn same_log(one: &SystemIdentity, other: &SystemIdentity) -> bool {
+    (one.system_id, one.timeline) == (other.system_id, other.timeline)
 }
 
 /// What a look at Postgres gave.

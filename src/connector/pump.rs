@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use super::{Shutdown, TICK_INTERVAL};
+use super::{Shutdown, TICK_INTERVAL, handover};
 use crate::Result;
 use crate::feedback::Feedback;
 use crate::gulp::{self, Gulp};
 use crate::pipe::{Format, Pipe};
 use crate::postgres::ReplicationStream;
 use crate::pulsar::Flush;
+use crate::scanner::delivered::{Keeper, Verdict};
+use crate::scanner::streamed::StreamedRuns;
 
 /// Why the pump stopped without an error.
 pub(super) enum Stopped {
@@ -20,6 +22,8 @@ pub(super) enum Stopped {
         told_at: Instant,
     },
     NeedsText,
+    /// Rows that the stream left out were found; between two transactions.
+    Missing,
 }
 
 /// The loop between the two sides. Told to stop, it goes on for at most `finish_transaction`.
@@ -30,6 +34,7 @@ pub(super) async fn pump<F: Future<Output = ()>>(
     pipe: &mut Pipe,
     stream: &mut ReplicationStream,
     feedback: &mut Feedback,
+    mut keeper: Option<&mut Keeper>,
     finish_transaction: Duration,
     mut shutdown: Shutdown<'_, F>,
 ) -> Result<Stopped> {
@@ -37,6 +42,8 @@ pub(super) async fn pump<F: Future<Output = ()>>(
     let mut tick_at = Instant::now() + TICK_INTERVAL;
     // Set when told to stop: the transaction that is arriving is taken to its end, so that no row of it comes again.
     let mut told_at: Option<Instant> = None;
+    // Set when the keeper found rows that the stream left out. That transaction is taken to its end as well.
+    let mut is_missing = keeper.as_ref().is_some_and(|keeper| keeper.found_missing());
     loop {
         // All that can be done without waiting: receipts first, they make room.
         while let Some(event) = pipe.try_next_event() {
@@ -47,6 +54,9 @@ pub(super) async fn pump<F: Future<Output = ()>>(
         while pipe.has_room() {
             if let Some(told_at) = told_at.filter(|_| !pipe.is_in_transaction()) {
                 return Ok(Stopped::Shutdown { told_at });
+            }
+            if is_missing && !pipe.is_in_transaction() {
+                return Ok(Stopped::Missing);
             }
             let Some(frame) = stream.next_frame()? else {
                 taken = true;
@@ -69,8 +79,17 @@ pub(super) async fn pump<F: Future<Output = ()>>(
         pipe.publisher().flush(due);
         let now = Instant::now();
         feedback.progress(pipe, now);
-        if feedback.is_due(now) {
+        let is_due = feedback.is_due(now);
+        if is_due {
             feedback.tell(pipe, stream);
+        }
+        if let Some(keeper) = keeper.as_deref()
+            && (is_due
+                || pipe
+                    .streamed()
+                    .is_some_and(|rows| rows.len() >= StreamedRuns::MANY))
+        {
+            keeper.hand_over(|| handover(pipe));
         }
         if now >= tick_at {
             pipe.publisher().tick(now);
@@ -84,6 +103,9 @@ pub(super) async fn pump<F: Future<Output = ()>>(
         {
             return Ok(Stopped::Shutdown { told_at });
         }
+        if is_missing && !pipe.is_in_transaction() {
+            return Ok(Stopped::Missing);
+        }
 
         let unsent = stream.has_unsent_status();
         let flush_at = pipe.publisher().next_flush();
@@ -93,17 +115,30 @@ pub(super) async fn pump<F: Future<Output = ()>>(
             () = shutdown.as_mut(), if told_at.is_none() => told_at = Some(Instant::now()),
             // 2. Receipts make room and move the confirmed LSN.
             event = pipe.next_event() => pipe.event(event)?,
-            // 3. Status updates, also while intake is paused: without them the server would close the connection.
+            // 3. Something is wrong with what the stream brings.
+            verdict = verdict(keeper.as_deref_mut()), if !is_missing => match verdict {
+                Verdict::Missing => is_missing = true,
+                Verdict::Failed(error) => return Err(error),
+            },
+            // 4. Status updates, also while intake is paused: without them the server would close the connection.
             () = sleep_until(feedback.next.min(tick_at).min(stop_by.unwrap_or(tick_at))) => {}
-            // 4. A batch has waited long enough.
+            // 5. A batch has waited long enough.
             () = sleep_until(flush_at.unwrap_or(now)), if flush_at.is_some() => {}
-            // 5. The log, while there is room for it and under backlog in gulps; else only the status that is queued.
+            // 6. The log, while there is room for it and under backlog in gulps; else only the status that is queued.
             filled = intake(&mut gulp, stream, taken), if taken || unsent => {
                 if let Some(bytes) = filled? {
                     gulp.took(bytes, stream.is_full())?;
                 }
             }
         }
+    }
+}
+
+/// What the keeper found; nothing for ever where there is none.
+async fn verdict(keeper: Option<&mut Keeper>) -> Verdict {
+    match keeper {
+        Some(keeper) => keeper.verdict().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -57,6 +57,8 @@ pub struct OutboxEvent<'a> {
     /// When it happened: milliseconds since 1970 UTC, rounded down. 0, which Pulsar takes for "not set", without such a
     /// column, where it is NULL, or before 1970.
     pub event_time_ms: u64,
+    /// The row's `txid` column: the transaction that inserted it. `None` without such a column of type `xid8`, or where it is NULL.
+    pub txid: Option<u64>,
 }
 
 impl<'a> OutboxEvent<'a> {

@@ -11,19 +11,26 @@ use super::router::{Culprit, Router};
 use super::topic::TopicTemplate;
 use super::value::{self, Bytes, Piece, binary_safe};
 use super::{headers, time::Instant};
-use crate::pgoutput::types::{self, BPCHAR, JSON, JSONB, TEXT, TIMESTAMP, TIMESTAMPTZ, VARCHAR};
+use crate::pgoutput::types::{
+    self, BPCHAR, JSON, JSONB, TEXT, TIMESTAMP, TIMESTAMPTZ, VARCHAR, XID8,
+};
 use crate::pgoutput::{Column, Relation, RelationColumn, Tuple};
 use crate::{Error, Result};
 
 /// The slot of a role whose column the table does not have: always NULL.
 const ABSENT: usize = Role::ALL.len();
+/// The slot of the column `txid`, unless it has a role as well.
+const TXID_SLOT: u8 = 10;
+const _: () = assert!(TXID_SLOT as usize == ABSENT + 1);
+/// The column with the id of the inserting transaction, of type `xid8`.
+const TXID: &str = "txid";
 /// In [`Extractor::plan`]: nobody reads this column.
 const UNREAD: u8 = u8::MAX;
 /// Characters of a row's id in an error.
 const ID_SHOWN_CHARS: usize = 100;
 
-/// The values of the columns that have a role, by slot; the last one is [`ABSENT`].
-pub(super) type Slots<'a> = [Column<'a>; ABSENT + 1];
+/// The values of the columns that have a role, by slot; the last two are [`ABSENT`] and [`TXID_SLOT`].
+pub(super) type Slots<'a> = [Column<'a>; ABSENT + 2];
 
 /// Reads the rows of one outbox table.
 #[derive(Clone, Debug)]
@@ -35,6 +42,8 @@ pub struct Extractor {
     plan: Vec<u8>,
     /// For each role: the slot its value is in, and its type.
     roles: [RoleColumn; Role::ALL.len()],
+    /// Where the row's `txid` is; [`ABSENT`] in a table that has none.
+    txid_slot: usize,
     columns: Columns,
     router: Router,
 }
@@ -80,6 +89,15 @@ impl Extractor {
                 type_oid: column.type_oid,
             };
         }
+        let mut txid_slot = ABSENT;
+        for (place, column) in plan.iter_mut().zip(&relation.columns) {
+            if column.name == TXID && column.type_oid == XID8 {
+                if *place == UNREAD {
+                    *place = TXID_SLOT;
+                }
+                txid_slot = usize::from(*place);
+            }
+        }
         while plan.pop_if(|slot| *slot == UNREAD).is_some() {}
         let router = Router::new(relation, columns, template)?;
         Ok(Self {
@@ -88,6 +106,7 @@ impl Extractor {
             column_names: relation.columns.iter().map(|c| c.name.clone()).collect(),
             plan,
             roles,
+            txid_slot,
             columns: columns.clone(),
             router,
         })
@@ -188,7 +207,13 @@ impl Extractor {
             topic: topic.map(|piece| piece.resolve(arena)),
             deliver_at_ms: deliver_at.map(Instant::ceil_ms),
             event_time_ms: created_at.map_or(0, |at| u64::try_from(at.floor_ms()).unwrap_or(0)),
+            txid: xid(slots[self.txid_slot]),
         })
+    }
+
+    /// The row's `txid`, of a row that is no event; `None` where it is NULL or there is no such column.
+    pub fn txid(&self, tuple: &Tuple<'_>) -> Option<u64> {
+        xid(self.slots(tuple)[self.txid_slot])
     }
 
     /// Full name of the topic for `event`, which must come from `tuple`: the row's own topic where it has one, else the
@@ -214,7 +239,7 @@ impl Extractor {
 
     #[inline]
     pub(super) fn slots<'a>(&self, tuple: &Tuple<'a>) -> Slots<'a> {
-        let mut slots = [Column::Null; ABSENT + 1];
+        let mut slots = [Column::Null; ABSENT + 2];
         for (&slot, column) in self.plan.iter().zip(tuple.columns()) {
             if let Some(place) = slots.get_mut(usize::from(slot)) {
                 *place = column;
@@ -284,6 +309,16 @@ impl Extractor {
             Err(_) => "(unreadable)".to_owned(),
         };
         EventError::new(self.table.clone(), row_id, column, problem)
+    }
+}
+
+/// A value of type `xid8`.
+#[inline]
+fn xid(value: Column<'_>) -> Option<u64> {
+    match value {
+        Column::Binary(bytes) => bytes.try_into().ok().map(u64::from_be_bytes),
+        Column::Text(text) => std::str::from_utf8(text).ok()?.parse().ok(),
+        Column::Null | Column::Unchanged => None,
     }
 }
 

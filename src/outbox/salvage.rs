@@ -91,6 +91,7 @@ impl Extractor {
         let (id, key, own_topic) = (text(Role::Id), text(Role::AggregateId), text(Role::Topic));
         let (aggregatetype, event_type) = (text(Role::AggregateType), text(Role::Type));
         let event = OutboxEvent {
+            txid: None,
             id: id.as_deref().unwrap_or_default(),
             aggregatetype: aggregatetype.as_deref(),
             aggregateid: key.as_deref().unwrap_or_default(),

@@ -1,104 +1,563 @@
-//! The delivered snapshot: every few seconds in which events passed, which transactions are delivered.
+//! The delivered snapshot: every few seconds, which transactions are delivered; and whether the stream brought every row of them.
 //!
-//! A task beside one stream, with a SQL connection of its own; it ends with the stream, because what it waits for is that
-//! stream's confirmed LSN (see the argument in [`super`]; a slot made anew stands beyond positions whose events it never
-//! brought). Input: the connector's progress. Output: `walpost.progress.delivered`, one write in place of one for each event.
+//! A task beside one [`Pipe`](crate::pipe::Pipe), with a SQL connection of its own. It lives as long as the pipe: what it waits for is
+//! that pipe's confirmed LSN (see the argument in [`super`]), over a channel that belongs to this pipe alone. A stream that is
+//! lost and made anew goes on with the same pipe and the same log. A pipe that is dropped (another cluster or timeline, another
+//! owner of the slot, a slot that was made anew) takes this task with it, so a position of one log never counts for another.
+//!
+//! Input: [`Handover`]s of the connector, each with the rows that were taken and the confirmed LSN. Output: `walpost.progress.delivered`, one
+//! write in place of one for each event; and [`Verdict`]s, which end the stream.
+//!
+//! # One note
+//!
+//! 1. Take a snapshot `N`, then read where the log's insert position L is.
+//! 2. Wait until the confirmed LSN is at L. All rows taken before that were handed over with it or before it: a handover holds all rows that
+//!    were taken before its confirmed LSN was read.
+//! 3. Compare ([`super::reconcile`]): first the leaf tables, then the rows. (In this order, because a leaf that is attached between the two is in the
+//!    comparison then, and is new at the next note: published twice at worst. In the other order its rows would be left out.)
+//! 4. Nothing is missing: store `N`. Otherwise store what is missing as a gap, and let the connector publish it: it waits
+//!    for its receipts, ends the stream, and opens again, which closes the gap before the next stream starts. So a straggler among
+//!    these rows, and the order of a key's stragglers, are treated as in every scan; and a crash in between loses nothing.
+//!
+//! Nothing is written while no event passes and no row is missing.
 
 use std::time::Duration;
 
-use tokio::sync::watch;
+use serde_json::{Map, Value};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
-use super::progress::{self, Claim};
-use crate::feedback::Progress;
-use crate::postgres::{PostgresConfig, connect_sql, sql_error};
+use super::missing::{Leaves, Missing, MissingRows};
+use super::progress::{self, Snapshot};
+use super::reconcile::{self, Window, compare, leaf_changes};
+use super::snapshot::VisibleXids;
+use super::streamed::{Run, StreamedRows};
+use super::table::ScanTable;
+use crate::meter::Meter;
+use crate::postgres::{PostgresConfig, TableName, connect_sql, sql_error};
 use crate::{Error, Lsn, Result};
+
+/// Handovers that wait to be taken. Each is at most [`StreamedRuns::FULL`](super::streamed::StreamedRuns::FULL) entries, and a pipe with so many takes no further row.
+const HANDOVERS: usize = 4;
+/// A comparison may take a tenth of the time, not more: a table without an index on `txid` is read whole.
+const PAUSE_FACTOR: u32 = 10;
+
+/// What the connector hands over: rows that the stream brought, and how far it is.
+#[derive(Debug)]
+pub struct Handover {
+    /// Rows that were taken since the last handover.
+    pub rows: Vec<Run>,
+    /// The confirmed LSN, read after these rows were taken.
+    pub confirmed: Lsn,
+    /// Events that have their receipt or are stored as stragglers, in total.
+    pub done: u64,
+}
+
+/// Why the stream has to end.
+#[derive(Debug)]
+pub enum Verdict {
+    /// Rows are missing, and `walpost.progress` says which. They are published when the connector opens again.
+    Missing,
+    /// Nothing that the stream brings can be trusted.
+    Failed(Error),
+}
+
+/// What outlives a task in good order.
+#[derive(Clone, Debug, Default)]
+pub struct Carried {
+    /// Rows that the stream brought since the delivered snapshot, by table; `None` where an earlier process brought some and
+    /// nobody knows which.
+    pub streamed: Option<Vec<StreamedRows>>,
+    /// Comparisons in a row that found missing rows.
+    pub short_rounds: u32,
+}
+
+impl Carried {
+    /// For `walpost.progress.streamed`.
+    pub fn to_json(&self, tables: &[TableName]) -> Option<String> {
+        let counts = tables.iter().zip(self.streamed.as_ref()?);
+        let counts = counts.map(|(table, rows)| (table.to_string(), rows.to_json()));
+        Some(Value::Object(counts.collect::<Map<_, _>>()).to_string())
+    }
+
+    /// What [`Self::to_json`] made. A table that is not in it brought nothing.
+    pub fn from_json(text: &str, tables: &[TableName]) -> Option<Self> {
+        let value: Value = serde_json::from_str(text).ok()?;
+        let counts = value.as_object()?;
+        let of_table = |table: &TableName| match counts.get(&table.to_string()) {
+            Some(rows) => StreamedRows::from_json(rows),
+            None => Some(StreamedRows::default()),
+        };
+        Some(Self {
+            streamed: Some(tables.iter().map(of_table).collect::<Option<_>>()?),
+            short_rounds: 0,
+        })
+    }
+}
+
+/// What the task begins with.
+#[derive(Debug)]
+pub struct Start {
+    /// Where the tables are.
+    pub postgres: PostgresConfig,
+    /// The right to write the slot's row.
+    pub claim: progress::Claim,
+    /// `WALPOST_SCAN_INTERVAL`.
+    pub interval: Duration,
+    /// `WALPOST_RECONCILE`, and the mode has no other way to find missing rows.
+    pub compares: bool,
+    /// The outbox tables.
+    pub tables: Vec<TableName>,
+    /// The publication, which is looked at in each round.
+    pub publication: String,
+    /// The row in `walpost.progress`, as it is now.
+    pub progress: progress::Progress,
+    /// A snapshot taken before the stream began: what is visible in it is not compared where `carried` knows nothing.
+    pub began: Snapshot,
+    /// From the task before.
+    pub carried: Carried,
+    /// For whoever watches.
+    pub meter: std::sync::Arc<Meter>,
+}
+
+enum Message {
+    Handover(Handover),
+    Finish(oneshot::Sender<Carried>),
+}
 
 /// The task; it ends when this is dropped.
 #[derive(Debug)]
-pub struct Keeper(JoinHandle<()>);
+pub struct Keeper {
+    messages: mpsc::Sender<Message>,
+    verdicts: mpsc::Receiver<Verdict>,
+    found_missing: bool,
+    task: JoinHandle<()>,
+}
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
 impl Keeper {
-    /// Starts beside a stream of the claim's slot. `stored` is its row as the stream began with it.
-    pub fn start(
-        postgres: PostgresConfig,
-        claim: Claim,
-        stored: progress::Progress,
-        interval: Duration,
-        stream: watch::Receiver<Progress>,
-    ) -> Self {
-        Self(tokio::spawn(keep(
-            postgres, claim, stored, interval, stream,
-        )))
+    /// Starts beside a pipe.
+    pub fn start(start: Start) -> Self {
+        let (messages, inbox) = mpsc::channel(HANDOVERS);
+        let (verdicts, told) = mpsc::channel(1);
+        let task = Task::new(start, inbox, verdicts);
+        Self {
+            messages,
+            verdicts: told,
+            found_missing: false,
+            task: tokio::spawn(Box::pin(task.run())),
+        }
     }
-}
 
-async fn keep(
-    postgres: PostgresConfig,
-    claim: Claim,
-    stored: progress::Progress,
-    interval: Duration,
-    mut stream: watch::Receiver<Progress>,
-) {
-    // Of this process's earlier streams: those events may have been acknowledged since the last snapshot.
-    let mut seen = None;
-    let mut client = None;
-    let mut stored = Some(stored);
-    loop {
-        let next = Instant::now() + interval;
-        let counters = stream.borrow().counters;
-        let done = counters.acknowledged + counters.stragglers;
-        if seen != Some(done) && done > 0 {
-            match note(&postgres, &mut client, (&claim, &mut stored), &mut stream).await {
-                Ok(()) => seen = Some(done),
-                Err(error) => {
-                    warn!("what is delivered could not be noted: {}", error.report());
-                    client = None;
-                    // It may have been stored all the same.
-                    stored = None;
-                }
+    /// Hands over what `handover` gives, if there is room; otherwise the next call does.
+    pub fn hand_over(&self, handover: impl FnOnce() -> Handover) {
+        if let Ok(room) = self.messages.try_reserve() {
+            room.send(Message::Handover(handover()));
+        }
+    }
+
+    /// Waits until the stream has to end. Cancel safe.
+    pub async fn verdict(&mut self) -> Verdict {
+        match self.verdicts.recv().await {
+            Some(verdict) => {
+                self.found_missing |= matches!(verdict, Verdict::Missing);
+                verdict
+            }
+            // It ends only when it is told to, or with a panic, which its owner does not outlive in good order.
+            None => Verdict::Failed(Error::bug(
+                "the task that notes what is delivered has ended",
+            )),
+        }
+    }
+
+    /// Whether [`Self::verdict`] has said so: it says it once, and the stream may have been lost since.
+    pub fn found_missing(&self) -> bool {
+        self.found_missing
+    }
+
+    /// Ends it, with a last handover; what it gives back holds everything that was handed over.
+    pub async fn finish(self, last: Handover) -> Carried {
+        let (answer, carried) = oneshot::channel();
+        for message in [Message::Handover(last), Message::Finish(answer)] {
+            if self.messages.send(message).await.is_err() {
+                return Carried::default();
             }
         }
-        sleep_until(next).await;
+        carried.await.unwrap_or_default()
     }
 }
 
-async fn note(
-    postgres: &PostgresConfig,
-    client: &mut Option<Client>,
-    (claim, stored): (&Claim, &mut Option<progress::Progress>),
-    stream: &mut watch::Receiver<Progress>,
-) -> Result<()> {
-    let client = match client {
-        Some(client) => client,
-        None => client.insert(connect_sql(postgres, "walpost scanner").await?),
-    };
-    let stored = match stored {
-        Some(stored) => stored,
-        None => stored.insert(progress::reread(client, claim).await?),
-    };
-    // In this order: see the module.
-    let snapshot: String = ask(client, "SELECT pg_current_snapshot()::text").await?;
-    let position: String = ask(client, "SELECT pg_current_wal_insert_lsn()::text").await?;
-    let position: Lsn = position
-        .parse()
-        .map_err(|_| Error::bug("a log position is not of the form X/X"))?;
-    let reached = stream.wait_for(|progress| progress.confirmed >= position);
-    reached
-        .await
-        .map_err(|_| Error::temporary("the connector has ended"))?;
-    progress::delivered(client, claim, stored, &snapshot, None).await?;
-    debug!(snapshot, %position, "delivered");
-    Ok(())
+/// What was handed over.
+#[derive(Debug)]
+struct Heard {
+    inbox: mpsc::Receiver<Message>,
+    streamed: Vec<StreamedRows>,
+    confirmed: Lsn,
+    done: u64,
+    finish: Option<oneshot::Sender<Carried>>,
+    /// The connector is gone.
+    closed: bool,
+}
+
+impl Heard {
+    fn take(&mut self, message: Option<Message>) {
+        match message {
+            Some(Message::Handover(handover)) => {
+                for run in handover.rows {
+                    if let Some(rows) = self.streamed.get_mut(usize::from(run.table)) {
+                        rows.add(run.txid, run.rows);
+                    }
+                }
+                self.confirmed = self.confirmed.max(handover.confirmed);
+                self.done = handover.done;
+            }
+            Some(Message::Finish(answer)) => self.finish = Some(answer),
+            None => self.closed = true,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.closed || self.finish.is_some()
+    }
+
+    /// Awaits `work` while handovers are taken; `None` when the task is to end. `work` is then dropped.
+    async fn during<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            if self.is_over() {
+                return None;
+            }
+            tokio::select! {
+                biased;
+                message = self.inbox.recv() => self.take(message),
+                done = work.as_mut() => return Some(done),
+            }
+        }
+    }
+
+    /// The same for work that may not be cut short: a write.
+    async fn throughout<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                message = self.inbox.recv(), if !self.is_over() => self.take(message),
+                done = work.as_mut() => return done,
+            }
+        }
+    }
+
+    /// Waits until everything before `position` is confirmed; false when the task is to end.
+    async fn confirmed(&mut self, position: Lsn) -> bool {
+        while self.confirmed < position && !self.is_over() {
+            let message = self.inbox.recv().await;
+            self.take(message);
+        }
+        !self.is_over()
+    }
+}
+
+struct Task {
+    start: Start,
+    heard: Heard,
+    verdicts: mpsc::Sender<Verdict>,
+    client: Option<Client>,
+    /// What is visible in it is not compared.
+    unchecked: Option<Snapshot>,
+    short_rounds: u32,
+    /// The row in `walpost.progress` is as the last statement left it.
+    is_known: bool,
+    /// [`Heard::done`] at the last note.
+    noted: u64,
+}
+
+/// How a round ended.
+enum Round {
+    Over,
+    /// The task is to end.
+    Interrupted,
+    /// The connector is to publish what is missing.
+    Missing,
+}
+
+impl Task {
+    fn new(start: Start, inbox: mpsc::Receiver<Message>, verdicts: mpsc::Sender<Verdict>) -> Self {
+        let (streamed, unchecked) = match &start.carried.streamed {
+            Some(streamed) => (streamed.clone(), None),
+            None => {
+                let none = vec![StreamedRows::default(); start.tables.len()];
+                (none, Some(start.began.clone()))
+            }
+        };
+        Self {
+            heard: Heard {
+                inbox,
+                streamed,
+                confirmed: Lsn::ZERO,
+                done: 0,
+                finish: None,
+                closed: false,
+            },
+            verdicts,
+            client: None,
+            unchecked,
+            short_rounds: start.carried.short_rounds,
+            is_known: true,
+            noted: 0,
+            start,
+        }
+    }
+
+    async fn run(mut self) {
+        let mut pause = self.start.interval;
+        loop {
+            let began = Instant::now();
+            let over = match self.round(&mut pause).await {
+                Ok(Round::Over) => false,
+                Ok(Round::Interrupted) => true,
+                Ok(Round::Missing) => self.end_stream(Verdict::Missing).await,
+                Err(error) => {
+                    // A statement whose answer is lost may have been carried out: the row is read again.
+                    (self.client, self.is_known) = (None, false);
+                    warn!("what is delivered could not be noted: {}", error.report());
+                    false
+                }
+            };
+            if over
+                || self
+                    .heard
+                    .during(sleep_until(began + pause))
+                    .await
+                    .is_none()
+            {
+                break;
+            }
+        }
+        if let Some(answer) = self.heard.finish.take() {
+            let known = self.unchecked.is_none().then_some(self.heard.streamed);
+            let carried = Carried {
+                streamed: known,
+                short_rounds: self.short_rounds,
+            };
+            // Nobody waits any more: the process is about to end.
+            let _nobody = answer.send(carried);
+        }
+    }
+
+    /// The connector hears of it, and ends this task; true when it did.
+    async fn end_stream(&mut self, verdict: Verdict) -> bool {
+        if self.verdicts.send(verdict).await.is_err() {
+            return true;
+        }
+        self.heard
+            .during(std::future::pending::<()>())
+            .await
+            .is_none()
+    }
+
+    /// One note, if there is anything to be noted.
+    async fn round(&mut self, pause: &mut Duration) -> Result<Round> {
+        let client = match self.client.take().filter(|client| !client.is_closed()) {
+            Some(client) => client,
+            None => {
+                let connecting = connect_sql(&self.start.postgres, "walpost scanner");
+                match self.heard.during(connecting).await {
+                    Some(client) => client?,
+                    None => return Ok(Round::Interrupted),
+                }
+            }
+        };
+        let noted = self.note(&client, pause).await;
+        self.client = Some(client);
+        noted
+    }
+
+    async fn note(&mut self, client: &Client, pause: &mut Duration) -> Result<Round> {
+        if !self.is_known {
+            let reading = progress::reread(client, &self.start.claim);
+            let Some(read) = self.heard.during(reading).await else {
+                return Ok(Round::Interrupted);
+            };
+            (self.start.progress, self.is_known) = (read?, true);
+            if self.start.progress.gap().is_some() {
+                return Ok(Round::Missing);
+            }
+        }
+        // In this order: see the module above.
+        let asked = async {
+            let snapshot: Snapshot = ask(client, "SELECT pg_current_snapshot()::text").await?;
+            let position = ask(client, "SELECT pg_current_wal_insert_lsn()::text").await?;
+            let position: Lsn = position
+                .parse()
+                .map_err(|_| Error::bug("a log position is not of the form X/X"))?;
+            Ok::<_, Error>((snapshot, position))
+        };
+        let Some(asked) = self.heard.during(asked).await else {
+            return Ok(Round::Interrupted);
+        };
+        let (upto, position) = asked?;
+        let stored = self.start.progress.delivered.clone();
+        if self.heard.done == self.noted && stored.as_ref() == Some(&upto) {
+            return Ok(Round::Over);
+        }
+        if !self.heard.confirmed(position).await {
+            return Ok(Round::Interrupted);
+        }
+        let done = self.heard.done;
+        let began = Instant::now();
+        let found = match stored.as_ref().filter(|_| self.start.compares) {
+            Some(delivered) => match self.compare(client, &upto, delivered).await? {
+                Some(found) => found,
+                None => return Ok(Round::Interrupted),
+            },
+            None => Found {
+                covered: self.start.progress.tables.clone(),
+                ..Found::default()
+            },
+        };
+        *pause = self.start.interval.max(began.elapsed() * PAUSE_FACTOR);
+        if !found.missing.is_empty() {
+            return self.note_missing(client, upto, found).await;
+        }
+        self.short_rounds = 0;
+        self.start.meter.set_short_rounds(0);
+        let changed = found.covered != self.start.progress.tables;
+        if done == self.noted && found.rows == 0 && !changed {
+            return Ok(Round::Over);
+        }
+        let progress = &mut self.start.progress;
+        let noting = progress::delivered(client, &self.start.claim, progress, &upto, found.covered);
+        self.heard.throughout(noting).await?;
+        debug!(snapshot = upto, %position, "delivered");
+        self.forget(&upto, &found.unsettled)?;
+        self.noted = done;
+        Ok(Round::Over)
+    }
+
+    /// Forgets what is covered from now on.
+    fn forget(&mut self, upto: &Snapshot, unsettled: &[Vec<(u64, u64)>]) -> Result<()> {
+        let compared = VisibleXids::parse(upto)?;
+        for (rows, unsettled) in self.heard.streamed.iter_mut().zip(unsettled) {
+            for (txid, count) in unsettled {
+                rows.compared(*txid, *count);
+            }
+        }
+        for rows in &mut self.heard.streamed {
+            rows.forget(&compared);
+        }
+        self.unchecked = None;
+        Ok(())
+    }
+
+    /// Compares all tables; `None` when the task is to end.
+    async fn compare(
+        &mut self,
+        client: &Client,
+        upto: &Snapshot,
+        delivered: &Snapshot,
+    ) -> Result<Option<Found>> {
+        let streamed = self.heard.streamed.clone();
+        let (tables, covered) = (&self.start.tables, self.start.progress.tables.as_ref());
+        let window = Window {
+            upto,
+            delivered,
+            unchecked: self.unchecked.as_ref(),
+        };
+        let comparing = async {
+            let mut scannable = Vec::with_capacity(tables.len());
+            for table in tables {
+                scannable.push(ScanTable::describe(client, table).await?);
+            }
+            let leaves = leaf_changes(client, tables, &scannable, covered, delivered).await?;
+            let mut found = Found {
+                covered: Some(leaves.covered),
+                ..Found::default()
+            };
+            for ((table, streamed), leaves) in scannable.iter().zip(&streamed).zip(leaves.uncovered)
+            {
+                let Some(table) = table else {
+                    found.unsettled.push(Vec::new());
+                    continue;
+                };
+                let mut compared = compare(client, table, window, streamed).await?;
+                found
+                    .unsettled
+                    .push(std::mem::take(&mut compared.unsettled));
+                found.rows += compared.rows;
+                if compared.short > 0 || !leaves.is_empty() {
+                    tell(table, &compared, &leaves);
+                    let rows = MissingRows {
+                        txids: compared.txids,
+                        leaves,
+                    };
+                    found.missing.0.insert(table.name.to_string(), rows);
+                }
+            }
+            Ok(found)
+        };
+        self.heard.during(comparing).await.transpose()
+    }
+
+    /// Stores the gap; the connector closes it.
+    async fn note_missing(
+        &mut self,
+        client: &Client,
+        upto: Snapshot,
+        found: Found,
+    ) -> Result<Round> {
+        self.short_rounds += 1;
+        self.start.meter.set_short_rounds(self.short_rounds);
+        let progress = &mut self.start.progress;
+        let position = progress::Position {
+            missing: Some(found.missing),
+            covered: found.covered,
+            ..progress::Position::default()
+        };
+        let noting = progress::missing(client, &self.start.claim, progress, &upto, position);
+        self.heard.throughout(noting).await?;
+        self.forget(&upto, &found.unsettled)?;
+        Ok(Round::Missing)
+    }
+}
+
+/// What a comparison of all tables found.
+#[derive(Debug, Default)]
+struct Found {
+    /// Rows of the tables in the window.
+    rows: u64,
+    missing: Missing,
+    covered: Option<Leaves>,
+    /// By table: see [`reconcile::Compared::unsettled`].
+    unsettled: Vec<Vec<(u64, u64)>>,
+}
+
+/// One warning for each table.
+fn tell(table: &ScanTable, compared: &reconcile::Compared, leaves: &Leaves) {
+    if compared.short > 0 {
+        warn!(
+            table = %table.name,
+            rows = compared.missing,
+            transactions = compared.short,
+            first_txid = compared.first,
+            "the stream did not bring rows that the table has: all rows of these transactions are published from the table \
+             (hint: something changed what the publication sends; walpost check looks at it)"
+        );
+    }
+    if !leaves.is_empty() {
+        info!(
+            table = %table.name,
+            partitions = leaves.len(),
+            "partitions came with rows in them: these rows are published from the table"
+        );
+    }
 }
 
 async fn ask(client: &Client, sql: &str) -> Result<String> {

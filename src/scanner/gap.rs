@@ -36,12 +36,15 @@ use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
 use tracing::{debug, info};
 
+use super::missing::{Leaves, leaves_since, uncovered};
 use super::progress::{self, Claim, Progress, Snapshot};
+use super::reconcile::{self, gap_condition};
 use super::straggler::Stragglers;
 use super::table::{ScanRow, ScanTable};
 use crate::outbox::Extractor;
 use crate::outlet::{Outlet, Source};
 use crate::pipe::Routing;
+use crate::postgres::TableName;
 use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig, RowTag};
 use crate::{Error, Lsn, Result};
 
@@ -79,6 +82,7 @@ pub async fn close(
     let Some(upto) = progress.gap().cloned() else {
         return Ok(stragglers);
     };
+    let uncovered = cover(gap, progress).await?;
     let mut tables = Vec::with_capacity(gap.routing.tables.len());
     for (place, name) in (0..).zip(&gap.routing.tables) {
         let Some(table) = ScanTable::describe(gap.rows, name).await? else {
@@ -87,26 +91,72 @@ pub async fn close(
         };
         // Of all tables, before the first is scanned: nothing is half done when it is refused.
         let slot = gap.claim.slot();
+        let Some(rows) = rows_of(progress, &upto, name, &uncovered)? else {
+            continue;
+        };
         table.refuse_from_elsewhere(gap.rows, slot).await?;
-        let except = progress.delivered.as_ref();
-        table
-            .refuse_unscannable(gap.rows, slot, &upto, except)
-            .await?;
-        tables.push((place, table));
+        table.refuse_unscannable(gap.rows, slot, &rows).await?;
+        tables.push((place, table, rows));
     }
-    for (place, table) in &tables {
+    for (place, table, rows) in &tables {
         let mut scan = Scan::new(gap, (*place, table), &upto, progress, stragglers).await?;
         scan.metering();
-        let scanned = scan.run(gap, progress, &upto).await;
+        let scanned = scan.run(gap, progress, rows).await;
         // Also where it failed: what was in the air is published again by the next one.
         let meter = scan.outlet.metering();
         meter.end_scan();
         meter.set_in_flight((0, 0), 0);
+        if progress.position.missing.is_some() {
+            let counts = scan.outlet.counts();
+            scan.outlet
+                .metering()
+                .reconciled(counts.acknowledged + counts.stragglers);
+        }
         scanned?;
         stragglers = scan.outlet.into_stragglers();
     }
     progress::closed(gap.client, gap.claim, progress).await?;
     Ok(stragglers)
+}
+
+/// The leaf tables that are covered once the gap is closed: those that there were when its scan began, also where it goes on after a
+/// crash. (A leaf that comes while the scan is at work may hold rows behind which it is already; it is new at the next note.)
+async fn cover(gap: &Gap<'_>, progress: &mut Progress) -> Result<Leaves> {
+    if progress.position.covered.is_none() {
+        let mut now = Leaves::new();
+        for table in &gap.routing.tables {
+            let leaves = reconcile::leaves(gap.client, table).await?;
+            now.extend(leaves.into_iter().map(|leaf| (leaf, None)));
+        }
+        if let (Some(before), Some(delivered)) = (&progress.tables, &progress.delivered) {
+            let alive = reconcile::alive(gap.client, before).await?;
+            let oids: Vec<u32> = now.keys().copied().collect();
+            now = leaves_since(before, &oids, &alive, delivered).0;
+        }
+        progress.position.covered = Some(now);
+        progress::scanned(gap.client, gap.claim, progress).await?;
+    }
+    let covered = progress.position.covered.clone().unwrap_or_default();
+    Ok(match &progress.tables {
+        Some(before) => uncovered(before, &covered),
+        None => Leaves::new(),
+    })
+}
+
+/// SQL: which rows of a table are to be published; `None`: none.
+fn rows_of(
+    progress: &Progress,
+    upto: &Snapshot,
+    table: &TableName,
+    uncovered: &Leaves,
+) -> Result<Option<String>> {
+    let delivered = progress.delivered.as_ref();
+    let Some(missing) = &progress.position.missing else {
+        return gap_condition(upto, delivered, None, uncovered).map(Some);
+    };
+    let rows = missing.0.get(&table.to_string());
+    rows.map(|rows| gap_condition(upto, delivered, Some(&rows.txids), &rows.leaves))
+        .transpose()
 }
 
 /// The scan of one table.
@@ -168,11 +218,10 @@ impl<'a> Scan<'a> {
         })
     }
 
-    async fn run(&mut self, gap: &Gap<'_>, progress: &mut Progress, upto: &Snapshot) -> Result<()> {
+    async fn run(&mut self, gap: &Gap<'_>, progress: &mut Progress, chosen: &str) -> Result<()> {
         let table = &self.table.name;
         debug!(%table, after_seq = self.after, "reading rows from the table");
-        let except = progress.delivered.as_ref();
-        let mut rows = self.table.open(gap.rows, upto, except, self.after).await?;
+        let mut rows = self.table.open(gap.rows, chosen, self.after).await?;
         loop {
             let any = rows
                 .next(async |row| {

@@ -38,6 +38,7 @@ use tracing::{info, warn};
 use super::gap::{self, Gap};
 use super::modes::{self, Modes};
 use super::progress::{self, Claim, Progress};
+use super::reconcile;
 use super::recovery::{self, Session};
 use super::straggler::Stragglers;
 use super::table::ScanTable;
@@ -268,6 +269,13 @@ impl<'a> Poller<'a> {
                 && table.any(&self.client, upto, delivered).await?
             {
                 return Ok(true);
+            }
+            // Rows of a partition that was attached with them may be older than the last look.
+            if let Some(covered) = &self.progress.tables {
+                let leaves = reconcile::leaves(&self.client, name).await?;
+                if leaves.iter().any(|leaf| covered.get(leaf) != Some(&None)) {
+                    return Ok(true);
+                }
             }
         }
         Ok(false)

@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
+use super::missing::{Leaves, Missing, leaves_from_json, leaves_to_json};
 use crate::postgres::{sql_error, sqlstate};
 use crate::{Error, Lsn, Result};
 
@@ -53,8 +54,8 @@ pub struct Progress {
     pub confirmed: Option<Lsn>,
     /// Timeline of the cluster when the slot was made or last claimed; `None` in a row of an earlier version.
     pub timeline: Option<u32>,
-    /// JSON: the leaf tables that `delivered` speaks of.
-    pub tables: Option<String>,
+    /// The leaf tables that `delivered` covers; `None` in a row of an earlier version.
+    pub tables: Option<Leaves>,
     /// JSON: what the stream brought since `delivered`, if its process stopped in good order.
     pub streamed: Option<String>,
     /// A snapshot in it knows transactions that this cluster has not come to.
@@ -68,6 +69,11 @@ pub struct Position {
     pub tables: BTreeMap<String, i64>,
     /// The whole gap is closed.
     pub done: bool,
+    /// The gap is these rows only: a comparison found that the stream did not bring them. `None`: everything visible in `scan_upto`
+    /// and not in `delivered`.
+    pub missing: Option<Missing>,
+    /// The leaf tables that are covered once the gap is closed; `None` before the scan begins.
+    pub covered: Option<Leaves>,
 }
 
 impl Progress {
@@ -117,6 +123,7 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<Progress>> {
         let position: Option<String> = row.get(4);
         let confirmed: Option<String> = row.get(6);
         let timeline: Option<i32> = row.get(8);
+        let leaves: Option<String> = row.get(9);
         Ok(Progress {
             system_id: row.get(0),
             delivered: row.get(1),
@@ -127,7 +134,7 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<Progress>> {
             confirmed: confirmed.and_then(|lsn| lsn.parse().ok()),
             ahead: row.get(7),
             timeline: timeline.map(i32::cast_unsigned),
-            tables: row.get(9),
+            tables: leaves.map(|text| leaves_of(&text)).transpose()?,
             streamed: row.get(10),
         })
     })
@@ -262,7 +269,7 @@ pub async fn snapshot(client: &Client) -> Result<Snapshot> {
     Ok(row.get(0))
 }
 
-/// Notes that every row of `tables` (JSON, kept as it is when `None`) that is visible in `snapshot` has its receipt, or is stored as a straggler. What a slot's making
+/// Notes that every row of these leaf tables (`None`: those that are stored) that is visible in `snapshot` has its receipt, or is stored as a straggler. What a slot's making
 /// left to be looked at is over then: each row of the gap, and each that might come both ways, is visible in this snapshot.
 ///
 /// # Errors
@@ -272,7 +279,7 @@ pub async fn delivered(
     claim: &Claim,
     from: &mut Progress,
     snapshot: &Snapshot,
-    tables: Option<&str>,
+    tables: Option<Leaves>,
 ) -> Result<()> {
     if from.gap().is_some() {
         return Err(Error::bug(format!(
@@ -282,11 +289,39 @@ pub async fn delivered(
     }
     let set = "delivered = $6::text::pg_snapshot, tables = coalesce($7::text::jsonb, tables),
                scan_before = NULL, scan_upto = NULL, scan_position = NULL";
-    change(client, claim, from, set, &[snapshot, &tables]).await?;
+    let shown = tables
+        .as_ref()
+        .map(|tables| leaves_to_json(tables).to_string());
+    change(client, claim, from, set, &[snapshot, &shown]).await?;
     from.delivered = Some(snapshot.clone());
-    from.tables = tables.map(ToOwned::to_owned).or_else(|| from.tables.take());
+    from.tables = tables.or_else(|| from.tables.take());
     (from.scan_before, from.scan_upto) = (None, None);
     from.position = Position::default();
+    Ok(())
+}
+
+/// Stores a gap that a comparison found: `position` says which rows, `upto` is the snapshot that is delivered once they are published.
+///
+/// # Errors
+/// Temporary when the row is not `from` under this claim any more; a bug while another gap is open.
+pub async fn missing(
+    client: &Client,
+    claim: &Claim,
+    from: &mut Progress,
+    upto: &Snapshot,
+    position: Position,
+) -> Result<()> {
+    if from.gap().is_some() {
+        return Err(Error::bug(format!(
+            "rows that are missing cannot be noted for slot {} while rows of another gap are not published",
+            claim.slot
+        )));
+    }
+    let set =
+        "scan_before = NULL, scan_upto = $6::text::pg_snapshot, scan_position = $7::text::jsonb";
+    change(client, claim, from, set, &[upto, &show(&position)]).await?;
+    (from.scan_before, from.scan_upto) = (None, Some(upto.clone()));
+    from.position = position;
     Ok(())
 }
 
@@ -325,8 +360,13 @@ pub async fn closed(client: &Client, claim: &Claim, progress: &mut Progress) -> 
         done: true,
         ..progress.position.clone()
     };
-    let set = "scan_position = $6::text::jsonb, delivered = scan_upto";
-    change(client, claim, progress, set, &[&show(&position)]).await?;
+    let set = "scan_position = $6::text::jsonb, tables = coalesce($7::text::jsonb, tables), delivered = scan_upto";
+    let shown = position
+        .covered
+        .as_ref()
+        .map(|covered| leaves_to_json(covered).to_string());
+    change(client, claim, progress, set, &[&show(&position), &shown]).await?;
+    progress.tables = position.covered.clone().or_else(|| progress.tables.take());
     progress.position = position;
     progress.delivered.clone_from(&progress.scan_upto);
     Ok(())
@@ -444,7 +484,14 @@ impl std::error::Error for Changed {}
 
 /// `{"tables": {"walpost.outbox": 17}, "done": true}`.
 fn show(position: &Position) -> String {
-    serde_json::json!({ "tables": position.tables, "done": position.done }).to_string()
+    let mut value = serde_json::json!({ "tables": position.tables, "done": position.done });
+    if let Some(missing) = &position.missing {
+        value["missing"] = missing.to_json();
+    }
+    if let Some(covered) = &position.covered {
+        value["covered"] = leaves_to_json(covered);
+    }
+    value.to_string()
 }
 
 fn parse(text: &str) -> Result<Position> {
@@ -461,7 +508,29 @@ fn parse(text: &str) -> Result<Position> {
         .map(|(table, seq)| Some((table.clone(), seq.as_i64()?)))
         .collect::<Option<_>>()
         .ok_or_else(wrong)?;
-    Ok(Position { tables, done })
+    let missing = match &value["missing"] {
+        serde_json::Value::Null => None,
+        missing => Some(Missing::from_json(missing).ok_or_else(wrong)?),
+    };
+    let covered = match &value["covered"] {
+        serde_json::Value::Null => None,
+        covered => Some(leaves_from_json(covered).ok_or_else(wrong)?),
+    };
+    Ok(Position {
+        tables,
+        done,
+        missing,
+        covered,
+    })
+}
+
+fn leaves_of(text: &str) -> Result<Leaves> {
+    let value = serde_json::from_str(text).ok();
+    value.and_then(|value| leaves_from_json(&value)).ok_or_else(|| {
+        Error::refused("walpost.progress.tables is not what walpost wrote").hint(
+            "UPDATE walpost.progress SET tables = NULL: every partition that there is now then counts as covered",
+        )
+    })
 }
 
 #[cfg(test)]
@@ -474,6 +543,8 @@ mod tests {
         assert_eq!(parse(&show(&position)).unwrap(), position);
         position.tables.insert("walpost.outbox".to_owned(), 17);
         position.done = true;
+        position.missing = Some(Missing::default());
+        position.covered = Some(Leaves::from([(7, None), (8, Some("3:4:".to_owned()))]));
         assert_eq!(parse(&show(&position)).unwrap(), position);
     }
 

@@ -99,26 +99,19 @@ impl ScanTable {
         }))
     }
 
-    /// Prepares to read the rows that are visible in `upto` and not in `except`, behind `after`, in the order of `seq`.
+    /// Prepares to read the rows of a gap ([`gap_condition`](super::reconcile::gap_condition)), behind `after`, in the order of `seq`.
     ///
-    /// The server makes the list now: this takes as long as one walk over the table's part that is not older than `except`.
-    pub async fn open<'a>(
-        &'a self,
-        client: &'a Client,
-        upto: &Snapshot,
-        except: Option<&Snapshot>,
-        after: i64,
-    ) -> Result<Rows<'a>> {
+    /// The server makes the list now: this takes as long as one walk over the table's part that the gap's snapshots leave.
+    pub async fn open<'a>(&'a self, client: &'a Client, gap: &str, after: i64) -> Result<Rows<'a>> {
         let columns = self.relation.columns.iter();
         let columns: Vec<String> = columns.map(|column| quote_ident(&column.name)).collect();
         let sql = format!(
             "BEGIN;
              DECLARE walpost_rows NO SCROLL CURSOR WITH HOLD FOR
-             SELECT {} FROM {} WHERE seq > {after} AND {} ORDER BY seq;
+             SELECT {} FROM {} WHERE seq > {after} AND {gap} ORDER BY seq;
              COMMIT",
             columns.join(", "),
             self.name,
-            between(upto, except)?,
         );
         let opened = client.batch_execute(&sql).await;
         opened.map_err(|error| sql_error(&format!("scan table {}", self.name), error))?;
@@ -154,13 +147,7 @@ impl ScanTable {
     ///
     /// # Errors
     /// Refused, with the statements that mend it.
-    pub async fn refuse_unscannable(
-        &self,
-        client: &Client,
-        slot: &str,
-        upto: &Snapshot,
-        except: Option<&Snapshot>,
-    ) -> Result<()> {
+    pub async fn refuse_unscannable(&self, client: &Client, slot: &str, gap: &str) -> Result<()> {
         let name = &self.name;
         let count = async |rows: &str| -> Result<i64> {
             let sql = format!("SELECT count(*) FROM {name} WHERE {rows}");
@@ -178,7 +165,7 @@ impl ScanTable {
             }
         }
         if self.may_lack_seq {
-            let rows = count(&format!("({WITHOUT_SEQ}) AND {}", between(upto, except)?)).await?;
+            let rows = count(&format!("({WITHOUT_SEQ}) AND {gap}")).await?;
             if rows > 0 {
                 return Err(Error::refused(format!(
                     "{rows} rows of table {name} have a seq that is NULL or below 1: their place in the order is not known"
@@ -328,7 +315,7 @@ pub(super) fn decode(data: &[u8]) -> Result<Tuple<'_>> {
 }
 
 /// "Visible in the one and not in the other", with a bound that the index over `txid` understands.
-fn between(upto: &Snapshot, except: Option<&Snapshot>) -> Result<String> {
+pub(super) fn between(upto: &Snapshot, except: Option<&Snapshot>) -> Result<String> {
     let upto = literal(upto)?;
     let visible = format!("pg_visible_in_snapshot(txid, {upto})");
     Ok(match except {

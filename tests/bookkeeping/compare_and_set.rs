@@ -1,7 +1,8 @@
 //! The statements that change `walpost.progress`, from real sessions.
 
 use walpost::Lsn;
-use walpost::scanner::progress::{self, Claim, Progress};
+use walpost::scanner::missing::Leaves;
+use walpost::scanner::progress::{self, Claim, Position, Progress};
 
 use crate::support::Database;
 use crate::{DEADLINE, NOTED_SOON, insert, wait_all_sent};
@@ -52,11 +53,13 @@ async fn a_change_that_was_computed_from_what_is_not_stored_any_more_changes_not
 
         // THEN none of our statements changes it, and each says so
         let mut from = known.clone();
-        let noted = progress::delivered(client, &ours, &mut from, &upto, Some("[]")).await;
+        let noted = progress::delivered(client, &ours, &mut from, &upto, Some(Leaves::new())).await;
         let looked = progress::look(client, &ours, &mut from.clone(), &upto).await;
         let closed = progress::closed(client, &ours, &mut from.clone()).await;
         let scanned = progress::scanned(client, &ours, &from).await;
-        for written in [noted, looked, closed, scanned] {
+        let missing =
+            progress::missing(client, &ours, &mut from.clone(), &upto, Position::default()).await;
+        for written in [noted, looked, closed, scanned, missing] {
             let error = written.expect_err(change);
             assert!(progress::is_changed(&error), "{}", error.report());
             assert!(error.is_temporary(), "{}", error.report());
@@ -70,13 +73,19 @@ async fn a_change_that_was_computed_from_what_is_not_stored_any_more_changes_not
     }
 
     // AND what it knows it may change
-    progress::delivered(client, &ours, &mut known, &upto, Some("[\"a\"]"))
-        .await
-        .expect("it is ours");
+    progress::delivered(
+        client,
+        &ours,
+        &mut known,
+        &upto,
+        Some(Leaves::from([(7, None)])),
+    )
+    .await
+    .expect("it is ours");
     let now = stored(&database).await;
     assert_eq!(
         (now.delivered, now.scan_upto, now.tables),
-        (Some(upto), None, Some("[\"a\"]".to_owned()))
+        (Some(upto), None, Some(Leaves::from([(7, None)])))
     );
 }
 

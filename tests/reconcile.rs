@@ -1,0 +1,463 @@
+//! Guarantee: a row that the table holds and the stream did not bring is found and published within a scan interval, and nothing counts
+//! as delivered before it is.
+
+mod support;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use support::{Database, Servers, Walpost, consume, eventually, servers};
+
+const DEADLINE: Duration = Duration::from_secs(90);
+/// So that what is delivered is noted at once.
+const OFTEN: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "200ms");
+const INSERT: &str = "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload)
+                      SELECT 't', 'key-' || n % 7, 'e', to_json(n) FROM generate_series(1, 5) n;";
+
+async fn sent(database: &Database) {
+    eventually(DEADLINE, "every row to be shown as sent", async || {
+        let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status <> 'sent'";
+        (database.rows(sql, &[]).await[0].get::<_, i64>(0) == 0).then_some(())
+    })
+    .await;
+}
+
+async fn ids(database: &Database, from: &str) -> Vec<String> {
+    let sql = format!("SELECT id::text FROM {from} ORDER BY 1");
+    let rows = database.rows(&sql, &[]).await;
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+/// How often each id came.
+async fn arrived(database: &Database, at_least: usize) -> HashMap<String, usize> {
+    let topic = database.topic("t");
+    let received = consume(&servers().pulsar_url, &topic, at_least, DEADLINE).await;
+    let mut counts = HashMap::new();
+    for message in received {
+        *counts.entry(message.property("id").to_owned()).or_default() += 1;
+    }
+    counts
+}
+
+/// Each row of the outbox came, and none twice.
+async fn once_each(database: &Database) {
+    let expected = ids(database, "walpost.outbox").await;
+    let arrived = arrived(database, expected.len()).await;
+    let wrong: Vec<_> = expected
+        .iter()
+        .filter(|id| arrived.get(*id) != Some(&1))
+        .collect();
+    assert!(
+        wrong.is_empty(),
+        "not once: {wrong:?} of {}",
+        expected.len()
+    );
+    assert_eq!(arrived.len(), expected.len(), "something else came");
+}
+
+async fn reconciled(database: &Database, walpost: &mut Walpost) {
+    walpost
+        .wait_for_line("the stream did not bring rows", DEADLINE)
+        .await;
+    sent(database).await;
+}
+
+/// What hides rows from a stream, and what mends it.
+fn ways(major: i32) -> Vec<(&'static str, &'static str)> {
+    let mut ways = vec![
+        ("SET TABLE other", "SET TABLE walpost.outbox"),
+        ("SET (publish = 'update')", "SET (publish = 'insert')"),
+    ];
+    if major >= 15 {
+        ways.push((
+            "SET TABLE walpost.outbox WHERE (aggregatetype <> 't')",
+            "SET TABLE walpost.outbox",
+        ));
+    }
+    ways
+}
+
+async fn rows_that_were_hidden_from_the_stream_come(servers: &Servers, major: i32) {
+    let database = Database::create_on(servers, "hidden").await;
+    database.init(&[], &[]).await;
+    database
+        .sql("CREATE TABLE other (id int PRIMARY KEY)")
+        .await;
+    for (hide, mend) in ways(major) {
+        // GIVEN a stream
+        let walpost = database.start(&[OFTEN]).await;
+        database.sql(INSERT).await;
+        sent(&database).await;
+        walpost.stop().await;
+        // WHEN rows are committed while the publication leaves them out, once while nobody streams
+        database
+            .sql(&format!("ALTER PUBLICATION walpost {hide}"))
+            .await;
+        database.sql(INSERT).await;
+        database
+            .sql(&format!("ALTER PUBLICATION walpost {mend}"))
+            .await;
+        let mut walpost = database.start(&[OFTEN]).await;
+        reconciled(&database, &mut walpost).await;
+        // AND once under a running stream (in one transaction, so that nothing but the comparison can tell)
+        database
+            .sql(&format!(
+                "BEGIN; ALTER PUBLICATION walpost {hide}; {INSERT} ALTER PUBLICATION walpost {mend}; COMMIT"
+            ))
+            .await;
+        sent(&database).await;
+        database.sql(INSERT).await;
+        sent(&database).await;
+        walpost.stop().await;
+    }
+    // THEN every row came once
+    once_each(&database).await;
+}
+
+#[tokio::test]
+async fn rows_that_the_publication_hides_for_a_while_come_once() {
+    rows_that_were_hidden_from_the_stream_come(servers(), 15).await;
+}
+
+#[tokio::test]
+async fn rows_that_the_publication_hides_for_a_while_come_once_on_14() {
+    let on = Servers::up(&["--postgres", "14", "--no-pulsar"]);
+    rows_that_were_hidden_from_the_stream_come(&on, 14).await;
+}
+
+#[tokio::test]
+async fn rows_that_the_publication_hides_for_a_while_come_once_on_18() {
+    let on = Servers::up(&["--postgres", "18", "--no-pulsar"]);
+    rows_that_were_hidden_from_the_stream_come(&on, 18).await;
+}
+
+#[tokio::test]
+async fn rows_of_a_publication_that_was_dropped_and_made_again_come_once_on_18() {
+    // GIVEN a stream that was stopped
+    let on = Servers::up(&["--postgres", "18", "--no-pulsar"]);
+    let database = Database::create_on(&on, "dropped").await;
+    database.init(&[], &[]).await;
+    let walpost = database.start(&[OFTEN]).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    walpost.stop().await;
+    // WHEN rows are committed without a publication (Postgres 18 streams on without an error)
+    database.sql("DROP PUBLICATION walpost").await;
+    database.sql(INSERT).await;
+    database
+        .sql("CREATE PUBLICATION walpost FOR TABLE walpost.outbox WITH (publish = 'insert', publish_via_partition_root = true)")
+        .await;
+    database.sql(INSERT).await;
+    // THEN they come, however often the stream has to begin
+    let mut walpost = database.walpost(&["run"], &[OFTEN]).spawn();
+    eventually(DEADLINE, "every row to be shown as sent", async || {
+        if walpost.try_exit().is_some() {
+            walpost = database.walpost(&["run"], &[OFTEN]).spawn();
+        }
+        let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status <> 'sent'";
+        (database.rows(sql, &[]).await[0].get::<_, i64>(0) == 0).then_some(())
+    })
+    .await;
+    once_each(&database).await;
+}
+
+#[tokio::test]
+async fn a_partition_that_comes_with_rows_in_it_is_published_by_polling_too() {
+    partition_with_rows(&[("WALPOST_MODE", "poll")], "polling").await;
+}
+
+#[tokio::test]
+async fn a_partition_that_comes_with_rows_in_it_is_published_and_one_that_comes_back_only_from_its_going_on()
+ {
+    // GIVEN a partitioned outbox that is streamed
+    let database = Database::create("attach").await;
+    database.init(&["--partition-by", "day"], &[]).await;
+    let settings = [&[database.as_owner(), OFTEN], settings].concat();
+    let mut walpost = database.walpost(&["run"], &settings).spawn();
+    walpost.wait_for_line(at_work, DEADLINE).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    let table = |age: &str| {
+        format!(
+            "CREATE TABLE walpost.filled (LIKE walpost.outbox INCLUDING DEFAULTS);
+             ALTER TABLE walpost.filled ALTER COLUMN seq SET DEFAULT nextval(pg_get_serial_sequence('walpost.outbox', 'seq'));
+             INSERT INTO walpost.filled (aggregatetype, aggregateid, type, payload, created_at)
+             SELECT 't', 'old-' || n, 'e', to_json(n), date_trunc('day', clock_timestamp()) - interval '{age}' FROM generate_series(1, 5) n"
+        )
+    };
+    const ATTACH: &str = "DO $$ DECLARE at timestamptz := date_trunc('day', clock_timestamp()) - interval '40 days'; BEGIN
+                              ALTER TABLE walpost.filled ALTER COLUMN seq DROP DEFAULT;
+                              EXECUTE format('ALTER TABLE walpost.outbox ATTACH PARTITION walpost.filled FOR VALUES FROM (%L) TO (%L)', at, at + interval '1 day');
+                          END $$";
+
+    // WHEN a table with rows that are older than the last note becomes a partition
+    database.sql(&table("40 days")).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    database.sql(ATTACH).await;
+
+    // THEN its rows are published
+    eventually(DEADLINE, "the rows of the partition", async || {
+        (arrived(&database, 10).await.len() == 15).then_some(())
+    })
+    .await;
+
+    // WHEN it goes, gets more rows, and comes back
+    database
+        .sql("ALTER TABLE walpost.outbox DETACH PARTITION walpost.filled")
+        .await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    database
+        .sql(
+            "INSERT INTO walpost.filled (aggregatetype, aggregateid, type, payload, created_at, seq)
+             SELECT 't', 'late-' || n, 'e', to_json(n), date_trunc('day', clock_timestamp()) - interval '40 days', 1000000 + n
+             FROM generate_series(1, 3) n",
+        )
+        .await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    database.sql(ATTACH).await;
+
+    // THEN those are published, and no other row again
+    eventually(DEADLINE, "the later rows of the partition", async || {
+        (arrived(&database, 25).await.len() == 28).then_some(())
+    })
+    .await;
+    walpost.stop().await;
+    once_each(&database).await;
+}
+
+#[tokio::test]
+async fn an_outbox_that_is_replaced_by_another_of_its_name_loses_nothing() {
+    // GIVEN a stream
+    let database = Database::create("replaced").await;
+    database.init(&[], &[]).await;
+    let mut walpost = database.walpost(&["run"], &[OFTEN]).spawn();
+    walpost.wait_for_line("streaming", DEADLINE).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    // WHEN a table that was filled beside it takes its name
+    database
+        .sql(&format!(
+            "CREATE TABLE walpost.next (LIKE walpost.outbox INCLUDING ALL);
+             INSERT INTO walpost.next (aggregatetype, aggregateid, type, payload)
+             SELECT 't', 'next-' || n, 'e', to_json(n) FROM generate_series(1, 5) n;
+             {INSERT}"
+        ))
+        .await;
+    sent(&database).await;
+    let old = ids(&database, "walpost.outbox").await;
+    database
+        .sql(
+            "BEGIN;
+             DROP VIEW walpost.outbox_status;
+             ALTER TABLE walpost.outbox RENAME TO gone;
+             ALTER TABLE walpost.next RENAME TO outbox;
+             ALTER PUBLICATION walpost SET TABLE walpost.outbox;
+             GRANT SELECT ON walpost.outbox TO walpost_connector;
+             COMMIT",
+        )
+        .await;
+    database.sql(INSERT).await;
+    // THEN the rows of the one and of the other are published; walpost may ask to be started again
+    let mut missing = Vec::new();
+    eventually(DEADLINE, "all rows of both tables", async || {
+        if walpost.try_exit().is_some() {
+            walpost = database.walpost(&["run"], &[OFTEN]).spawn();
+        }
+        let arrived = arrived(&database, 0).await;
+        let new = ids(&database, "walpost.outbox").await;
+        missing = old
+            .iter()
+            .chain(&new)
+            .filter(|id| !arrived.contains_key(*id))
+            .cloned()
+            .collect();
+        missing.is_empty().then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn of_a_transaction_that_came_in_part_every_row_is_published() {
+    // GIVEN a stream
+    let database = Database::create("part").await;
+    database.init(&[], &[]).await;
+    let mut walpost = database.start(&[OFTEN]).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    // WHEN it brings some rows of a transaction and leaves out others
+    database
+        .sql(&format!(
+            "BEGIN; {INSERT} ALTER PUBLICATION walpost SET (publish = 'update'); {INSERT} ALTER PUBLICATION walpost SET (publish = 'insert'); COMMIT"
+        ))
+        .await;
+    reconciled(&database, &mut walpost).await;
+    // THEN all come; those that it brought twice, because the rows of a transaction are not told apart
+    let arrived = arrived(&database, 15).await;
+    assert_eq!(arrived.len(), 15);
+    assert_eq!(arrived.values().filter(|times| **times == 2).count(), 5);
+    assert_eq!(arrived.values().max(), Some(&2));
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn a_missing_row_that_cannot_be_published_becomes_a_straggler_and_the_others_come() {
+    // GIVEN a stream
+    let database = Database::create("unfit").await;
+    database.init(&[], &[]).await;
+    let mut walpost = database.start(&[OFTEN]).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    // WHEN rows are left out, one of them with a topic that no topic can have
+    database
+        .sql(&format!(
+            "BEGIN; ALTER PUBLICATION walpost SET (publish = 'update'); {INSERT}
+             INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, topic) VALUES ('t', 'k', 'e', '1', 'a//b');
+             ALTER PUBLICATION walpost SET (publish = 'insert'); COMMIT"
+        ))
+        .await;
+    // THEN that one is kept, and the others arrive
+    walpost
+        .wait_for_line("the stream did not bring rows", DEADLINE)
+        .await;
+    eventually(DEADLINE, "nothing to be pending", async || {
+        let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status = 'pending'";
+        (database.rows(sql, &[]).await[0].get::<_, i64>(0) == 0).then_some(())
+    })
+    .await;
+    let dead = ids(&database, "walpost.outbox_status WHERE status = 'dead'").await;
+    assert_eq!(dead.len(), 1, "{dead:?}");
+    assert_eq!(arrived(&database, 10).await.len(), 10);
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn rows_that_were_streamed_are_not_taken_for_missing_whatever_happens_to_the_process() {
+    // GIVEN writers' transactions of every kind: one row, many, copied rows, rows that go in their own transaction
+    let database = Database::create("stays").await;
+    database.init(&[], &[]).await;
+    let work = async |round: i32| {
+        database.sql(INSERT).await;
+        database
+            .sql(&format!(
+                "BEGIN; {INSERT} {INSERT} DELETE FROM walpost.outbox WHERE txid = pg_current_xact_id() AND payload::text = '3'; COMMIT"
+            ))
+            .await;
+        let copied = format!(
+            "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, txid)
+             SELECT 't', 'copy-{round}', 'e', to_json({round}), txid FROM walpost.outbox LIMIT 2"
+        );
+        database.sql(&copied).await;
+    };
+    // WHEN it is stopped and started between them
+    let mut said = String::new();
+    for round in 0..4 {
+        let mut walpost = database.start(&[OFTEN]).await;
+        work(2 * round).await;
+        if round % 2 == 0 {
+            sent(&database).await;
+        }
+        work(2 * round + 1).await;
+        database.wait_all_confirmed(DEADLINE).await;
+        walpost.sigterm();
+        assert_eq!(walpost.wait_exit(DEADLINE).await, 0);
+        said.push_str(&walpost.output());
+    }
+    let walpost = database.start(&[OFTEN]).await;
+    sent(&database).await;
+    said.push_str(&walpost.output());
+    walpost.stop().await;
+    // THEN nothing was taken for missing, and nothing came twice
+    assert!(!said.contains("did not bring"), "{said}");
+    let rows = ids(&database, "walpost.outbox").await;
+    let arrived = arrived(&database, rows.len()).await;
+    assert!(arrived.values().all(|times| *times == 1), "{arrived:?}");
+}
+
+#[tokio::test]
+async fn a_process_that_is_killed_before_missing_rows_are_published_publishes_them_at_its_next_start()
+ {
+    // GIVEN rows that a stream did not bring, and a broker that takes nothing more when that is found
+    let database = Database::create("found").await;
+    database.init(&[], &[]).await;
+    let proxy = support::Proxy::before_broker(&servers().pulsar_addr);
+    let url = format!("pulsar://{}", proxy.addr());
+    let settings = [("WALPOST_PULSAR_URL", &*url), OFTEN];
+    let mut walpost = database.start(&settings).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    proxy.hold_upstream_replies(true);
+    database
+        .sql(&format!(
+            "BEGIN; ALTER PUBLICATION walpost SET (publish = 'update'); {INSERT} ALTER PUBLICATION walpost SET (publish = 'insert'); COMMIT"
+        ))
+        .await;
+    walpost
+        .wait_for_line("the stream did not bring rows", DEADLINE)
+        .await;
+    let gap = "SELECT scan_position -> 'missing' IS NOT NULL FROM walpost.progress WHERE scan_upto IS NOT NULL";
+    eventually(DEADLINE, "the gap to be stored", async || {
+        let rows = database.rows(gap, &[]).await;
+        rows.first()?.get::<_, Option<bool>>(0)?.then_some(())
+    })
+    .await;
+    // WHEN it is killed
+    walpost.sigkill();
+    drop(walpost);
+    proxy.hold_upstream_replies(false);
+    // THEN nothing of it counts as delivered, and the next start publishes it
+    let pending = ids(&database, "walpost.outbox_status WHERE status = 'pending'").await;
+    assert_eq!(pending.len(), 5);
+    let walpost = database.start(&[OFTEN]).await;
+    sent(&database).await;
+    walpost.stop().await;
+    assert_eq!(arrived(&database, 10).await.len(), 10);
+}
+
+#[tokio::test]
+async fn a_stream_that_leaves_rows_out_again_and_again_is_not_ready() {
+    // GIVEN a stream
+    let database = Database::create("again").await;
+    database.init(&[], &[]).await;
+    let mut walpost = database.start(&[OFTEN]).await;
+    let line = walpost.wait_for_line("http://", DEADLINE).await;
+    let (_, url) = line.split_once("http://").expect("just looked for");
+    let addr: String = url
+        .chars()
+        .take_while(|c| c.is_ascii_digit() || ".:".contains(*c))
+        .collect();
+    // WHEN every transaction is left out
+    let hidden = format!(
+        "BEGIN; ALTER PUBLICATION walpost SET (publish = 'update'); {INSERT} ALTER PUBLICATION walpost SET (publish = 'insert'); COMMIT"
+    );
+    // THEN readiness says so and where to look
+    eventually(DEADLINE, "503", async || {
+        database.sql(&hidden).await;
+        let said = ready(&addr).await?;
+        (said.starts_with("HTTP/1.1 503") && said.contains("publication")).then_some(())
+    })
+    .await;
+    // AND when it brings all again, it is ready again
+    eventually(DEADLINE, "200", async || {
+        let said = ready(&addr).await?;
+        said.starts_with("HTTP/1.1 200").then_some(())
+    })
+    .await;
+    sent(&database).await;
+    walpost.stop().await;
+    once_each(&database).await;
+}
+
+async fn ready(addr: &str) -> Option<String> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(addr).await.ok()?;
+    stream
+        .write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        .await
+        .ok()?;
+    let mut said = String::new();
+    stream.read_to_string(&mut said).await.ok()?;
+    Some(said)
+}
