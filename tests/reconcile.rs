@@ -169,7 +169,11 @@ async fn a_partition_that_comes_with_rows_in_it_is_published_by_polling_too() {
 #[tokio::test]
 async fn a_partition_that_comes_with_rows_in_it_is_published_and_one_that_comes_back_only_from_its_going_on()
  {
-    // GIVEN a partitioned outbox that is streamed
+    partition_with_rows(&[], "streaming").await;
+}
+
+async fn partition_with_rows(settings: &[(&str, &str)], at_work: &str) {
+    // GIVEN a partitioned outbox that is streamed, or polled
     let database = Database::create("attach").await;
     database.init(&["--partition-by", "day"], &[]).await;
     let settings = [&[database.as_owner(), OFTEN], settings].concat();
