@@ -60,7 +60,7 @@ use crate::scanner::progress::{self, Claim};
 use crate::scanner::recovery::{self, Session};
 use crate::scanner::streamed::StreamedRuns;
 use crate::{Error, Result};
-pub(crate) use publishing::{diversion, publisher_config, routing};
+pub(crate) use publishing::{diversion, publisher_config, routing, subscription};
 use pump::{Stopped, pump};
 
 /// How often the publisher looks at the clock: send deadlines, idle producers, growing topics.

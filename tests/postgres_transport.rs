@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
-use walpost::postgres::slot::{create_slot, publication_state, slot_state, wal_level};
+use walpost::postgres::slot::{create_slot, slot_state, wal_level};
 use walpost::postgres::{
     Frame, PostgresConfig, ReplicationConnection, ReplicationStream, StandbyStatus, StreamOptions,
-    TableName, connect_sql, preflight, quote_ident, sqlstate,
+    Subscription, TableName, connect_sql, preflight, quote_ident, sqlstate,
 };
 use walpost::{Lsn, Result};
 
@@ -332,14 +332,18 @@ async fn what_is_missing_is_named_with_what_mends_it() {
     let fixture = Fixture::new(TCP).await;
     let (client, name) = (&fixture.client, fixture.name.as_str());
     assert_eq!(wal_level(client).await.expect("read"), "logical");
-    let outbox = [TableName::new("public", "outbox")];
-    preflight(client, name, name, &outbox)
+    let subscription = |publication: &str, table: &str| Subscription {
+        publication: publication.to_owned(),
+        tables: vec![TableName::new("public", table)],
+        columns: Vec::new(),
+    };
+    let relations = preflight(client, name, &subscription(name, "outbox"))
         .await
         .expect("all is there");
+    assert_eq!(relations.members.len(), 1);
 
     let fails = async |slot: &str, publication: &str, table: &str, said: &str| {
-        let tables = [TableName::new("public", table)];
-        let error = preflight(client, slot, publication, &tables)
+        let error = preflight(client, slot, &subscription(publication, table))
             .await
             .expect_err(said);
         assert_eq!(error.exit_code(), 69);
@@ -375,12 +379,9 @@ async fn what_is_missing_is_named_with_what_mends_it() {
             "ALTER PUBLICATION {name} SET (publish = 'insert', publish_via_partition_root)"
         ))
         .await;
-    let state = publication_state(client, name)
+    preflight(client, name, &subscription(name, "outbox"))
         .await
-        .expect("read")
-        .expect("a publication");
-    assert!(state.inserts && state.via_root && !state.all_tables);
-    assert_eq!(state.tables, outbox);
+        .expect("mended");
 
     // The stream itself says the same of a missing slot; and a role without the right is told which it needs.
     let connection = ReplicationConnection::connect(&fixture.config, "t")

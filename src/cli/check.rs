@@ -20,6 +20,7 @@ use tokio_postgres::Client;
 
 use super::{deduplication, print};
 use crate::config::{Config, Mode};
+use crate::connector::subscription;
 use crate::postgres::{connect_sql, preflight, slot};
 use crate::pulsar::{Broker, Deduplication, probe};
 use crate::scanner::poll;
@@ -155,15 +156,9 @@ async fn postgres(config: &Config) -> Vec<Finding> {
 
 /// What streaming needs of Postgres.
 async fn streamed(client: &Client, config: &Config) -> Vec<Finding> {
-    let ready = preflight(
-        client,
-        &config.slot,
-        &config.publication,
-        &config.outbox_tables,
-    )
-    .await;
+    let ready = preflight(client, &config.slot, &subscription(config)).await;
     let server = match ready {
-        Ok(()) => Finding::ok(
+        Ok(_) => Finding::ok(
             POSTGRES,
             format!(
                 "{} can be streamed: publication {} has {}",

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio_postgres::Client;
 use tracing::{info, warn};
 
-use super::publishing::{diversion, publisher_config, routing};
+use super::publishing::{diversion, publisher_config, routing, subscription};
 use super::{Connector, Shutdown};
 use crate::config::Config;
 use crate::meter::Phase;
@@ -296,13 +296,7 @@ struct Checked {
 async fn check(config: &Config, session: &Session) -> Result<Checked> {
     let client = postgres::connect_sql(&config.postgres, APPLICATION_NAME).await?;
     let prepared = recovery::prepare(&client, config, session).await?;
-    postgres::preflight(
-        &client,
-        &config.slot,
-        &config.publication,
-        &config.outbox_tables,
-    )
-    .await?;
+    let _relations = postgres::preflight(&client, &config.slot, &subscription(config)).await?;
     let tables = modes::prepare(&client, config).await?;
     let state = slot::slot_state(&client, &config.slot).await?;
     let confirmed = state

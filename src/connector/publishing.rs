@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use crate::config::{AfterPublish, Config};
 use crate::meter::Meter;
+use crate::outbox::Role;
 use crate::pipe::Routing;
+use crate::postgres::Subscription;
 use crate::pulsar::{Diversion, PublisherConfig};
+use crate::scanner::outbox::{SEQ, TXID};
 use crate::scanner::straggler::Stragglers;
 
 /// How long a topic may be refused before its events become stragglers: a permission or a namespace that is just being made.
@@ -19,6 +22,21 @@ pub(crate) fn routing(config: &Config) -> Routing {
         columns: config.columns.clone(),
         template: config.topic.clone(),
         report_rows: config.after_publish != AfterPublish::Keep,
+    }
+}
+
+/// What must be published for that, and the columns that are read: those of the settings, and what the scanner relies on.
+pub(crate) fn subscription(config: &Config) -> Subscription {
+    let of_roles = Role::ALL.map(|role| config.columns.name(role));
+    let columns = of_roles
+        .into_iter()
+        .chain(config.topic.columns_used(&config.columns))
+        .chain([TXID, SEQ])
+        .filter(|name| !name.is_empty());
+    Subscription {
+        publication: config.publication.clone(),
+        tables: config.outbox_tables.clone(),
+        columns: columns.map(ToOwned::to_owned).collect(),
     }
 }
 

@@ -3,7 +3,7 @@
 //! Reading order: [`config`] says where to connect; [`connection`] dials, encrypts ([`tls`], [`channel_binding`]) and
 //! picks a host, [`stream`] is what it returns; [`session`] says which settings every session has; [`startup`] logs in a replication connection; [`replication`] speaks its
 //! commands and turns it into a [`replication_stream::ReplicationStream`], whose bytes [`frame`] takes apart.
-//! [`slot`] and [`mod@preflight`] ask an ordinary SQL connection about slot, publication, tables and rights; [`names`]
+//! [`slot`], [`published`] and [`mod@preflight`] ask an ordinary SQL connection about slot, publication, tables and rights; [`names`]
 //! quotes what goes into SQL; [`server_error`] says what a server's refusal means for the process.
 //!
 //! Input: a [`PostgresConfig`]. Output: a [`tokio_postgres::Client`] for SQL, and borrowed [`Frame`]s for the pipe.
@@ -15,6 +15,7 @@ pub mod frame;
 pub mod names;
 mod parameters;
 pub mod preflight;
+pub mod published;
 mod quiet;
 pub mod replication;
 pub mod replication_stream;
@@ -31,6 +32,7 @@ pub use connection::{connect_application, connect_sql};
 pub use frame::{Frame, StandbyStatus};
 pub use names::{TableName, quote_ident, quote_literal};
 pub use preflight::preflight;
+pub use published::{OutboxRelations, Subscription};
 pub use replication::{ReplicationConnection, StreamOptions, SystemIdentity};
 pub use replication_stream::ReplicationStream;
 pub use server_error::{sql_error, sqlstate};

@@ -1,41 +1,34 @@
 //! Everything that streaming needs of a server, checked before it starts: one clear error, with the command that mends it.
 //!
-//! Input: an SQL connection to the database that is to be streamed, and the names. Output: nothing, or the first thing
-//! that is wrong, in the order in which an operator would mend them. Nothing is changed. Only what streaming itself
+//! Input: an SQL connection to the database that is to be streamed, and the names. Output: the tables that rows come
+//! from, or the first thing that is wrong, in the order in which an operator would mend them. Nothing is changed. Only what streaming itself
 //! needs is asked for: the role needs `REPLICATION`, but no right to read the table.
 
 use tokio_postgres::Client;
 
-use super::names::{TableName, quote_ident, quote_literal};
-use super::server_error::sql_error;
-use super::slot::{
-    self, PLUGIN, PublicationState, SlotState, get, publication_state, query_one, slot_state,
-};
+use super::names::{quote_ident, quote_literal};
+use super::published::{self, OutboxRelations, Subscription};
+use super::slot::{self, PLUGIN, SlotState, get, query_one, slot_state};
 use crate::{Error, Result};
 
 /// The oldest Postgres whose pgoutput has the options that walpost uses.
 const OLDEST_VERSION: u32 = 140_000;
 
-/// Checks version, `wal_level`, the role, the tables, the publication and the slot.
+/// Checks version, `wal_level`, the role, the tables, the publication ([`published`]) and the slot.
 ///
 /// # Errors
 /// Refused, with a hint, for the first thing that is wrong; temporary when the server cannot be asked.
 pub async fn preflight(
     client: &Client,
     slot: &str,
-    publication: &str,
-    tables: &[TableName],
-) -> Result<()> {
+    subscription: &Subscription,
+) -> Result<OutboxRelations> {
     check_server(client).await?;
     let role = check_role(client).await?;
-    let mut kinds = Vec::with_capacity(tables.len());
-    for table in tables {
-        kinds.push((table, table_kind(client, table).await?));
-    }
-    let state = publication_state(client, publication).await?;
-    check_publication(publication, state.as_ref(), &kinds)?;
+    let relations = published::relations(client, subscription).await?;
     let state = slot_state(client, slot).await?;
-    check_slot(slot, state.as_ref(), &role.database)
+    check_slot(slot, state.as_ref(), &role.database)?;
+    Ok(relations)
 }
 
 async fn check_server(client: &Client) -> Result<()> {
@@ -81,81 +74,6 @@ async fn check_role(client: &Client) -> Result<Role> {
     Ok(Role {
         database: get(&row, "database")?,
     })
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum TableKind {
-    Plain,
-    Partitioned,
-}
-
-async fn table_kind(client: &Client, table: &TableName) -> Result<TableKind> {
-    const SQL: &str = "
-        SELECT c.relkind::text, c.relpersistence::text
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname = $1 AND c.relname = $2";
-    let row = client
-        .query_opt(SQL, &[&table.schema, &table.name])
-        .await
-        .map_err(|error| sql_error("look for the outbox table", error))?;
-    let Some(row) = row else {
-        return Err(
-            Error::refused(format!("table {table} does not exist in this database"))
-                .hint("walpost init; or name an existing table in WALPOST_OUTBOX_TABLE"),
-        );
-    };
-    let kind: String = get(&row, "relkind")?;
-    let persistence: String = get(&row, "relpersistence")?;
-    if persistence != "p" {
-        return Err(Error::refused(format!(
-            "table {table} is temporary or unlogged: its rows are not in the write-ahead log"
-        ))
-        .hint(format!("ALTER TABLE {table} SET LOGGED;")));
-    }
-    match kind.as_str() {
-        "r" => Ok(TableKind::Plain),
-        "p" => Ok(TableKind::Partitioned),
-        _ => Err(Error::refused(format!("{table} is not a table"))
-            .hint("name the table itself in WALPOST_OUTBOX_TABLE")),
-    }
-}
-
-fn check_publication(
-    name: &str,
-    state: Option<&PublicationState>,
-    tables: &[(&TableName, TableKind)],
-) -> Result<()> {
-    let quoted = quote_ident(name);
-    let Some(state) = state else {
-        return Err(Error::refused(format!(
-            "publication {name} does not exist in this database"
-        ))
-        .hint("walpost init"));
-    };
-    if !state.inserts {
-        return Err(
-            Error::refused(format!("publication {name} does not publish inserts")).hint(format!(
-                "ALTER PUBLICATION {quoted} SET (publish = 'insert');"
-            )),
-        );
-    }
-    for (table, kind) in tables {
-        if *kind == TableKind::Partitioned && !state.via_root {
-            return Err(Error::refused(format!(
-                "publication {name} publishes the partitions of {table} under their own names"
-            ))
-            .hint(format!(
-                "ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true);"
-            )));
-        }
-        if !state.all_tables && !state.tables.contains(table) {
-            return Err(
-                Error::refused(format!("publication {name} lacks table {table}"))
-                    .hint(format!("ALTER PUBLICATION {quoted} ADD TABLE {table};")),
-            );
-        }
-    }
-    Ok(())
 }
 
 fn check_slot(name: &str, state: Option<&SlotState>, database: &str) -> Result<()> {
@@ -241,42 +159,5 @@ mod tests {
         assert!(
             said(&|s| s.invalidation_reason = Some("idle_timeout".into())).contains("idle_timeout")
         );
-    }
-
-    #[test]
-    fn a_publication_that_will_not_do_is_told_why() {
-        let table = TableName::new("walpost", "outbox");
-        let good = PublicationState {
-            inserts: true,
-            via_root: false,
-            all_tables: false,
-            tables: vec![table.clone()],
-        };
-        let check = |state: &PublicationState, kind| {
-            check_publication("p", Some(state), &[(&table, kind)]).map_err(|error| error.report())
-        };
-        assert_eq!(check(&good, TableKind::Plain), Ok(()));
-        let said = check(&good, TableKind::Partitioned).unwrap_err();
-        assert!(
-            said.contains("ALTER PUBLICATION \"p\" SET (publish_via_partition_root"),
-            "{said}"
-        );
-        let mut state = good.clone();
-        state.inserts = false;
-        assert!(
-            check(&state, TableKind::Plain)
-                .unwrap_err()
-                .contains("publish = 'insert'")
-        );
-        let mut state = good.clone();
-        state.tables.clear();
-        let said = check(&state, TableKind::Plain).unwrap_err();
-        assert!(
-            said.contains("ALTER PUBLICATION \"p\" ADD TABLE walpost.outbox;"),
-            "{said}"
-        );
-        state.all_tables = true;
-        assert_eq!(check(&state, TableKind::Plain), Ok(()));
-        assert!(check_publication("p", None, &[]).is_err());
     }
 }

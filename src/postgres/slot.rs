@@ -1,11 +1,10 @@
-//! Replication slot and publication, asked about and made over an ordinary SQL connection.
+//! The replication slot, asked about and made over an ordinary SQL connection.
 //!
 //! Input: a `tokio_postgres` client and names. Output: states, as the catalogues have them at that moment. Works on
 //! Postgres 14 to 18: columns that came later are read through `to_jsonb`, which has them or has not.
 
 use tokio_postgres::{Client, Row, types::ToSql};
 
-use super::names::TableName;
 use super::server_error::sql_error;
 use crate::{Error, Lsn, Result};
 
@@ -44,19 +43,6 @@ impl SlotState {
         let unnamed = lost.then_some("the log it needs was removed");
         self.invalidation_reason.as_deref().or(unnamed)
     }
-}
-
-/// A publication as `pg_publication` shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PublicationState {
-    /// Whether it publishes inserts.
-    pub inserts: bool,
-    /// Whether rows of partitions come under the partitioned table's name.
-    pub via_root: bool,
-    /// Whether it has all tables of the database.
-    pub all_tables: bool,
-    /// The tables it has; of a partitioned one the partitions, unless `via_root`.
-    pub tables: Vec<TableName>,
 }
 
 /// The state of slot `name`; `None` when there is none.
@@ -121,39 +107,6 @@ pub async fn create_slot(client: &Client, name: &str) -> Result<Lsn> {
     )
     .await?;
     get_lsn(&row, "lsn")?.ok_or_else(|| Error::bug("a new slot has no position"))
-}
-
-/// The state of publication `name`; `None` when there is none.
-pub async fn publication_state(client: &Client, name: &str) -> Result<Option<PublicationState>> {
-    let failed = |error| sql_error("read the publication's state", error);
-    let row = client
-        .query_opt(
-            "SELECT pubinsert, pubviaroot, puballtables FROM pg_publication WHERE pubname = $1",
-            &[&name],
-        )
-        .await
-        .map_err(failed)?;
-    let Some(row) = row else {
-        return Ok(None);
-    };
-    let tables = client
-        .query(
-            "SELECT schemaname::text, tablename::text FROM pg_publication_tables WHERE pubname = $1 ORDER BY 1, 2",
-            &[&name],
-        )
-        .await
-        .map_err(failed)?;
-    let table = |row: &Row| {
-        let schema: String = get(row, "schemaname")?;
-        let name: String = get(row, "tablename")?;
-        Ok(TableName::new(schema, name))
-    };
-    Ok(Some(PublicationState {
-        inserts: get(&row, "pubinsert")?,
-        via_root: get(&row, "pubviaroot")?,
-        all_tables: get(&row, "puballtables")?,
-        tables: tables.iter().map(table).collect::<Result<_>>()?,
-    }))
 }
 
 /// The server's version: 150018 for 15.18.
