@@ -35,3 +35,41 @@ begin
     end if;
 end
 $walpost$;
+
+-- An event is an INSERT. An update of a row, also by INSERT ... ON CONFLICT DO UPDATE, sends nothing, and the row would count as
+-- sent: so the columns that make the event are not updated. One trigger for each statement: inserts, COPY and the marks of
+-- sent_at do not pay for it. Columns that an application adds are its own. A person who mends rows says so in that session:
+-- SET walpost.mend = on. (An UPDATE that names a partition, not walpost.outbox, is not seen.)
+create or replace function walpost.refuse_update() returns trigger
+    language plpgsql set search_path = pg_catalog, pg_temp
+as $walpost$
+begin
+    if current_setting('walpost.mend', true) = 'on' then
+        return null;
+    end if;
+    raise exception 'an update of walpost.outbox sends no event'
+        using errcode = 'feature_not_supported',
+              detail = 'Only inserts are events; also INSERT ... ON CONFLICT DO UPDATE changes a row without sending it.',
+              hint = 'Insert a new row; ON CONFLICT DO NOTHING is allowed. To mend rows by hand: SET walpost.mend = on.';
+end
+$walpost$;
+
+do $walpost$
+declare
+    columns text;
+begin
+    select string_agg(quote_ident(attname), ', ' order by attnum) into columns
+        from pg_attribute
+        where attrelid = 'walpost.outbox'::regclass and not attisdropped
+          and attname in ('id', 'aggregatetype', 'aggregateid', 'type', 'payload', 'topic', 'headers', 'deliver_at', 'created_at',
+                          'seq', 'txid');
+    if columns is null then
+        return;
+    end if;
+    execute format(
+        'create or replace trigger walpost_refuse_update before update of %s on walpost.outbox
+         for each statement execute function walpost.refuse_update()',
+        columns
+    );
+end
+$walpost$;

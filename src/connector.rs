@@ -33,6 +33,7 @@
 mod opening;
 mod publishing;
 mod pump;
+mod unreadable;
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -62,6 +63,7 @@ use crate::scanner::streamed::StreamedRuns;
 use crate::{Error, Result};
 pub(crate) use publishing::{diversion, publisher_config, routing, subscription};
 use pump::{Stopped, pump};
+use unreadable::{Remedy, Unreadable};
 
 /// How often the publisher looks at the clock: send deadlines, idle producers, growing topics.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
@@ -82,6 +84,7 @@ pub async fn run(
     let session = Session {
         name: session_name(),
         told: None,
+        unreadable: None,
     };
     if config.mode == Mode::Poll {
         return poll::run(config, session, meter, shutdown).await;
@@ -98,6 +101,7 @@ pub async fn run(
         keeper: None,
         carried: None,
         modes: Modes::default(),
+        unreadable: Unreadable::default(),
     };
     let mut backoff = Backoff::new(
         connector.config.reconnect_initial,
@@ -116,6 +120,7 @@ pub async fn run(
                         connector.binary = false;
                         continue;
                     }
+                    Ended::AskCatalog => continue,
                     Ended::Lost(error) => {
                         connector.meter.lost(Side::Postgres);
                         error
@@ -170,6 +175,8 @@ enum Ended {
     NeedsText,
     /// Rows that the stream left out are to be published before it goes on.
     Missing,
+    /// The catalogue is to be read again before the stream goes on.
+    AskCatalog,
     /// Postgres went away.
     Lost(Error),
 }
@@ -194,6 +201,7 @@ struct Connector {
     carried: Option<(SystemIdentity, Carried)>,
     /// What works on the tables beside the stream.
     modes: Modes,
+    unreadable: Unreadable,
 }
 
 impl Connector {
@@ -288,8 +296,29 @@ impl Connector {
                 let _lost = stream.close().await;
                 Ok(Ended::NeedsText)
             }
+            Ok(Stopped::AskCatalog) => {
+                let _lost = stream.close().await;
+                Ok(Ended::AskCatalog)
+            }
             Err(error) if error.is_temporary() => Ok(Ended::Lost(error)),
             Err(error) => {
+                let transactions = self.pipe().counters().transactions;
+                match self.unreadable.judge(&error, transactions) {
+                    Remedy::None => {}
+                    remedy => {
+                        warn!("opening again: {}", error.report());
+                        if let Remedy::RemakeSlot(why) = remedy {
+                            self.session.unreadable = Some(why);
+                        }
+                        let _lost = stream.close().await;
+                        return Ok(Ended::AskCatalog);
+                    }
+                }
+                let error = if postgres::is_unreadable(&error) {
+                    unreadable::by_hand(error, &self.config.slot)
+                } else {
+                    error
+                };
                 // Nothing passes the event that cannot be published, and what is before it is confirmed.
                 match self.stop(stream, feedback, Instant::now() + grace).await {
                     Ok(()) => self.note_stop().await,

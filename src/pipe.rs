@@ -26,6 +26,21 @@
 //!
 //! Transactional logical messages are rows as well: see the module `logical`.
 //!
+//! # Which relations are outbox tables
+//!
+//! A relation with the name of an outbox table is one, whatever its OID: a table that was dropped and made anew goes on. Rows of any
+//! other relation are judged by the catalogue ([`OutboxRelations`]), which the connector reads before each stream:
+//!
+//! * Committed before that reading: the OID decides. A partition whose rows came under its own name, because
+//!   `publish_via_partition_root` was off for a time, and an outbox table that had another name for a time are followed; other
+//!   tables are skipped, with a warning for each.
+//! * Committed behind it, of a relation that is not known as somebody else's: the catalogue has changed, so it is asked again
+//!   ([`Format::AskCatalog`]). Opening refuses what is wrong with the publication or a table; what is right then is decided as above,
+//!   because the same row is by now older than the reading.
+//!
+//! Rows of a table that was an outbox table in this process and is none any more are refused: somebody renamed it, and may not
+//! know that it is still written to. `tests/catalog/stream.rs` tries each.
+//!
 //! # A slot that was changed
 //!
 //! A transaction that was cut and does not come again was taken out of the slot by somebody; going on would confirm it half
@@ -41,8 +56,8 @@ use tracing::{debug, info, warn};
 use crate::ack::TxnNo;
 use crate::outbox::{Columns, ENVELOPE_OID, Envelopes, Extractor, TopicTemplate};
 use crate::outlet::{Counts, Event, Origin, Outlet, Source};
-use crate::pgoutput::{self, Message, RelationCache, Tuple};
-use crate::postgres::{Frame, TableName};
+use crate::pgoutput::{self, Message, Relation, RelationCache, Tuple};
+use crate::postgres::{Frame, OutboxRelations, TableName, UnreadableLog};
 use crate::pulsar::{Publisher, RowTag};
 use crate::scanner::straggler::Stragglers;
 use crate::scanner::streamed::StreamedRuns;
@@ -117,6 +132,8 @@ pub enum Format {
     Fits,
     /// A column that is read has a type without a known binary form: ask for text and start again.
     NeedsText,
+    /// A row of a relation that the catalogue did not have as it is when it was read: read it and start again.
+    AskCatalog,
 }
 
 /// The transaction whose rows are arriving, or were when the connection was lost.
@@ -169,6 +186,10 @@ pub struct Pipe {
     envelope_row: Vec<u8>,
     /// Tables that are no outbox and had rows: told once.
     foreign: Vec<u32>,
+    /// What the catalogue says of tables by their OIDs.
+    outbox: OutboxRelations,
+    /// OIDs that were outbox tables earlier in this process.
+    former: Vec<u32>,
     /// Values in the stream are binary where their type allows.
     binary: bool,
     open: Option<OpenTxn>,
@@ -213,6 +234,8 @@ impl Pipe {
             relations: RelationCache::new(),
             extractors: Vec::new(),
             foreign: Vec::new(),
+            outbox: OutboxRelations::default(),
+            former: Vec::new(),
             binary: true,
             open: None,
             stream: Stream::Between,
@@ -230,8 +253,11 @@ impl Pipe {
         }
     }
 
-    /// A new replication connection begins: Postgres repeats everything from the confirmed LSN on.
-    pub fn begin_stream(&mut self, binary: bool) {
+    /// A new replication connection begins: Postgres repeats everything from the confirmed LSN on. `outbox` was just read.
+    pub fn begin_stream(&mut self, binary: bool, outbox: OutboxRelations) {
+        self.former.append(&mut self.outbox.roots);
+        self.former.retain(|oid| !outbox.roots.contains(oid));
+        self.outbox = outbox;
         self.stream = Stream::Between;
         self.binary = binary;
         // A walsender describes each relation anew; the old description may be out of date.
@@ -341,6 +367,11 @@ impl Pipe {
         meter.count(&counters.since(&self.metered));
         meter.set_positions(received, confirmed);
         self.metered = counters;
+    }
+
+    /// Whether what arrives now was committed behind the last reading of the catalogue.
+    pub fn is_ahead_of_catalog(&self) -> bool {
+        self.received >= self.outbox.read_at
     }
 
     /// Everything before this was received.
@@ -509,8 +540,8 @@ impl Pipe {
             |table: &TableName| table.schema == relation.namespace && table.name == relation.name;
         let place = self.routing.tables.iter().position(is_outbox);
         let extractor = if let Some(place) = place {
-            let extractor =
-                Extractor::new(relation, &self.routing.columns, &self.routing.template)?;
+            let extractor = Extractor::new(relation, &self.routing.columns, &self.routing.template)
+                .map_err(|error| described_otherwise(relation, &error))?;
             if self.binary
                 && let Some((column, type_oid)) = extractor.needs_text()
             {
@@ -539,14 +570,7 @@ impl Pipe {
             )));
         };
         let Some((extractor, table)) = extractor else {
-            self.skipped += 1;
-            if !self.foreign.contains(&relation_id)
-                && let Some(relation) = self.relations.get(relation_id)
-            {
-                warn!(table = %relation, "the publication holds a table that is not in WALPOST_OUTBOX_TABLE: its rows are skipped");
-                self.foreign.push(relation_id);
-            }
-            return Ok(Format::Fits);
+            return self.row_under_another_name(relation_id, tuple, open, at);
         };
         let origin = open.origin(*table, relation_id != ENVELOPE_OID);
         let scanned = &mut self.scanned;
@@ -560,5 +584,80 @@ impl Pipe {
             streamed.add(*table, txid);
         }
         Ok(Format::Fits)
+    }
+
+    /// A row of a relation that no setting names: see the module's documentation.
+    #[cold]
+    fn row_under_another_name(
+        &mut self,
+        relation_id: u32,
+        tuple: &Tuple<'_>,
+        open: OpenTxn,
+        at: Lsn,
+    ) -> Result<Format> {
+        let Some(relation) = self.relations.get(relation_id) else {
+            return Err(Error::bug(format!(
+                "a row of a table that was not described (OID {relation_id}) at {at}"
+            )));
+        };
+        let is_foreign = self.foreign.contains(&relation_id)
+            || self.outbox.others.binary_search(&relation_id).is_ok();
+        let is_new = open.commit_lsn >= self.outbox.read_at;
+        let place = self.outbox.place(relation_id);
+        if let Some(place) = place.filter(|_| !is_new) {
+            let extractor = Extractor::new(relation, &self.routing.columns, &self.routing.template)
+                .map_err(|error| described_otherwise(relation, &error))?;
+            let needs_text = self.binary && extractor.needs_text().is_some();
+            info!(table = %relation, "rows of an outbox table under another name: they are published as its own");
+            self.give_back_row();
+            if needs_text {
+                return Ok(Format::NeedsText);
+            }
+            self.extractors.retain(|(known, _)| *known != relation_id);
+            self.extractors
+                .push((relation_id, Some((extractor, place))));
+            return self.insert(relation_id, tuple, at);
+        }
+        if is_new && !is_foreign && !self.former.contains(&relation_id) {
+            info!(table = %relation, "rows of a table that is not known: reading the catalogue again");
+            self.give_back_row();
+            return Ok(Format::AskCatalog);
+        }
+        if self.former.contains(&relation_id) {
+            return Err(Error::refused(format!(
+                "table {relation} (OID {relation_id}) was an outbox table until it was renamed, and is still written to: its rows are \
+                 not published any more"
+            ))
+            .hint(format!(
+                "let the application write to the table that has the name now; add {relation} to WALPOST_OUTBOX_TABLE if its rows are \
+                 events; else ALTER PUBLICATION … DROP TABLE {relation}; a restart without either skips its rows"
+            )));
+        }
+        self.skipped += 1;
+        if !self.foreign.contains(&relation_id) {
+            warn!(table = %relation, "the publication holds a table that is not in WALPOST_OUTBOX_TABLE: its rows are skipped");
+            self.foreign.push(relation_id);
+        }
+        Ok(Format::Fits)
+    }
+
+    /// The row that was just counted is not taken: it comes again.
+    fn give_back_row(&mut self) {
+        if let Some(open) = &mut self.open {
+            open.rows -= 1;
+        }
+    }
+}
+
+/// The catalogue has what an event needs, as opening has seen; the log does not.
+fn described_otherwise(relation: &Relation, error: &Error) -> Error {
+    let (why, hint) = error.told();
+    let said = Error::refused(format!(
+        "the log holds rows of table {relation} from a time in which they were sent without what an event needs"
+    ))
+    .caused_by(UnreadableLog(why));
+    match hint {
+        Some(hint) => said.hint(hint),
+        None => said,
     }
 }

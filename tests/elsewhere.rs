@@ -111,7 +111,7 @@ async fn rows_with_a_txid_of_the_future_that_are_published_already_are_not_sent_
         .await;
     let progress = between(
         &said,
-        "'3' WHERE txid >= pg_snapshot_xmax(pg_current_snapshot()), and ",
+        "'3' WHERE txid >= pg_snapshot_xmax(pg_current_snapshot()); COMMIT, and ",
         "; then start",
     );
     database.sql(progress).await;

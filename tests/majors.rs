@@ -103,9 +103,10 @@ async fn does_all_that_matters(major: i32) {
     wait_none(&database, "pg_class WHERE relname = 'outbox_old'").await;
     stop_and_count(&database, walpost, 2 * ROWS + 1).await;
 
-    // AND in delete mode rows go by their receipts, also with a column list where there are such
+    // AND in delete mode rows go by their receipts, also with a column list that has all that is read, where there are such
     if major >= 15 {
-        let list = "ALTER PUBLICATION walpost SET TABLE walpost.outbox (id, aggregatetype, aggregateid, type, payload, created_at)";
+        let list = "ALTER PUBLICATION walpost SET TABLE walpost.outbox \
+             (id, aggregatetype, aggregateid, type, payload, topic, headers, deliver_at, created_at, seq, txid)";
         database.sql(list).await;
     }
     let walpost = database.start(&[OFTEN, DELETE, database.as_owner()]).await;

@@ -2,12 +2,14 @@
 //! delivery guarantee holds.
 //!
 //! A list of small checks; each gives a [`Finding`] or a few, and none needs another's result. `server` looks at Postgres'
-//! settings and the role's rights, `tables` at the outbox tables, `topics` at the right to publish and the payloads' size.
+//! settings and the role's rights, `tables` at the outbox tables, `catalog` at what else the
+//! database says of them, `topics` at the right to publish and the payloads' size.
 //! (A producer is opened on each topic, which makes a topic that the broker makes on first use; nothing else is touched.)
 //!
 //! Input: the settings. Output: a line (or a JSON object) for each finding. Exit code: 0 if nothing failed, 75 if all that
 //! failed may pass, else 69.
 
+mod catalog;
 mod server;
 mod tables;
 mod topics;

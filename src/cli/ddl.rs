@@ -166,6 +166,17 @@ pub fn emit_transient_sql(payload: Payload) -> Result<String> {
     fill(EMIT_TRANSIENT, "payload", "json", payload.sql_type())
 }
 
+/// What makes an existing `walpost.outbox` refuse updates: the end of its file.
+///
+/// # Errors
+/// A bug, if the file has lost it.
+pub fn refuse_update_sql() -> Result<&'static str> {
+    let begin = OUTBOX.find("create or replace function walpost.refuse_update()");
+    begin
+        .map(|begin| &OUTBOX[begin..])
+        .ok_or_else(|| Error::bug("sql/03_outbox.sql has no walpost.refuse_update"))
+}
+
 /// The two roles, and what they may do in these settings' mode.
 ///
 /// # Errors

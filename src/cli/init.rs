@@ -14,11 +14,12 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::{Client, Transaction};
 
-use super::ddl::{Ddl, Payload, emit_transient_sql, own_table, roles_sql};
+use super::ddl::{Ddl, Payload, emit_transient_sql, own_table, refuse_update_sql, roles_sql};
 use super::print;
 use crate::config::{Config, Mode};
+use crate::connector::subscription;
 use crate::postgres::slot::{SlotState, slot_state};
-use crate::postgres::{connect_sql, sql_error, sqlstate};
+use crate::postgres::{connect_sql, published, sql_error, sqlstate};
 use crate::scanner::partitions::{self, Span};
 use crate::scanner::recovery;
 use crate::{Error, Result};
@@ -77,7 +78,10 @@ pub async fn run(
     check_tables(&after, config, payload)?;
     if streams {
         lines.push(publication_line(&before, &after, config));
-        lines.extend(row_filter_lines(&after, config));
+        // Before anything is kept: the first row would tell, and then it is in the log.
+        published::watch(&transaction, &subscription(config)).await?;
+        let pid = slot.as_ref().and_then(|slot| slot.active_pid);
+        lines.extend(pid.and_then(|pid| unknown_to_stream(&before, pid)));
     }
     transaction
         .commit()
@@ -166,6 +170,9 @@ async fn apply(
             // Native, or a table from elsewhere with ids of its own.
             IdFunction::Native | IdFunction::Missing => {}
         }
+        if own_exists {
+            lines.extend(refuse_updates(transaction).await?);
+        }
     }
     let after = Catalog::read(transaction, config).await?;
     for (name, table) in &after.tables {
@@ -233,6 +240,36 @@ async fn apply(
         step(transaction, doing, &ddl.straggler).await?;
     }
     Ok(lines)
+}
+
+/// Gives a `walpost.outbox` of an earlier version the trigger that refuses updates.
+async fn refuse_updates(transaction: &Transaction<'_>) -> Result<Option<String>> {
+    // Waits for writers, and other writers wait behind it: not for long.
+    const WAIT: &str = "set local lock_timeout = '10s'";
+    let doing = "make walpost.outbox refuse updates";
+    let found = transaction
+        .query_one(
+            "select pg_catalog.pg_has_role(c.relowner, 'usage') from pg_catalog.pg_class c
+             where c.oid = 'walpost.outbox'::regclass
+               and not exists (select from pg_catalog.pg_trigger where tgrelid = c.oid and tgname = 'walpost_refuse_update')
+             union all select null limit 1",
+            &[],
+        )
+        .await
+        .map_err(|error| sql_error(doing, error))?;
+    Ok(match found.get(0) {
+        None => None,
+        Some(false) => Some(
+            "exists but differs: table walpost.outbox: it does not refuse updates, which send nothing; let its owner run walpost init"
+                .to_owned(),
+        ),
+        Some(true) => {
+            step(transaction, doing, WAIT).await?;
+            step(transaction, doing, refuse_update_sql()?).await?;
+            step(transaction, doing, "set local lock_timeout = 0").await?;
+            Some("brought up to date table walpost.outbox: it refuses updates, which send nothing".to_owned())
+        }
+    })
 }
 
 /// Makes the functions of System A.
@@ -371,20 +408,20 @@ fn publication_line(before: &Catalog, after: &Catalog, config: &Config) -> Strin
     }
 }
 
-/// A filter is somebody's decision, so it stays, but rows that never arrive must not be a surprise.
-fn row_filter_lines(after: &Catalog, config: &Config) -> Vec<String> {
-    let filtered = after.tables.iter().filter_map(|(name, table)| {
-        let filter = table.as_ref()?.row_filter.as_deref()?;
-        Some((name, filter))
+/// Tables that are published from now on, while a process streams that cannot know them.
+fn unknown_to_stream(before: &Catalog, pid: i32) -> Option<String> {
+    before.publication.as_ref()?;
+    let added = before.tables.iter().filter(|(_, state)| {
+        let table = state.as_ref();
+        table.is_none_or(|table| !table.published)
     });
-    filtered
-        .map(|(table, filter)| {
-            format!(
-                "exists but differs: publication {}: only rows of {table} WHERE {filter} are streamed",
-                config.publication
-            )
-        })
-        .collect()
+    let added: Vec<String> = added.map(|(name, _)| name.to_string()).collect();
+    (!added.is_empty()).then(|| {
+        format!(
+            "restart walpost run with these settings now: server process {pid} streams for one that skips the rows of {}",
+            added.join(", ")
+        )
+    })
 }
 
 fn existing_slot_line(slot: &SlotState, name: &str, server: &Server) -> String {

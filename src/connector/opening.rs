@@ -14,9 +14,11 @@ use super::publishing::{diversion, publisher_config, routing, subscription};
 use super::{Connector, Shutdown};
 use crate::config::Config;
 use crate::meter::Phase;
+use crate::outbox::Extractor;
 use crate::pipe::Pipe;
 use crate::postgres::{
-    self, ReplicationConnection, ReplicationStream, StreamOptions, SystemIdentity, slot,
+    self, OutboxRelations, ReplicationConnection, ReplicationStream, StreamOptions, SystemIdentity,
+    slot,
 };
 use crate::pulsar::{Publisher, PublisherConfig};
 use crate::scanner::delivered::{Carried, Keeper, Start};
@@ -27,6 +29,7 @@ use crate::scanner::progress::{self, Progress, Snapshot};
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
 use crate::scanner::streamed::StreamedRows;
+use crate::scanner::table;
 use crate::scanner::unmarked::Way;
 use crate::{Error, Lsn, Result};
 
@@ -44,6 +47,7 @@ impl Connector {
         self.claimed = None;
         let session = Session {
             name: self.session.name.clone(),
+            unreadable: self.session.unreadable.clone(),
             ..self.session
         };
         let checking = async {
@@ -62,6 +66,7 @@ impl Connector {
             identity,
             confirmed,
             mut prepared,
+            relations,
             tables,
         } = checked.inspect_err(|error| {
             if recovery::is_busy(error) {
@@ -77,6 +82,7 @@ impl Connector {
             self.drop_pipe();
             self.session.told = None;
             self.carried = None;
+            self.session.unreadable = None;
         }
         // Kept until the keeper has it: closing the gap may take several tries.
         let carried = self.carried.clone();
@@ -133,7 +139,7 @@ impl Connector {
         }
         let binary = self.binary;
         let pipe = self.pipe();
-        pipe.begin_stream(binary);
+        pipe.begin_stream(binary, relations);
         let start = pipe.flush_lsn();
         let options = StreamOptions {
             binary,
@@ -288,6 +294,8 @@ struct Checked {
     confirmed: Lsn,
     /// `None` without a `walpost.progress`.
     prepared: Option<Prepared>,
+    /// Which tables are outbox tables.
+    relations: OutboxRelations,
     /// What works beside the stream works on these.
     tables: Vec<OutboxTable>,
 }
@@ -296,7 +304,8 @@ struct Checked {
 async fn check(config: &Config, session: &Session) -> Result<Checked> {
     let client = postgres::connect_sql(&config.postgres, APPLICATION_NAME).await?;
     let prepared = recovery::prepare(&client, config, session).await?;
-    let _relations = postgres::preflight(&client, &config.slot, &subscription(config)).await?;
+    let relations = postgres::preflight(&client, &config.slot, &subscription(config)).await?;
+    check_definitions(&client, config).await?;
     let tables = modes::prepare(&client, config).await?;
     let state = slot::slot_state(&client, &config.slot).await?;
     let confirmed = state
@@ -311,8 +320,19 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
         identity,
         confirmed,
         prepared,
+        relations,
         tables,
     })
+}
+
+/// Refuses a table whose rows could not be events, before the first of them comes.
+async fn check_definitions(client: &Client, config: &Config) -> Result<()> {
+    for table in &config.outbox_tables {
+        if let Some(relation) = table::describe(client, table).await? {
+            Extractor::new(&relation, &config.columns, &config.topic)?;
+        }
+    }
+    Ok(())
 }
 
 /// The database was put back to an older state without a new timeline. What it commits from now on would be taken for what was

@@ -24,6 +24,7 @@ pub(super) enum Stopped {
     NeedsText,
     /// Rows that the stream left out were found; between two transactions.
     Missing,
+    AskCatalog,
 }
 
 /// The loop between the two sides. Told to stop, it goes on for at most `finish_transaction`.
@@ -63,10 +64,16 @@ pub(super) async fn pump<F: Future<Output = ()>>(
                 break;
             };
             let (format, reply_requested) = pipe.frame(frame)?;
-            if format == Format::NeedsText {
-                return Ok(Stopped::NeedsText);
+            match format {
+                Format::Fits => {}
+                Format::NeedsText => return Ok(Stopped::NeedsText),
+                Format::AskCatalog => return Ok(Stopped::AskCatalog),
             }
             feedback.wanted |= reply_requested;
+        }
+        // What it says of the past the next reading of the catalogue has answered already.
+        if stream.take_publication_missed() && pipe.is_ahead_of_catalog() {
+            return Ok(Stopped::AskCatalog);
         }
         let late = pipe.lateness();
         gulp.arrived(late, pipe.is_in_transaction())?;

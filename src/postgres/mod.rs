@@ -34,5 +34,5 @@ pub use names::{TableName, quote_ident, quote_literal};
 pub use preflight::preflight;
 pub use published::{OutboxRelations, Subscription};
 pub use replication::{ReplicationConnection, StreamOptions, SystemIdentity};
-pub use replication_stream::ReplicationStream;
+pub use replication_stream::{ReplicationStream, UnreadableLog, is_unreadable};
 pub use server_error::{sql_error, sqlstate};

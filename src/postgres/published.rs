@@ -24,7 +24,7 @@
 //! `tests/catalog` tries each of these on Postgres 14, 15 and 18.
 
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{Client, Row};
+use tokio_postgres::{GenericClient, Row};
 
 use super::names::{TableName, quote_ident};
 use super::server_error::sql_error;
@@ -46,6 +46,8 @@ pub struct Subscription {
 pub struct OutboxRelations {
     /// OID, and the outbox table's place in the settings.
     pub members: Vec<(u32, u16)>,
+    /// OIDs of the outbox tables themselves.
+    pub roots: Vec<u32>,
     /// Other tables that the publication has.
     pub others: Vec<u32>,
     /// Where the log ended when this was read: what is committed behind it may have changed it.
@@ -64,7 +66,7 @@ impl OutboxRelations {
 ///
 /// # Errors
 /// Refused, with the statement that mends it, for the first thing that is wrong; temporary when the server cannot be asked.
-pub async fn watch(client: &Client, subscription: &Subscription) -> Result<()> {
+pub async fn watch(client: &impl GenericClient, subscription: &Subscription) -> Result<()> {
     let (publication, tables) = read(client, subscription).await?;
     check(subscription, publication, &tables)
 }
@@ -73,7 +75,10 @@ pub async fn watch(client: &Client, subscription: &Subscription) -> Result<()> {
 ///
 /// # Errors
 /// As [`watch`].
-pub async fn relations(client: &Client, subscription: &Subscription) -> Result<OutboxRelations> {
+pub async fn relations(
+    client: &impl GenericClient,
+    subscription: &Subscription,
+) -> Result<OutboxRelations> {
     const OTHERS: &str = "
         SELECT (CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn()
                      ELSE pg_catalog.pg_current_wal_insert_lsn() END)::text,
@@ -91,6 +96,7 @@ pub async fn relations(client: &Client, subscription: &Subscription) -> Result<O
     check(subscription, publication, &tables)?;
     let mut relations = OutboxRelations {
         members: Vec::new(),
+        roots: tables.iter().flatten().map(|table| table.oid).collect(),
         others: get(&row, 1)?,
         read_at,
     };
@@ -115,6 +121,7 @@ struct Options {
 /// An outbox table that exists.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Table {
+    oid: u32,
     /// `pg_class.relkind` and `relpersistence`.
     kind: String,
     persistence: String,
@@ -170,17 +177,17 @@ const FACTS: &str = "
            t.relid IS NOT NULL, coalesce(t.filtered, false),
            ARRAY(SELECT u.name FROM unread u WHERE u.place = o.place AND NOT u.generated ORDER BY 1),
            ARRAY(SELECT u.name FROM unread u WHERE u.place = o.place AND u.generated ORDER BY 1),
-           ARRAY(SELECT f.oid FROM family f WHERE f.place = o.place), '', '', false
+           ARRAY(SELECT f.oid FROM family f WHERE f.place = o.place), '', '', false, o.oid
     FROM outbox o LEFT JOIN publication p ON true LEFT JOIN published t ON t.relid = o.oid
     UNION ALL
     SELECT o.place, 'member', c.relkind::text, c.relpersistence::text, NULL, NULL, false, false, NULL, NULL, NULL,
-           n.nspname::text, c.relname::text, c.relispartition
+           n.nspname::text, c.relname::text, c.relispartition, c.oid
     FROM outbox o JOIN family f ON f.place = o.place AND f.oid <> o.oid
     JOIN pg_catalog.pg_class c ON c.oid = f.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     WHERE NOT c.relispartition AND c.relpersistence <> 't' OR c.relkind NOT IN ('r', 'p')
        OR c.relkind = 'r' AND c.relpersistence = 'u'
     UNION ALL
-    SELECT o.place, 'ancestor', '', '', NULL, NULL, false, false, NULL, NULL, NULL, n.nspname::text, c.relname::text, false
+    SELECT o.place, 'ancestor', '', '', NULL, NULL, false, false, NULL, NULL, NULL, n.nspname::text, c.relname::text, false, c.oid
     FROM outbox o CROSS JOIN LATERAL pg_catalog.pg_partition_ancestors(o.oid) a (relid)
     JOIN published t ON t.relid = a.relid
     JOIN pg_catalog.pg_class c ON c.oid = a.relid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -189,7 +196,7 @@ const FACTS: &str = "
 
 /// The publication's options, and each outbox table; `None` for what does not exist.
 async fn read(
-    client: &Client,
+    client: &impl GenericClient,
     subscription: &Subscription,
 ) -> Result<(Option<Options>, Vec<Option<Table>>)> {
     let schemas: Vec<&str> = subscription
@@ -222,6 +229,7 @@ async fn read(
             continue;
         }
         *slot(&mut tables, row)? = Some(Table {
+            oid: get(row, 14)?,
             kind,
             persistence: get(row, 3)?,
             is_published: get(row, 6)?,

@@ -45,6 +45,13 @@ const TCP_GULP_PAUSE: Duration = Duration::from_millis(2);
 /// A Unix socket holds about ninety rows (see [`crate::gulp`]).
 const UNIX_GULP_PAUSE: Duration = Duration::from_micros(250);
 
+/// SQLSTATE of the only notice of a walsender's that is about lost rows: "skipped loading publication" (`pgoutput.c`). The code, because the
+/// text is in the server's language.
+const PUBLICATION_SKIPPED: &str = "55000";
+
+/// SQLSTATE with which the walsender of an earlier Postgres ends where there is no publication.
+const UNDEFINED_OBJECT: &str = "42704";
+
 /// How long [`ReplicationStream::close`] waits for the server at most.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -59,6 +66,8 @@ pub struct ReplicationStream {
     reads_without_long_message: u32,
     /// How the reading side ended, found while there still were bytes to hand out.
     ended: Option<io::Error>,
+    /// Set by a notice that says so, see [`take_publication_missed`](Self::take_publication_missed).
+    publication_missed: bool,
     /// `output[sent..]` is still to be written; all messages but those of `close` are [`STATUS_BYTES`] long.
     output: Vec<u8>,
     sent: usize,
@@ -87,6 +96,7 @@ impl ReplicationStream {
             last_fill_bytes: 0,
             reads_without_long_message: 0,
             ended: None,
+            publication_missed: false,
             output: Vec::with_capacity(4 * STATUS_BYTES),
             sent: 0,
             unflushed: false,
@@ -120,13 +130,15 @@ impl ReplicationStream {
             match message {
                 Message::Frame(frame) => return Ok(Some(frame)),
                 Message::Error(body) => {
-                    return Err(ServerError::parse(body).into_error("go on streaming"));
+                    return Err(server_says(ServerError::parse(body)));
                 }
                 Message::End => {
                     return Err(Error::temporary("the walsender has ended the stream"));
                 }
                 Message::Notice(body) => {
-                    warn!(notice = %ServerError::parse(body), "the walsender has something to say");
+                    let notice = ServerError::parse(body);
+                    self.publication_missed |= notice.code() == PUBLICATION_SKIPPED;
+                    warn!(%notice, "the walsender has something to say");
                 }
                 Message::Parameter => {}
             }
@@ -141,6 +153,12 @@ impl ReplicationStream {
         self.output
             .truncate(self.sent.div_ceil(STATUS_BYTES) * STATUS_BYTES);
         status.encode(postgres_time_us(SystemTime::now()), &mut self.output);
+    }
+
+    /// True once after the walsender has said that it goes on without the publication, because there was none when the changes that
+    /// it is decoding were made (Postgres 18; earlier ones end the stream with 42704).
+    pub fn take_publication_missed(&mut self) -> bool {
+        std::mem::take(&mut self.publication_missed)
     }
 
     /// True while a status update waits for the socket.
@@ -337,6 +355,36 @@ impl ReplicationStream {
         }
         Poll::Ready(Ok(()))
     }
+}
+
+/// Behind an error of a stream that cannot be read on because of what the log holds, however often it is opened: see
+/// [`is_unreadable`].
+#[derive(Debug)]
+pub struct UnreadableLog(pub String);
+
+impl std::fmt::Display for UnreadableLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UnreadableLog {}
+
+/// True for an error with an [`UnreadableLog`] as its source.
+pub fn is_unreadable(error: &Error) -> bool {
+    let source = std::error::Error::source(error);
+    source.is_some_and(|source| source.is::<UnreadableLog>())
+}
+
+fn server_says(error: ServerError) -> Error {
+    // A stream that has begun has its slot: what is missing is the publication, when the change that is being decoded was made.
+    if error.code() == UNDEFINED_OBJECT {
+        return Error::refused(
+            "the publication did not exist when changes were made that the slot now has to bring, and the walsender ends there",
+        )
+        .caused_by(UnreadableLog(error.to_string()));
+    }
+    error.into_error("go on streaming")
 }
 
 fn unreadable(error: FrameError) -> Error {

@@ -7,6 +7,7 @@
 //! # When a slot is not ours any more
 //!
 //! * It does not exist (dropped, or a standby without failover slots was promoted), or Postgres has invalidated it.
+//! * What it would bring cannot be read: the log holds rows from a time in which the publication or the table was wrong.
 //! * It stands beyond what it was ever told. While a process runs it knows what it told; a process that stopped in good order
 //!   has written it down.
 //!
@@ -59,6 +60,8 @@ pub struct Session {
     pub name: String,
     /// What it told the slot last, if it has had a stream.
     pub told: Option<Lsn>,
+    /// Why the slot's log cannot be read on, if that was found: see `connector::unreadable`.
+    pub unreadable: Option<String>,
 }
 
 /// Looks at the slot and makes it anew if that is called for.
@@ -286,6 +289,9 @@ fn lost_because(
     let Some(state) = state else {
         return Some("it does not exist any more".to_owned());
     };
+    if session.unreadable.is_some() {
+        return session.unreadable.clone();
+    }
     if progress.scan_before.is_some() && progress.scan_upto.is_none() {
         return Some("its making was cut short".to_owned());
     }
@@ -326,6 +332,7 @@ mod tests {
         let session = |told: Option<u64>| Session {
             name: "we".to_owned(),
             told: told.map(Lsn::new),
+            unreadable: None,
         };
         let new = session(None);
         let unknown = Progress::default();

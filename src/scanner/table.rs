@@ -40,9 +40,9 @@ fn mend_txid(table: &TableName, slot: &str, rows: &str) -> String {
     let slot = quote_literal(slot);
     let slot = slot.trim();
     format!(
-        "stop every walpost run of this slot first; to publish them: UPDATE {table} SET txid = pg_current_xact_id() WHERE {rows}, \
+        "stop every walpost run of this slot first; to publish them: BEGIN; SET LOCAL walpost.mend = on; UPDATE {table} SET txid = pg_current_xact_id() WHERE {rows}; COMMIT, \
          and after its commit UPDATE walpost.progress SET scan_upto = pg_current_snapshot(), scan_position = NULL WHERE slot = {slot}; if they are published already: \
-         UPDATE {table} SET txid = '3' WHERE {rows}, and UPDATE walpost.progress SET delivered = coalesce(delivered, '4:4:') \
+         BEGIN; SET LOCAL walpost.mend = on; UPDATE {table} SET txid = '3' WHERE {rows}; COMMIT, and UPDATE walpost.progress SET delivered = coalesce(delivered, '4:4:') \
          WHERE slot = {slot}; then start walpost run"
     )
 }
@@ -172,9 +172,9 @@ impl ScanTable {
                 ))
                 .hint(format!(
                     "number them from 1 on in the order in which they are to be published, for instance: \
-                     UPDATE {name} t SET seq = n.seq FROM (SELECT ctid, (SELECT greatest(max(seq), 0) FROM {name}) + \
+                     BEGIN; SET LOCAL walpost.mend = on; UPDATE {name} t SET seq = n.seq FROM (SELECT ctid, (SELECT greatest(max(seq), 0) FROM {name}) + \
                      row_number() OVER (ORDER BY seq NULLS FIRST, ctid) AS seq FROM {name} WHERE {WITHOUT_SEQ}) n \
-                     WHERE t.ctid = n.ctid; then restart walpost run"
+                     WHERE t.ctid = n.ctid; COMMIT; then restart walpost run"
                 )));
             }
         }
@@ -259,7 +259,7 @@ impl ScanTable {
 }
 
 /// A table as pgoutput would describe it; `None` when it does not exist.
-pub(super) async fn describe(client: &Client, name: &TableName) -> Result<Option<Relation>> {
+pub(crate) async fn describe(client: &Client, name: &TableName) -> Result<Option<Relation>> {
     // A domain counts as what it is made of, as in the stream.
     let sql = "SELECT c.oid, a.attname::text, CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, a.atttypmod
                FROM pg_attribute a

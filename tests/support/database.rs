@@ -265,6 +265,11 @@ pub(crate) async fn connect(url: &str) -> Client {
         // Without the URL: it holds the password.
         .unwrap_or_else(|error| panic!("cannot connect to the local Postgres: {error:?}"));
     tokio::spawn(connection);
+    // Tests change rows that are there, which walpost.outbox refuses to whoever does not say so.
+    client
+        .batch_execute("SET walpost.mend = on")
+        .await
+        .expect("a session can have settings");
     client
 }
 

@@ -2,7 +2,7 @@
 
 use tokio_postgres::Client;
 
-use super::Finding;
+use super::{Finding, catalog};
 use crate::config::{AfterPublish, Config};
 use crate::scanner::modes;
 use crate::scanner::outbox::{OutboxTable, SENT_AT, SEQ, TXID};
@@ -14,10 +14,13 @@ const CHECK: &str = "table";
 pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
     let mut findings = Vec::new();
     for name in &config.outbox_tables {
-        findings.push(match OutboxTable::read(client, name, config).await {
-            Ok(table) => finding(&table, config),
-            Err(error) => Finding::fail(CHECK, &error),
-        });
+        match OutboxTable::read(client, name, config).await {
+            Ok(table) => {
+                findings.push(finding(&table, config));
+                findings.extend(catalog::check(client, &table).await);
+            }
+            Err(error) => findings.push(Finding::fail(CHECK, &error)),
+        }
     }
     if config.after_publish != AfterPublish::Keep {
         findings.extend(
@@ -74,7 +77,7 @@ fn lacks(table: &OutboxTable, config: &Config) -> (Vec<String>, Vec<String>) {
     let has = |column: &str| table.columns.iter().any(|known| known.name == column);
     if !table.has_txid {
         lack(
-            "status, gap scan and retention (no column txid of type xid8)",
+            "status, gap scan and retention, nor a comparison with what the stream brought (no column txid of type xid8)",
             // Rows that are there get the transaction that adds it: it commits behind theirs, so what is said of it is true of them.
             add(&format!(
                 "{TXID} xid8 NOT NULL DEFAULT pg_current_xact_id()"

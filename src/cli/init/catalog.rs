@@ -107,7 +107,6 @@ pub(super) struct Table {
     pub(super) published: bool,
     /// Why it cannot be streamed at all, and what to do about it.
     unfit: Option<(&'static str, String)>,
-    pub(super) row_filter: Option<String>,
 }
 
 impl Table {
@@ -118,16 +117,14 @@ impl Table {
         publication: &str,
     ) -> Result<Option<Self>> {
         let doing = format!("look at table {name}");
-        // "rowfilter" came with Postgres 15: as JSON, a column that is not there is null. The view shows a partitioned
-        // table only when it is published under its own name, hence the second look.
+        // The view shows a partitioned table only when it is published under its own name, hence the second look.
         let query = "
             select c.oid, c.relkind::text || c.relpersistence::text, owner.rolname::text, owner.rolsuper, pg_has_role(c.relowner, 'usage'),
                    has_schema_privilege(n.oid, 'usage'),
                    p.pubname is not null or exists (
                        select from pg_publication_rel r join pg_publication direct on direct.oid = r.prpubid
                        where direct.pubname = $3 and r.prrelid = c.oid
-                   ),
-                   to_jsonb(p) ->> 'rowfilter'
+                   )
             from pg_class c
             join pg_namespace n on n.oid = c.relnamespace
             join pg_roles owner on owner.oid = c.relowner
@@ -165,7 +162,6 @@ impl Table {
             unfit: unfit(name, row.get(1)),
             schema_usable: row.get(5),
             published: row.get(6),
-            row_filter: row.get(7),
         }))
     }
 

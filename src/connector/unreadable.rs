@@ -1,0 +1,85 @@
+//! A log that cannot be read on, although catalogue and settings are right by now.
+//!
+//! pgoutput reads publications and tables as they were when a row was written. So a mistake that has been mended stays in the log:
+//! rows of a time in which a column that walpost reads was not sent (generated, or left out of a column list), or, before Postgres
+//! 18, any change of a time in which there was no publication (42704). Streaming fails at the same place each time.
+//!
+//! First the stream is opened again: opening looks at the present catalogue, and refuses what is still wrong with the statement
+//! that mends it. A second failure without a transaction in between is the past, and nothing can mend that: the slot then counts as
+//! lost ([`crate::scanner::recovery`]), which under `WALPOST_SLOT_LOST=recover` makes a new one and publishes the rows in between
+//! from the table. A third is an error.
+
+use crate::Error;
+use crate::postgres::{is_unreadable, quote_literal};
+
+/// What is to be done about an error of the stream.
+pub(super) enum Remedy {
+    /// Open again, and look at the catalogue.
+    Reopen,
+    /// Make the slot anew; why.
+    RemakeSlot(String),
+    /// It is none of these errors, or nothing helped.
+    None,
+}
+
+/// What was tried, and how many transactions had been received then.
+#[derive(Debug, Default)]
+pub(super) enum Unreadable {
+    #[default]
+    Never,
+    Reopened {
+        transactions: u64,
+    },
+    Remade,
+}
+
+impl Unreadable {
+    /// Judges an error of a stream that has received so many transactions.
+    pub(super) fn judge(&mut self, error: &Error, transactions: u64) -> Remedy {
+        if !is_unreadable(error) {
+            return Remedy::None;
+        }
+        match *self {
+            // The new slot's pipe counts from 0, and its first transaction is behind everything that was mended.
+            Self::Remade if transactions == 0 => Remedy::None,
+            Self::Reopened { transactions: then } if then == transactions => {
+                *self = Self::Remade;
+                Remedy::RemakeSlot(format!("it cannot be read on: {}", error.told().0))
+            }
+            _ => {
+                *self = Self::Reopened { transactions };
+                Remedy::Reopen
+            }
+        }
+    }
+}
+
+/// What a person can do where nothing helped.
+pub(super) fn by_hand(error: Error, slot: &str) -> Error {
+    error.hint(format!(
+        "where every outbox table has the columns txid and seq: SELECT pg_drop_replication_slot({}); then walpost run with \
+         WALPOST_SLOT_LOST=recover makes a new slot and publishes the rows in between from the table",
+        quote_literal(slot).trim()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::UnreadableLog;
+
+    #[test]
+    fn the_slot_is_made_anew_only_where_opening_again_has_not_helped_and_only_once() {
+        let old = || Error::refused("x").caused_by(UnreadableLog("why".to_owned()));
+        let mut unreadable = Unreadable::default();
+        assert!(matches!(
+            unreadable.judge(&Error::refused("x"), 0),
+            Remedy::None
+        ));
+        assert!(matches!(unreadable.judge(&old(), 3), Remedy::Reopen));
+        assert!(matches!(unreadable.judge(&old(), 4), Remedy::Reopen));
+        assert!(matches!(unreadable.judge(&old(), 4), Remedy::RemakeSlot(_)));
+        assert!(matches!(unreadable.judge(&old(), 0), Remedy::None));
+        assert!(matches!(unreadable.judge(&old(), 5), Remedy::Reopen));
+    }
+}

@@ -1,0 +1,146 @@
+use super::support::Database;
+use super::{DEADLINE, insert, on};
+
+const REFUSED: &str = "an update of walpost.outbox sends no event";
+
+/// What the server says of a statement in a session that has not said that it mends.
+async fn refusal(database: &Database, statement: &str) -> String {
+    let client = database.connect().await;
+    client
+        .batch_execute("RESET walpost.mend")
+        .await
+        .expect("set");
+    match client.batch_execute(statement).await {
+        Ok(()) => String::new(),
+        Err(error) => error
+            .as_db_error()
+            .expect("of the server")
+            .message()
+            .to_owned(),
+    }
+}
+
+async fn updates_are_refused(args: &[&str], major: i32) {
+    let database = on(major).await;
+    if !args.is_empty() {
+        database.sql("DROP TABLE walpost.outbox CASCADE").await;
+        database.init(args, &[]).await;
+    }
+    insert(&database, "walpost.outbox", "one").await;
+
+    // An update, and an upsert, are refused: the first time, also where there is no row yet
+    for statement in [
+        "UPDATE walpost.outbox SET payload = 'two'",
+        "UPDATE walpost.outbox SET sent_at = now(), aggregateid = 'k'",
+        "INSERT INTO walpost.outbox (id, aggregatetype, aggregateid, type, payload) VALUES (gen_random_uuid(), 't', 'k', 'e', 'x')
+         ON CONFLICT (id) DO UPDATE SET payload = excluded.payload",
+    ] {
+        // (A partitioned table has another key.)
+        let statement = match args {
+            [] => statement.to_owned(),
+            _ => statement.replace("ON CONFLICT (id)", "ON CONFLICT (id, created_at)"),
+        };
+        assert_eq!(refusal(&database, &statement).await, REFUSED, "{statement}");
+    }
+
+    // What is no change of an event is not
+    database
+        .sql("ALTER TABLE walpost.outbox ADD COLUMN notes text")
+        .await;
+    for statement in [
+        "UPDATE walpost.outbox SET sent_at = now()",
+        "UPDATE walpost.outbox SET notes = 'seen'",
+        "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload) VALUES ('t', 'k', 'e', 'y')
+         ON CONFLICT DO NOTHING",
+        "DELETE FROM walpost.outbox WHERE payload = 'y'",
+        "BEGIN; SET LOCAL walpost.mend = on; UPDATE walpost.outbox SET txid = pg_current_xact_id(); COMMIT",
+    ] {
+        assert_eq!(refusal(&database, statement).await, "", "{statement}");
+    }
+}
+
+#[tokio::test]
+async fn a_row_of_the_outbox_is_not_changed_in_place() {
+    updates_are_refused(&[], 15).await;
+}
+
+#[tokio::test]
+async fn a_row_of_a_partitioned_outbox_is_not_changed_in_place() {
+    updates_are_refused(&["--payload", "text", "--partition-by", "day"], 14).await;
+}
+
+#[tokio::test]
+async fn init_brings_the_refusal_to_an_outbox_of_an_earlier_version_and_check_warns_until_then() {
+    let database = on(15).await;
+    database
+        .sql("DROP FUNCTION walpost.refuse_update CASCADE")
+        .await;
+    let check = async || {
+        let (code, said) = database.walpost(&["check"], &[]).run(DEADLINE).await;
+        assert_eq!(code, 0, "{said}");
+        said
+    };
+    assert!(check().await.contains("warn  updates"));
+    let (code, said) = database.walpost(&["init"], &[]).run(DEADLINE).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(
+        said.contains("brought up to date table walpost.outbox"),
+        "{said}"
+    );
+    assert!(!check().await.contains("warn  updates"));
+    assert_eq!(
+        refusal(&database, "UPDATE walpost.outbox SET payload = 'x'").await,
+        REFUSED
+    );
+    let (_, said) = database.walpost(&["init"], &[]).run(DEADLINE).await;
+    assert!(!said.contains("brought up to date"), "{said}");
+}
+
+#[tokio::test]
+async fn check_tells_of_row_level_security_of_updaters_and_of_a_missing_index() {
+    // GIVEN a table of the application's own, which others may update, with policies that apply to the connector
+    let database = on(15).await;
+    let role = format!("{}_app", database.name);
+    database
+        .sql(&format!(
+            "CREATE TABLE events (id uuid DEFAULT gen_random_uuid(), aggregatetype text, aggregateid text, type text, payload text,
+                                  txid xid8 DEFAULT pg_current_xact_id(), seq bigint GENERATED ALWAYS AS IDENTITY);
+             CREATE ROLE {role}; GRANT UPDATE ON events TO {role};
+             GRANT SELECT ON events TO walpost_connector"
+        ))
+        .await;
+    let events = ("WALPOST_OUTBOX_TABLE", "events");
+    database.init(&[], &[events]).await;
+    database
+        .sql("ALTER TABLE events ENABLE ROW LEVEL SECURITY")
+        .await;
+    let url = database.run_url();
+    let as_connector = ("WALPOST_POSTGRES_URL", &*url);
+    let check = async || {
+        database
+            .walpost(&["check"], &[events, as_connector])
+            .run(DEADLINE)
+            .await
+    };
+
+    // THEN check says each, with what mends it
+    let (code, said) = check().await;
+    assert_eq!(code, 69, "{said}");
+    let mends = [
+        "ALTER TABLE public.events DISABLE ROW LEVEL SECURITY;".to_owned(),
+        format!("REVOKE UPDATE ON public.events FROM \"{role}\";"),
+        "CREATE INDEX CONCURRENTLY ON public.events USING brin ((txid::text::bigint));".to_owned(),
+    ];
+    for mend in &mends {
+        assert!(said.contains(mend.as_str()), "no {mend:?} in:\n{said}");
+        database.sql(mend).await;
+    }
+    let (code, said) = check().await;
+    assert_eq!(code, 0, "{said}");
+    for word in ["row_security", "warn  updates", "txid_index"] {
+        assert!(!said.contains(word), "{word}: {said}");
+    }
+    database
+        .sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}"))
+        .await;
+}
