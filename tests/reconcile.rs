@@ -189,7 +189,7 @@ async fn partition_with_rows(settings: &[(&str, &str)], at_work: &str) {
              SELECT 't', 'old-' || n, 'e', to_json(n), date_trunc('day', clock_timestamp()) - interval '{age}' FROM generate_series(1, 5) n"
         )
     };
-    const ATTACH: &str = "DO $$ DECLARE at timestamptz := date_trunc('day', clock_timestamp()) - interval '40 days'; BEGIN
+    let attach = "DO $$ DECLARE at timestamptz := date_trunc('day', clock_timestamp()) - interval '40 days'; BEGIN
                               ALTER TABLE walpost.filled ALTER COLUMN seq DROP DEFAULT;
                               EXECUTE format('ALTER TABLE walpost.outbox ATTACH PARTITION walpost.filled FOR VALUES FROM (%L) TO (%L)', at, at + interval '1 day');
                           END $$";
@@ -198,7 +198,7 @@ async fn partition_with_rows(settings: &[(&str, &str)], at_work: &str) {
     database.sql(&table("40 days")).await;
     database.sql(INSERT).await;
     sent(&database).await;
-    database.sql(ATTACH).await;
+    database.sql(attach).await;
 
     // THEN its rows are published
     eventually(DEADLINE, "the rows of the partition", async || {
@@ -221,7 +221,7 @@ async fn partition_with_rows(settings: &[(&str, &str)], at_work: &str) {
         .await;
     database.sql(INSERT).await;
     sent(&database).await;
-    database.sql(ATTACH).await;
+    database.sql(attach).await;
 
     // THEN those are published, and no other row again
     eventually(DEADLINE, "the later rows of the partition", async || {

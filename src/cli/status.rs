@@ -191,8 +191,9 @@ fn summary(text: &mut String, status: &Value) {
     );
     let _ = writeln!(
         text,
-        "published {} events, suppressed {} duplicates, lost connections: {} to Postgres, {} to Pulsar",
+        "published {} events, {} of them left out by the stream; suppressed {} duplicates, lost connections: {} to Postgres, {} to Pulsar",
         number(&counters["published"]),
+        number(&counters["reconciled"]),
         number(&counters["duplicates_suppressed"]),
         number(&counters["reconnects_postgres"]),
         number(&counters["reconnects_pulsar"])

@@ -25,7 +25,7 @@ use crate::scanner::delivered::{Carried, Keeper, Start};
 use crate::scanner::gap::{self, Gap};
 use crate::scanner::modes;
 use crate::scanner::outbox::OutboxTable;
-use crate::scanner::progress::{self, Progress, Snapshot};
+use crate::scanner::progress::{self, Progress};
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
 use crate::scanner::streamed::StreamedRows;
@@ -84,15 +84,7 @@ impl Connector {
             self.carried = None;
             self.session.unreadable = None;
         }
-        // Kept until the keeper has it: closing the gap may take several tries.
-        let carried = self.carried.clone();
-        let carried = carried.filter(|(known, _)| same_log(known, &identity));
-        let mut confirmed = confirmed;
-        if carried.is_some() {
-            // The walsender may not have taken the last status update yet.
-            confirmed = confirmed.max(self.session.told.unwrap_or_default());
-        }
-        let mut carried = carried.map(|(_, carried)| carried);
+        let (carried, confirmed) = self.carried_on(&identity, confirmed, prepared.as_ref());
         if !self.has_pipe_of(&identity)? {
             if self.pipe.is_some() {
                 warn!(
@@ -111,9 +103,6 @@ impl Connector {
             };
             let stragglers = started?;
             settings.diversion = diversion(&config, stragglers.as_ref());
-            if let Some(prepared) = &prepared {
-                carried = carried.or_else(|| self.left_by_the_last(&prepared.progress, confirmed));
-            }
             let closing = self.close_gap(&client, &settings, prepared.as_mut(), stragglers);
             let (scanned, stragglers) = tokio::select! {
                 biased;
@@ -131,11 +120,8 @@ impl Connector {
             pipe.skip_scanned(scanned);
             self.pipe = Some((identity, pipe));
         }
-        if let Some(prepared) = &prepared
-            && self.keeper.is_none()
-        {
-            let began = progress::snapshot(&client).await?;
-            self.keep(prepared, began, carried);
+        if let Some(prepared) = &prepared {
+            self.keep(&client, prepared, carried).await?;
         }
         let binary = self.binary;
         let pipe = self.pipe();
@@ -164,6 +150,25 @@ impl Connector {
         Ok(Some(stream))
     }
 
+    /// What the last stream of the same log left, if it ended in good order, and where the slot stands.
+    fn carried_on(
+        &self,
+        identity: &SystemIdentity,
+        confirmed: Lsn,
+        prepared: Option<&Prepared>,
+    ) -> (Option<Carried>, Lsn) {
+        // Kept until the keeper has it: closing the gap may take several tries.
+        let ours = self.carried.as_ref();
+        if let Some((_, carried)) = ours.filter(|(known, _)| same_log(known, identity)) {
+            // The walsender may not have taken the last status update yet.
+            let told = self.session.told.unwrap_or_default();
+            return (Some(carried.clone()), confirmed.max(told));
+        }
+        let left =
+            prepared.and_then(|prepared| self.left_by_the_last(&prepared.progress, confirmed));
+        (left, confirmed)
+    }
+
     /// What the stream brought since the delivered snapshot, where that is known before it begins: a gap between the delivered
     /// snapshot and a later one is about to be closed, behind which nothing was streamed; or the last process stopped in good order
     /// and the slot stands where it left it.
@@ -182,8 +187,17 @@ impl Connector {
             .flatten()
     }
 
-    /// Starts the task that notes what is delivered, beside the pipe.
-    fn keep(&mut self, prepared: &Prepared, began: Snapshot, carried: Option<Carried>) {
+    /// Starts the task that notes what is delivered, beside the pipe, unless there is one.
+    async fn keep(
+        &mut self,
+        client: &Client,
+        prepared: &Prepared,
+        carried: Option<Carried>,
+    ) -> Result<()> {
+        if self.keeper.is_some() {
+            return Ok(());
+        }
+        let began = progress::snapshot(client).await?;
         let config = &self.config;
         let start = Start {
             postgres: config.postgres.clone(),
@@ -202,6 +216,7 @@ impl Connector {
         if self.config.reconcile {
             self.pipe().count_streamed();
         }
+        Ok(())
     }
 
     /// Whether there is a pipe, and it is of this server's log.

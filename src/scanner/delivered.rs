@@ -290,13 +290,10 @@ enum Round {
 
 impl Task {
     fn new(start: Start, inbox: mpsc::Receiver<Message>, verdicts: mpsc::Sender<Verdict>) -> Self {
-        let (streamed, unchecked) = match &start.carried.streamed {
-            Some(streamed) => (streamed.clone(), None),
-            None => {
-                let none = vec![StreamedRows::default(); start.tables.len()];
-                (none, Some(start.began.clone()))
-            }
-        };
+        let known = start.carried.streamed.clone();
+        let unchecked = known.is_none().then(|| start.began.clone());
+        let nothing = || vec![StreamedRows::default(); start.tables.len()];
+        let streamed = known.unwrap_or_else(nothing);
         Self {
             heard: Heard {
                 inbox,
@@ -365,14 +362,14 @@ impl Task {
 
     /// One note, if there is anything to be noted.
     async fn round(&mut self, pause: &mut Duration) -> Result<Round> {
-        let client = match self.client.take().filter(|client| !client.is_closed()) {
-            Some(client) => client,
-            None => {
-                let connecting = connect_sql(&self.start.postgres, "walpost scanner");
-                match self.heard.during(connecting).await {
-                    Some(client) => client?,
-                    None => return Ok(Round::Interrupted),
-                }
+        let known = self.client.take().filter(|client| !client.is_closed());
+        let client = if let Some(client) = known {
+            client
+        } else {
+            let connecting = connect_sql(&self.start.postgres, "walpost scanner");
+            match self.heard.during(connecting).await {
+                Some(client) => client?,
+                None => return Ok(Round::Interrupted),
             }
         };
         let noted = self.note(&client, pause).await;

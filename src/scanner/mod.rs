@@ -5,7 +5,9 @@
 //! | `progress` | the slot's row in `walpost.progress` |
 //! | `table` | an outbox table read by SQL, row by row, as the stream would bring it |
 //! | `gap` | publishes what was committed before the slot, or while there was none; stores what cannot be |
-//! | `delivered` | notes every few seconds which transactions are delivered |
+//! | `delivered` | notes every few seconds which transactions are delivered, and has it compared |
+//! | `reconcile` | compares the table with what the stream brought: finds rows that it left out |
+//! | `streamed`, `missing`, `snapshot` | the counts of the stream, what a comparison found, a snapshot taken apart; pure |
 //! | `poll` | the gap scan on a timer, where there is no logical replication; everything below works beside it too |
 //! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_pages`, `straggler_store` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, how they are read for that, the SQL |
 //! | `outbox` | what a table has and what the role may do: which modes it can have |
@@ -25,7 +27,8 @@
 //! **Delivered.** Take a snapshot, *then* ask where the log's insert position L is. A transaction writes its commit record
 //! before it becomes visible to others, so every transaction visible in the snapshot has its commit record before L. Once the
 //! confirmed LSN is at L or beyond, all of them have been received and acknowledged: the snapshot is stored as `delivered`.
-//! (That holds for asynchronous commits too: what is not flushed yet is inserted.)
+//! (That holds for asynchronous commits too: what is not flushed yet is inserted.) That the stream brought every row of them is
+//! not taken for granted: it is compared with the table first ([`reconcile`]).
 //!
 //! **The gap.** Whoever makes the slot takes a snapshot before (`scan_before`) and after (`scan_upto`). The slot streams every
 //! transaction that commits after its consistent point, which lies between the two. So rows visible in `scan_before` are
