@@ -60,7 +60,7 @@ use crate::scanner::poll;
 use crate::scanner::progress::{self, Claim};
 use crate::scanner::recovery::{self, Session};
 use crate::scanner::streamed::StreamedRuns;
-use crate::{Error, Result};
+use crate::{Error, Lsn, Result};
 pub(crate) use publishing::{diversion, publisher_config, routing, subscription};
 use pump::{Stopped, pump};
 use unreadable::{Remedy, Unreadable};
@@ -99,7 +99,7 @@ pub async fn run(
         scanner: None,
         claimed: None,
         keeper: None,
-        carried: None,
+        left: None,
         modes: Modes::default(),
         unreadable: Unreadable::default(),
     };
@@ -181,6 +181,15 @@ enum Ended {
     Lost(Error),
 }
 
+/// What a stream of this process leaves behind for the next one.
+struct Left {
+    /// The log that it read.
+    log: SystemIdentity,
+    /// The slot stands there, or will when the walsender has taken the last status update.
+    confirmed: Lsn,
+    carried: Carried,
+}
+
 type Shutdown<'a, F> = Pin<&'a mut F>;
 
 struct Connector {
@@ -197,8 +206,8 @@ struct Connector {
     claimed: Option<Claim>,
     /// Notes what is delivered; beside a pipe, while there is a `walpost.progress`.
     keeper: Option<Keeper>,
-    /// What the keeper before left, for the next one on the same log.
-    carried: Option<(SystemIdentity, Carried)>,
+    /// What the last stream left when it ended so that missing rows can be published.
+    left: Option<Left>,
     /// What works on the tables beside the stream.
     modes: Modes,
     unreadable: Unreadable,
@@ -364,35 +373,44 @@ impl Connector {
         if let Err(error) = stream.close().await {
             warn!("{}", error.report());
         }
-        self.carried = self.end_keeper().await;
+        // A process that is killed or stopped before the next stream leaves the counts to its successor.
+        self.note_stop().await;
         self.drop_pipe();
         Ok(Ended::Missing)
     }
 
     /// Ends the task that notes what is delivered, and keeps what the stream brought since then.
-    async fn end_keeper(&mut self) -> Option<(SystemIdentity, Carried)> {
+    async fn end_keeper(&mut self) -> Option<Left> {
         let (identity, pipe) = self.pipe.as_mut()?;
         let keeper = self.keeper.take()?;
         // Rows of a transaction that was cut are counted, and the next stream brings them again.
         let is_whole = !pipe.is_in_transaction();
         let finishing = keeper.finish(handover(pipe));
         let carried = timeout(GOODBYE, finishing).await.ok()?;
-        is_whole.then(|| (identity.clone(), carried))
+        is_whole.then(|| Left {
+            log: identity.clone(),
+            confirmed: pipe.flush_lsn(),
+            carried,
+        })
     }
 
     /// Notes what the slot was told last, so that the next start can tell whether it still is the same slot, and what the stream brought
     /// since the last note.
     async fn note_stop(&mut self) {
-        let carried = self.end_keeper().await;
-        let (Some(client), Some(claim)) = (self.scanner.take(), self.claimed.take()) else {
+        let left = self.end_keeper().await;
+        let confirmed = self.pipe().flush_lsn();
+        let (Some(client), Some(claim)) = (&self.scanner, self.claimed.take()) else {
             return;
         };
-        let confirmed = self.pipe().flush_lsn();
-        let streamed = carried.and_then(|(_, carried)| carried.to_json(&self.config.outbox_tables));
-        let noting = progress::stopped(&client, &claim, confirmed, streamed.as_deref());
+        let tables = &self.config.outbox_tables;
+        let streamed = left
+            .as_ref()
+            .and_then(|left| left.carried.to_json(tables, left.confirmed));
+        let noting = progress::stopped(client, &claim, confirmed, streamed.as_deref());
         if let Ok(Err(error)) = timeout(GOODBYE, noting).await {
             warn!("{}", error.report());
         }
+        self.left = left;
     }
 
     /// The last steps: receipts, final status update, goodbye.

@@ -284,6 +284,46 @@ async fn an_outbox_that_is_replaced_by_another_of_its_name_loses_nothing() {
 }
 
 #[tokio::test]
+async fn a_publication_that_leaves_rows_out_ends_a_running_stream_and_the_next_one_publishes_them()
+{
+    // GIVEN a stream
+    let database = Database::create("ends").await;
+    database.init(&[], &[]).await;
+    database
+        .sql("CREATE TABLE other (id int PRIMARY KEY)")
+        .await;
+    for (hide, mend) in ways(15) {
+        let mut walpost = database.start(&[OFTEN]).await;
+        database.sql(INSERT).await;
+        // WHEN the publication leaves rows out, and stays so
+        database
+            .sql(&format!("ALTER PUBLICATION walpost {hide}"))
+            .await;
+        database.sql(INSERT).await;
+        // THEN it ends soon and names the statement that mends it
+        assert_eq!(
+            walpost.wait_exit(DEADLINE).await,
+            69,
+            "{}",
+            walpost.output()
+        );
+        assert!(
+            walpost.output().contains("ALTER PUBLICATION"),
+            "{}",
+            walpost.output()
+        );
+        // AND once mended, what was left out is published
+        database
+            .sql(&format!("ALTER PUBLICATION walpost {mend}"))
+            .await;
+        let walpost = database.start(&[OFTEN]).await;
+        sent(&database).await;
+        walpost.stop().await;
+    }
+    once_each(&database).await;
+}
+
+#[tokio::test]
 async fn of_a_transaction_that_came_in_part_every_row_is_published() {
     // GIVEN a stream
     let database = Database::create("part").await;
@@ -378,6 +418,38 @@ async fn rows_that_were_streamed_are_not_taken_for_missing_whatever_happens_to_t
     let rows = ids(&database, "walpost.outbox").await;
     let arrived = arrived(&database, rows.len()).await;
     assert!(arrived.values().all(|times| *times == 1), "{arrived:?}");
+}
+
+#[tokio::test]
+async fn a_stop_before_there_is_a_stream_keeps_what_the_last_stop_left() {
+    // GIVEN a stream that stopped in good order, and rows that were left out since
+    let database = Database::create("early").await;
+    database.init(&[], &[]).await;
+    let walpost = database.start(&[OFTEN]).await;
+    database.sql(INSERT).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    walpost.stop().await;
+    database
+        .sql(&format!(
+            "ALTER PUBLICATION walpost SET (publish = 'update'); {INSERT} ALTER PUBLICATION walpost SET (publish = 'insert')"
+        ))
+        .await;
+    // WHEN the next process is stopped while it waits for its broker
+    let away = [("WALPOST_PULSAR_URL", "pulsar://127.0.0.1:1"), OFTEN];
+    let mut walpost = database.walpost(&["run"], &away).spawn();
+    let claimed = "SELECT confirmed_lsn IS NULL FROM walpost.progress";
+    eventually(DEADLINE, "its claim", async || {
+        let rows = database.rows(claimed, &[]).await;
+        rows[0].get::<_, bool>(0).then_some(())
+    })
+    .await;
+    walpost.sigterm();
+    assert_eq!(walpost.wait_exit(DEADLINE).await, 0, "{}", walpost.output());
+    // THEN the one after it knows what was streamed: it publishes those that were not, and those only
+    let walpost = database.start(&[OFTEN]).await;
+    sent(&database).await;
+    walpost.stop().await;
+    once_each(&database).await;
 }
 
 #[tokio::test]

@@ -81,9 +81,10 @@ impl Connector {
             // What was in the air is in the gap, or the slot sends it again, or another instance has published it.
             self.drop_pipe();
             self.session.told = None;
-            self.carried = None;
+            self.left = None;
             self.session.unreadable = None;
         }
+        self.claimed = prepared.as_ref().map(|prepared| prepared.claim.clone());
         let (carried, confirmed) = self.carried_on(&identity, confirmed, prepared.as_ref());
         if !self.has_pipe_of(&identity)? {
             if self.pipe.is_some() {
@@ -146,7 +147,7 @@ impl Connector {
         self.meter.set_phase(Phase::Streaming);
         info!(slot = self.config.slot, from = %start, "streaming");
         self.scanner = Some(client);
-        self.claimed = prepared.map(|prepared| prepared.claim);
+        self.left = None;
         Ok(Some(stream))
     }
 
@@ -157,12 +158,14 @@ impl Connector {
         confirmed: Lsn,
         prepared: Option<&Prepared>,
     ) -> (Option<Carried>, Lsn) {
-        // Kept until the keeper has it: closing the gap may take several tries.
-        let ours = self.carried.as_ref();
-        if let Some((_, carried)) = ours.filter(|(known, _)| same_log(known, identity)) {
+        // Kept until there is a stream: closing the gap may take several tries.
+        if let Some(left) = self
+            .left
+            .as_ref()
+            .filter(|left| same_log(&left.log, identity))
+        {
             // The walsender may not have taken the last status update yet.
-            let told = self.session.told.unwrap_or_default();
-            return (Some(carried.clone()), confirmed.max(told));
+            return (Some(left.carried.clone()), confirmed.max(left.confirmed));
         }
         let left =
             prepared.and_then(|prepared| self.left_by_the_last(&prepared.progress, confirmed));
@@ -174,17 +177,13 @@ impl Connector {
     /// and the slot stands where it left it.
     fn left_by_the_last(&self, progress: &Progress, confirmed: Lsn) -> Option<Carried> {
         let tables = &self.config.outbox_tables;
-        if progress.gap().is_some() {
-            let nothing = vec![StreamedRows::default(); tables.len()];
-            return progress.position.missing.is_none().then_some(Carried {
-                streamed: Some(nothing),
+        if progress.gap().is_some() && progress.position.missing.is_none() {
+            return Some(Carried {
+                streamed: Some(vec![StreamedRows::default(); tables.len()]),
                 ..Carried::default()
             });
         }
-        let streamed = progress.streamed.as_ref()?;
-        (progress.confirmed == Some(confirmed))
-            .then(|| Carried::from_json(streamed, tables))
-            .flatten()
+        Carried::from_json(progress.streamed.as_ref()?, tables, confirmed)
     }
 
     /// Starts the task that notes what is delivered, beside the pipe, unless there is one.
@@ -199,20 +198,28 @@ impl Connector {
         }
         let began = progress::snapshot(client).await?;
         let config = &self.config;
+        let is_known = carried
+            .as_ref()
+            .is_some_and(|carried| carried.streamed.is_some());
+        if config.reconcile && !is_known {
+            info!(
+                "the process before did not stop in good order: rows committed since the last note of what is delivered are not compared with \
+                 the stream (walpost verify compares them with the topics)"
+            );
+        }
         let start = Start {
             postgres: config.postgres.clone(),
             claim: prepared.claim.clone(),
             interval: config.scan_interval,
             compares: config.reconcile,
             tables: config.outbox_tables.clone(),
-            publication: config.publication.clone(),
+            subscription: subscription(config),
             progress: prepared.progress.clone(),
             began,
             carried: carried.unwrap_or_default(),
             meter: Arc::clone(&self.meter),
         };
         self.keeper = Some(Keeper::start(start));
-        self.carried = None;
         if self.config.reconcile {
             self.pipe().count_streamed();
         }

@@ -10,12 +10,13 @@
 //!
 //! # One note
 //!
-//! 1. Take a snapshot `N`, then read where the log's insert position L is.
-//! 2. Wait until the confirmed LSN is at L. All rows taken before that were handed over with it or before it: a handover holds all rows that
+//! 1. Ask the catalogue whether the publication sends every row of the tables ([`published`]). What it leaves out now ends the stream (69).
+//! 2. Take a snapshot `N`, then read where the log's insert position L is.
+//! 3. Wait until the confirmed LSN is at L. All rows taken before that were handed over with it or before it: a handover holds all rows that
 //!    were taken before its confirmed LSN was read.
-//! 3. Compare ([`super::reconcile`]): first the leaf tables, then the rows. (In this order, because a leaf that is attached between the two is in the
+//! 4. Compare ([`super::reconcile`]): first the leaf tables, then the rows. (In this order, because a leaf that is attached between the two is in the
 //!    comparison then, and is new at the next note: published twice at worst. In the other order its rows would be left out.)
-//! 4. Nothing is missing: store `N`. Otherwise store what is missing as a gap, and let the connector publish it: it waits
+//! 5. Nothing is missing: store `N`. Otherwise store what is missing as a gap, and let the connector publish it: it waits
 //!    for its receipts, ends the stream, and opens again, which closes the gap before the next stream starts. So a straggler among
 //!    these rows, and the order of a key's stragglers, are treated as in every scan; and a crash in between loses nothing.
 //!
@@ -23,7 +24,7 @@
 
 use std::time::Duration;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
@@ -37,6 +38,7 @@ use super::snapshot::VisibleXids;
 use super::streamed::{Run, StreamedRows};
 use super::table::ScanTable;
 use crate::meter::Meter;
+use crate::postgres::published::{self, Subscription};
 use crate::postgres::{PostgresConfig, TableName, connect_sql, sql_error};
 use crate::{Error, Lsn, Result};
 
@@ -76,17 +78,25 @@ pub struct Carried {
 }
 
 impl Carried {
-    /// For `walpost.progress.streamed`.
-    pub fn to_json(&self, tables: &[TableName]) -> Option<String> {
+    /// For `walpost.progress.streamed`: `{"confirmed": "0/16B3748", "tables": {"walpost.outbox": …}}`.
+    ///
+    /// It names the position at which the slot stands then. A later stream that confirms anything moves the slot on, and what was
+    /// stored is out of date by itself: nobody has to take it back, whatever is killed. What a later stream brought and did not confirm,
+    /// Postgres sends again.
+    pub fn to_json(&self, tables: &[TableName], confirmed: Lsn) -> Option<String> {
         let counts = tables.iter().zip(self.streamed.as_ref()?);
         let counts = counts.map(|(table, rows)| (table.to_string(), rows.to_json()));
-        Some(Value::Object(counts.collect::<Map<_, _>>()).to_string())
+        let counts = Value::Object(counts.collect::<Map<_, _>>());
+        Some(json!({ "confirmed": confirmed.to_string(), "tables": counts }).to_string())
     }
 
-    /// What [`Self::to_json`] made. A table that is not in it brought nothing.
-    pub fn from_json(text: &str, tables: &[TableName]) -> Option<Self> {
+    /// What [`Self::to_json`] made, if the slot still stands there. A table that is not in it brought nothing.
+    pub fn from_json(text: &str, tables: &[TableName], stands: Lsn) -> Option<Self> {
         let value: Value = serde_json::from_str(text).ok()?;
-        let counts = value.as_object()?;
+        let confirmed: Lsn = value["confirmed"].as_str()?.parse().ok()?;
+        let counts = value["tables"]
+            .as_object()
+            .filter(|_| confirmed == stands)?;
         let of_table = |table: &TableName| match counts.get(&table.to_string()) {
             Some(rows) => StreamedRows::from_json(rows),
             None => Some(StreamedRows::default()),
@@ -111,8 +121,8 @@ pub struct Start {
     pub compares: bool,
     /// The outbox tables.
     pub tables: Vec<TableName>,
-    /// The publication, which is looked at in each round.
-    pub publication: String,
+    /// The publication and what it has to send, which is looked at in each round.
+    pub subscription: Subscription,
     /// The row in `walpost.progress`, as it is now.
     pub progress: progress::Progress,
     /// A snapshot taken before the stream began: what is visible in it is not compared where `carried` knows nothing.
@@ -286,6 +296,8 @@ enum Round {
     Interrupted,
     /// The connector is to publish what is missing.
     Missing,
+    /// The publication or a table is not as the stream needs it.
+    Refused(Error),
 }
 
 impl Task {
@@ -321,6 +333,7 @@ impl Task {
                 Ok(Round::Over) => false,
                 Ok(Round::Interrupted) => true,
                 Ok(Round::Missing) => self.end_stream(Verdict::Missing).await,
+                Ok(Round::Refused(error)) => self.end_stream(Verdict::Failed(error)).await,
                 Err(error) => {
                     // A statement whose answer is lost may have been carried out: the row is read again.
                     (self.client, self.is_known) = (None, false);
@@ -387,6 +400,13 @@ impl Task {
             if self.start.progress.gap().is_some() {
                 return Ok(Round::Missing);
             }
+        }
+        // What keeps rows out of the stream is told at once; the comparison finds the rows.
+        let looking = published::watch(client, &self.start.subscription);
+        match self.heard.during(looking).await {
+            None => return Ok(Round::Interrupted),
+            Some(Err(error)) if !error.is_temporary() => return Ok(Round::Refused(error)),
+            Some(looked) => looked?,
         }
         // In this order: see the module above.
         let asked = async {

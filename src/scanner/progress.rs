@@ -373,8 +373,8 @@ pub async fn closed(client: &Client, claim: &Claim, progress: &mut Progress) -> 
 }
 
 /// `session` has the slot's lock and streams now, on this timeline. Until it stops in good order nobody knows what the slot was
-/// told last. `from`, the row as it was read, keeps what the last process left in `confirmed` and `streamed`; the table
-/// does not.
+/// told last. `from`, the row as it was read, keeps what the last process left in `confirmed`; the table
+/// does not. (`streamed` stays: it names the position at which it holds.)
 ///
 /// # Errors
 /// Temporary when the row is not as it was read.
@@ -385,7 +385,7 @@ pub async fn claim(
     session: &str,
     timeline: u32,
 ) -> Result<Claim> {
-    let sql = "UPDATE walpost.progress SET session = $6, timeline = $7, confirmed_lsn = NULL, streamed = NULL
+    let sql = "UPDATE walpost.progress SET session = $6, timeline = $7, confirmed_lsn = NULL
                WHERE slot = $1 AND session IS NOT DISTINCT FROM $2 AND delivered::text IS NOT DISTINCT FROM $3
                  AND scan_before::text IS NOT DISTINCT FROM $4 AND scan_upto::text IS NOT DISTINCT FROM $5";
     let values: [&(dyn ToSql + Sync); 7] = [
