@@ -44,6 +44,9 @@ begin
 
     grant select, insert, update on walpost.progress to walpost_connector;
     grant select, insert, update, delete on walpost.straggler to walpost_connector;
+    if to_regclass('walpost.left_undone') is not null then
+        grant select, insert, update on walpost.left_undone to walpost_connector;
+    end if;
     if to_regclass('walpost.after_publish') is not null then
         grant select, insert, update on walpost.after_publish to walpost_connector;
     end if;

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crate::Lsn;
 use crate::pgoutput::PG_EPOCH_UNIX_S;
 use crate::pipe::Counters;
+use crate::upkeep::Upkeep;
 
 /// Topics that are counted by name: as many lines in each scrape, and as many rows on the status page.
 pub const MAX_TOPICS: usize = 200;
@@ -192,6 +193,7 @@ pub struct Meter {
     scan_table: AtomicU64,
     scan_published: AtomicU64,
     scan_position: AtomicU64,
+    upkeep: Upkeep,
 }
 
 impl Default for Meter {
@@ -233,6 +235,7 @@ impl Meter {
             scan_table: zero(),
             scan_published: zero(),
             scan_position: zero(),
+            upkeep: Upkeep::default(),
         }
     }
 
@@ -348,6 +351,11 @@ impl Meter {
     /// No scan is at work any more.
     pub fn end_scan(&self) {
         self.scanning.store(false, Relaxed);
+    }
+
+    /// How the work on the tables goes: written and read through this.
+    pub fn upkeep(&self) -> &Upkeep {
+        &self.upkeep
     }
 
     // --- read by whoever watches ---

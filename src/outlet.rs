@@ -21,7 +21,7 @@ use tracing::warn;
 
 use crate::ack::{AckTracker, TxnNo};
 use crate::meter::Meter;
-use crate::outbox::{EventError, Extractor, Salvaged, Scratch, key_hash};
+use crate::outbox::{EventError, Extractor, RowNumber, Salvaged, Scratch, key_hash};
 use crate::pgoutput::Tuple;
 use crate::pulsar::{BrokerEvent, Outgoing, Publisher, Row, RowTag};
 use crate::scanner::straggler::{Report, Stragglers};
@@ -180,6 +180,7 @@ impl Outlet {
         origin: Origin,
         is_known: impl FnOnce(&str) -> bool,
     ) -> Result<Taken> {
+        let number = extractor.number_column();
         let event = extractor.extract(tuple, &mut self.scratch);
         let routed = event.and_then(|event| {
             let topic = extractor.topic(tuple, &event)?;
@@ -204,6 +205,7 @@ impl Outlet {
                 txid,
             });
         }
+        let is_marked = self.report_rows && origin.is_row;
         let outgoing = Outgoing {
             key: event.aggregateid,
             payload: event.payload,
@@ -212,10 +214,11 @@ impl Outlet {
             txn: origin.txn,
             commit_lsn: origin.commit_lsn,
             row: origin.row,
-            mark: (self.report_rows && origin.is_row).then_some(Row {
+            mark: is_marked.then(|| Row {
                 table: origin.row.table(),
                 xid: origin.xid,
                 id: event.id,
+                number: number.map_or(RowNumber::Unknown, |column| column.read(tuple)),
             }),
         };
         let hash = key_hash(event.aggregateid.as_bytes());

@@ -54,7 +54,7 @@ use std::time::Duration;
 use tracing::{debug, info, warn};
 
 use crate::ack::TxnNo;
-use crate::outbox::{Columns, ENVELOPE_OID, Envelopes, Extractor, TopicTemplate};
+use crate::outbox::{Columns, ENVELOPE_OID, Envelopes, Extractor, RowNumber, TopicTemplate};
 use crate::outlet::{Counts, Event, Origin, Outlet, Source};
 use crate::pgoutput::{self, Message, Relation, RelationCache, Tuple};
 use crate::postgres::{Frame, OutboxRelations, TableName, UnreadableLog};
@@ -96,6 +96,9 @@ impl Counters {
         }
     }
 }
+
+/// A row that a scan published and that the stream may bring as well: OID of its table, id and number.
+pub type ScannedRow = (u32, String, RowNumber);
 
 /// Which tables and columns are read, and where their rows go.
 #[derive(Clone, Debug)]
@@ -196,9 +199,9 @@ pub struct Pipe {
     stream: Stream,
     /// Commit LSN of the last transaction that was received whole.
     received_whole: Lsn,
-    /// Table OID and id of rows that the gap scan published and that the stream may bring as well: a handful, and only while
+    /// Table OID, id and number of rows that the gap scan published and that the stream may bring as well: a handful, and only while
     /// a slot is new.
-    scanned: HashSet<(u32, String)>,
+    scanned: HashSet<ScannedRow>,
     /// The rows that this pipe has taken, by table and `txid`, until they are handed on; `None`: nobody counts them.
     streamed: Option<StreamedRuns>,
     /// Commit time of the last transaction that began, and when the last message was sent: microseconds by the server's
@@ -265,8 +268,8 @@ impl Pipe {
         self.extractors.clear();
     }
 
-    /// These rows (table OID and id) are in their topics already, should the stream bring them: see [`crate::scanner`].
-    pub fn skip_scanned(&mut self, rows: impl IntoIterator<Item = (u32, String)>) {
+    /// These rows (table OID, id and number) are in their topics already, should the stream bring them: see [`crate::scanner`].
+    pub fn skip_scanned(&mut self, rows: impl IntoIterator<Item = ScannedRow>) {
         self.scanned = rows.into_iter().collect();
     }
 
@@ -573,9 +576,13 @@ impl Pipe {
             return self.row_under_another_name(relation_id, tuple, open, at);
         };
         let origin = open.origin(*table, relation_id != ENVELOPE_OID);
-        let scanned = &mut self.scanned;
-        let is_scanned =
-            |id: &str| !scanned.is_empty() && scanned.remove(&(relation_id, id.to_owned()));
+        let (scanned, number) = (&mut self.scanned, extractor.number_column());
+        let is_scanned = |id: &str| {
+            !scanned.is_empty() && {
+                let number = number.map_or(RowNumber::Unknown, |column| column.read(tuple));
+                scanned.remove(&(relation_id, id.to_owned(), number))
+            }
+        };
         let taken = self.outlet.take(extractor, tuple, origin, is_scanned)?;
         if !taken.is_new {
             self.suppressed += 1;

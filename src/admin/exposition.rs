@@ -13,6 +13,7 @@ use super::observer::Observed;
 use super::process;
 use super::sampler::View;
 use crate::meter::{LATENCY_BOUNDS, Meter, ROLES, Side};
+use crate::upkeep::Work;
 
 /// Of the answer.
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -31,6 +32,7 @@ pub(super) fn render(meter: &Meter, seen: Option<&Observed>, view: &View) -> Str
     latency(&mut page, meter);
     positions(&mut page, meter, seen, view);
     stragglers(&mut page, seen);
+    upkeep(&mut page, meter);
     state(&mut page, meter, view);
     own_process(&mut page, meter);
     page.0
@@ -200,6 +202,32 @@ fn stragglers(page: &mut Page, seen: Option<&Observed>) {
         ("dead", found.dead),
     ] {
         page.sample(name, &[("state", state)], count);
+    }
+}
+
+fn upkeep(page: &mut Page, meter: &Meter) {
+    let marks = meter.upkeep().marks();
+    page.gauge(
+        "walpost_after_publish_rows_waiting",
+        "Published rows that wait to be marked or deleted; at 100000 the stream waits for them.",
+        marks.waiting,
+    );
+    page.counter(
+        "walpost_after_publish_rows_total",
+        "Published rows that were marked or deleted, were gone, or were left with a reason.",
+        marks.done,
+    );
+    let name = "walpost_left_undone";
+    page.family(
+        name,
+        "gauge",
+        "Rows, partitions and tables that were left with a reason and are tried again: published rows that cannot be marked or deleted \
+         (after_publish), unmarked rows that cannot be published (unmarked), old rows and partitions that cannot be removed \
+         (retention), partitions that cannot be made (partitions). /status and walpost check tell the reasons.",
+    );
+    for work in Work::ALL {
+        let count = meter.upkeep().count(work);
+        page.sample(name, &[("work", work.name())], count);
     }
 }
 

@@ -11,6 +11,8 @@
 //!   decoded: nothing is delivered meanwhile, whatever the cause;
 //! * two comparisons of the tables with the stream in a row found rows that the stream left out: not ready. They were published from the
 //!   table, but something keeps them out of the stream;
+//! * so many published rows wait to be marked or deleted that the stream waits for them, and for [`PATIENCE`] none of them was: not ready. Rows
+//!   that cannot be marked or deleted do not wait; `/status` lists them;
 //! * it is stopping: not ready.
 //!
 //! **A standby is ready**: it waits for the slot and can take over, which is all that is asked of it. Were it not, a rolling
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use crate::Lsn;
 use crate::meter::Phase;
+use crate::upkeep::Marks;
 
 /// Without progress for this long it is not ready. Shorter than what a supervisor gives, longer than a reconnect or a pause
 /// of a healthy broker.
@@ -47,6 +50,8 @@ pub(super) struct Reading {
     pub(super) delivered: u64,
     /// Events that are neither.
     pub(super) unfinished: u64,
+    /// Rows on their way from their receipt to their mark.
+    pub(super) marks: Marks,
     /// How far the stream has come.
     pub(super) received: Lsn,
     /// Where the log ends, if Postgres said so lately.
@@ -76,6 +81,9 @@ pub(super) struct Health {
     received: Lsn,
     /// When there last was progress, or nothing to be done.
     moved_at: Option<Instant>,
+    marked: u64,
+    /// When rows were last marked or deleted, or there was room for more.
+    marked_at: Option<Instant>,
     /// When there last was a stream, or its place was waited for.
     placed_at: Option<Instant>,
     /// When the walsender last brought something new, or had nothing to bring.
@@ -92,6 +100,10 @@ impl Health {
         if now.unfinished == 0 || now.delivered != self.delivered || !at_work {
             self.moved_at = Some(now.at);
         }
+        if !now.marks.is_full || now.marks.done != self.marked || !at_work {
+            self.marked_at = Some(now.at);
+        }
+        self.marked = now.marks.done;
         let at_end = now.log_end.is_none_or(|end| end <= now.received);
         if at_end || now.received != self.received || now.phase != Phase::Streaming {
             self.heard_at = Some(now.at);
@@ -115,6 +127,13 @@ impl Health {
                     since(self.placed_at).as_secs()
                 )),
             },
+            // Before the broker: what waits for this may be in flight.
+            _ if since(self.marked_at) >= PATIENCE => not(format!(
+                "{} published rows wait to be marked or deleted and none was for {} s: the stream waits for them; the last warnings \
+                 and the locks in Postgres (pg_locks) say why",
+                now.marks.waiting,
+                since(self.marked_at).as_secs()
+            )),
             _ if since(self.moved_at) >= PATIENCE => not(format!(
                 "{} events are in flight and none got its receipt for {} s: the broker does not answer",
                 now.unfinished,
@@ -176,6 +195,7 @@ mod tests {
                 phase,
                 delivered: 0,
                 unfinished: 0,
+                marks: Marks::default(),
                 received: Lsn::new(100),
                 log_end: Some(Lsn::new(100)),
                 short_rounds: 0,
@@ -232,6 +252,26 @@ mod tests {
         assert!(clock.seconds(1, follow).ready);
         // A Postgres that says nothing is judged by the stream alone.
         assert!(clock.seconds(100, |now| now.log_end = None).ready);
+    }
+
+    #[test]
+    fn a_full_queue_of_rows_to_be_marked_is_not_ready_unless_it_moves() {
+        let mut clock = Clock::new(Phase::Streaming);
+        clock.seconds(10, |_| {});
+        let fill = |now: &mut Reading| {
+            now.marks.waiting = 100_000;
+            now.marks.is_full = true;
+        };
+        assert!(clock.seconds(9, fill).ready);
+        let said = clock.seconds(2, |_| {});
+        assert!(
+            !said.ready && said.reason.contains("100000 published rows wait"),
+            "{said:?}"
+        );
+        // A slow database is not a stuck one.
+        assert!(clock.seconds(60, |now| now.marks.done += 1).ready);
+        clock.seconds(60, |_| {});
+        assert!(clock.seconds(1, |now| now.marks.is_full = false).ready);
     }
 
     #[test]

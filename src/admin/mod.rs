@@ -41,7 +41,7 @@ use std::thread::JoinHandle;
 use tokio::sync::{oneshot, watch};
 use tracing::info;
 
-use crate::config::{Config, Mode, settings};
+use crate::config::{AfterPublish, Config, Mode, settings};
 use crate::logging::Warnings;
 use crate::meter::Meter;
 use crate::{Error, Result};
@@ -71,6 +71,7 @@ struct Context {
     observed: watch::Receiver<Observed>,
     view: watch::Receiver<View>,
     mode: Mode,
+    after_publish: AfterPublish,
     slot: String,
     tables: Vec<String>,
 }
@@ -149,6 +150,7 @@ async fn run(
         observed: observed.clone(),
         view,
         mode: config.mode,
+        after_publish: config.after_publish,
         slot: config.slot.clone(),
         tables: config
             .outbox_tables

@@ -114,6 +114,7 @@ fn reading(meter: &Meter, fresh: Option<&Observed>) -> Reading {
             meter.all_published()
         },
         unfinished: meter.unfinished(),
+        marks: meter.upkeep().marks(),
         received: meter.received(),
         log_end: fresh.map(|seen| seen.log_end),
         short_rounds: meter.short_rounds(),

@@ -10,8 +10,12 @@ use super::Context;
 use super::health;
 use super::observer::{Observed, Stragglers};
 use super::sampler::{SAMPLE_EVERY, View, unix_ms};
-use crate::config::Mode;
+use crate::config::{AfterPublish, Mode};
 use crate::meter::{MAX_TOPICS, Side};
+use crate::upkeep::to_json;
+
+/// Entries of each kind of work that are shown; `walpost.left_undone` has more.
+const LEFT_LISTED: usize = 20;
 
 /// The whole state.
 pub(super) fn status(context: &Context, seen: Option<&Observed>, view: &View) -> Value {
@@ -66,6 +70,8 @@ pub(super) fn status(context: &Context, seen: Option<&Observed>, view: &View) ->
         "topics": topics(context),
         "topics_limit": MAX_TOPICS,
         "stragglers": seen.and_then(|seen| seen.stragglers.as_ref()).map(stragglers),
+        "after_publish": after_publish(context),
+        "left": to_json(&meter.upkeep().all(), LEFT_LISTED),
         "scan": meter.scan().map(|scan| json!({
             "table": context.tables.get(scan.table),
             "published": scan.published,
@@ -73,6 +79,17 @@ pub(super) fn status(context: &Context, seen: Option<&Observed>, view: &View) ->
         })),
         "warnings": warnings(view),
     })
+}
+
+/// Rows on their way to their mark; null in the mode keep.
+fn after_publish(context: &Context) -> Value {
+    let marks = context.meter.upkeep().marks();
+    match context.after_publish {
+        AfterPublish::Keep => Value::Null,
+        mode => json!({
+            "mode": mode.name(), "waiting": marks.waiting, "is_full": marks.is_full, "done": marks.done,
+        }),
+    }
 }
 
 fn topics(context: &Context) -> Value {

@@ -19,6 +19,7 @@ const AFTER_PUBLISH: &str = include_str!("../../sql/08_after_publish.sql");
 const EMIT: &str = include_str!("../../sql/09_emit.sql");
 const EMIT_TRANSIENT: &str = include_str!("../../sql/10_emit_transient.sql");
 const SLOT: &str = include_str!("../../sql/11_slot.sql");
+const LEFT_UNDONE: &str = include_str!("../../sql/14_left_undone.sql");
 const ROLES: &str = include_str!("../../sql/12_roles.sql");
 
 /// What the dollar quotes of the files look like: the one text that no name may contain.
@@ -78,6 +79,8 @@ pub struct Ddl {
     pub publication: String,
     /// The table of what is delivered.
     pub progress: String,
+    /// The table of what was left undone.
+    pub left_undone: String,
     /// The view of each row's status; absent when the settings name only other tables.
     pub status: Option<String>,
     /// What the modes mark and delete need; absent in the mode keep.
@@ -135,6 +138,7 @@ impl Ddl {
             emit_transient: emit_transient_sql(payload)?,
             outbox,
             straggler: STRAGGLER.to_owned(),
+            left_undone: LEFT_UNDONE.to_owned(),
             publication,
             after_publish,
             progress: PROGRESS.to_owned(),
@@ -148,6 +152,7 @@ impl Ddl {
             .into_iter()
             .chain(self.outbox.iter().flatten())
             .chain([&self.publication, &self.progress, &self.straggler])
+            .chain([&self.left_undone])
             .chain(&self.status)
             .chain(&self.after_publish)
             .chain(&self.emit)
@@ -245,6 +250,7 @@ mod tests {
             PUBLICATION,
             PROGRESS,
             STRAGGLER,
+            LEFT_UNDONE,
             STATUS,
             EMIT,
             EMIT_TRANSIENT,

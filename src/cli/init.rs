@@ -211,6 +211,7 @@ async fn apply(
         StragglerTable::Older => "brought up to date table walpost.straggler".to_owned(),
         StragglerTable::Current => line(true, "table walpost.straggler"),
     });
+    lines.push(apply_left_undone(transaction, ddl).await?);
     if let Some(status) = &ddl.status {
         let own = after.tables.iter().find(|(name, _)| *name == own_table());
         let own = own.and_then(|(_, table)| table.as_ref());
@@ -270,6 +271,21 @@ async fn refuse_updates(transaction: &Transaction<'_>) -> Result<Option<String>>
             Some("brought up to date table walpost.outbox: it refuses updates, which send nothing".to_owned())
         }
     })
+}
+
+/// Makes the table that tells what was left undone.
+async fn apply_left_undone(transaction: &Transaction<'_>, ddl: &Ddl) -> Result<String> {
+    let what = "table walpost.left_undone";
+    let sql = "select exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                              where n.nspname = 'walpost' and c.relname = 'left_undone')";
+    let existed = transaction.query_one(sql, &[]).await;
+    let existed: bool = existed
+        .map_err(|error| sql_error(&format!("look for {what}"), error))?
+        .get(0);
+    if !existed {
+        step(transaction, &format!("create {what}"), &ddl.left_undone).await?;
+    }
+    Ok(line(existed, what))
 }
 
 /// Makes the functions of System A.
@@ -349,8 +365,12 @@ async fn partition(
         .hint("leave --partition-by out to use the table as it is, or rename it and let init make another"));
     }
     let made = partitions::make_ahead(transaction, &table, span).await?;
+    if let Some((_, error)) = made.refused.into_iter().next() {
+        return Err(error);
+    }
     Ok(Some(format!(
-        "created {made} partitions of {table}, each a {name}; walpost run makes more"
+        "created {} partitions of {table}, each a {name}; walpost run makes more",
+        made.count
     )))
 }
 

@@ -136,6 +136,7 @@ fn show(status: &Value, json: bool) -> String {
     summary(&mut text, status);
     topics(&mut text, status);
     stragglers(&mut text, status);
+    left(&mut text, status);
     if let Some(warnings) = status["warnings"].as_array()
         && let Some(last) = warnings.first()
     {
@@ -251,6 +252,41 @@ fn stragglers(text: &mut String, status: &Value) {
             plain(&one["key"]),
             number(&one["attempts"]),
             span(one["age_seconds"].as_f64().unwrap_or(0.0)),
+            plain(&one["reason"])
+        );
+    }
+}
+
+/// Rows that wait to be marked, and what was left undone.
+fn left(text: &mut String, status: &Value) {
+    let marks = &status["after_publish"];
+    if marks.is_object() {
+        let full = if marks["is_full"] == true {
+            ", and the stream waits for them"
+        } else {
+            ""
+        };
+        let _ = writeln!(
+            text,
+            "mode {}: {} rows done, {} wait{full}",
+            plain(&marks["mode"]),
+            number(&marks["done"]),
+            number(&marks["waiting"])
+        );
+    }
+    let found = &status["left"];
+    if number(&found["count"]) == 0 {
+        return;
+    }
+    let _ = writeln!(text, "left undone: {}", number(&found["count"]));
+    for one in found["listed"].as_array().map_or(&[][..], Vec::as_slice) {
+        let _ = writeln!(
+            text,
+            "  {} {} id {} attempts {}: {}",
+            plain(&one["work"]),
+            plain(&one["table"]),
+            plain(&one["id"]),
+            number(&one["attempts"]),
             plain(&one["reason"])
         );
     }

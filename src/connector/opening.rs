@@ -15,7 +15,7 @@ use super::{Connector, Shutdown};
 use crate::config::Config;
 use crate::meter::Phase;
 use crate::outbox::Extractor;
-use crate::pipe::Pipe;
+use crate::pipe::{Pipe, ScannedRow};
 use crate::postgres::{
     self, OutboxRelations, ReplicationConnection, ReplicationStream, StreamOptions, SystemIdentity,
     slot,
@@ -268,7 +268,7 @@ impl Connector {
         publisher: &PublisherConfig,
         prepared: Option<&mut Prepared>,
         mut stragglers: Option<Stragglers>,
-    ) -> Result<(Vec<(u32, String)>, Option<Stragglers>)> {
+    ) -> Result<(Vec<ScannedRow>, Option<Stragglers>)> {
         let Some(Prepared {
             progress, claim, ..
         }) = prepared

@@ -7,6 +7,7 @@
 use super::columns::{Columns, Role};
 use super::error::{EventError, Problem};
 use super::event::{Headers, OutboxEvent, Scratch};
+use super::identity::NumberColumn;
 use super::router::{Culprit, Router};
 use super::topic::TopicTemplate;
 use super::value::{self, Bytes, Piece, binary_safe};
@@ -46,6 +47,7 @@ pub struct Extractor {
     txid_slot: usize,
     columns: Columns,
     router: Router,
+    number: Option<NumberColumn>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -109,6 +111,7 @@ impl Extractor {
             txid_slot,
             columns: columns.clone(),
             router,
+            number: NumberColumn::find(relation),
         })
     }
 
@@ -120,6 +123,11 @@ impl Extractor {
     /// The table, as `schema.table`.
     pub fn table(&self) -> &str {
         &self.table
+    }
+
+    /// The column that tells rows with the same id apart, if there is one.
+    pub fn number_column(&self) -> Option<NumberColumn> {
+        self.number
     }
 
     /// The roles without a column: what they bring is off.

@@ -35,4 +35,4 @@ pub use preflight::preflight;
 pub use published::{OutboxRelations, Subscription};
 pub use replication::{ReplicationConnection, StreamOptions, SystemIdentity};
 pub use replication_stream::{ReplicationStream, UnreadableLog, is_unreadable};
-pub use server_error::{sql_error, sqlstate};
+pub use server_error::{is_about_rows, sql_error, sqlstate};

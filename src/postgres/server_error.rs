@@ -159,6 +159,26 @@ pub fn sqlstate(error: &Error) -> Option<&str> {
     None
 }
 
+/// True when a statement failed because of the rows or the table that it is about, and others may well succeed.
+///
+/// Everything that the server refuses counts as that: data (22), integrity (23), dependent objects (2B), syntax and access (42),
+/// PL/pgSQL (P0), locks (55P03), deadlocks (40), whatever code an application's trigger raises; but not what is wrong with the session or the
+/// server: connection (08), a prepared statement that is gone (26), a transaction or server that is read-only (25), login
+/// (28), database (3D), resources (53), a server that stops (57, except a statement that was canceled), its disk (58).
+pub fn is_about_rows(error: &Error) -> bool {
+    match sqlstate(error) {
+        Some("57014") => true,
+        Some(code) => {
+            let class = code.get(..2).unwrap_or_default();
+            !matches!(
+                class,
+                "" | "08" | "25" | "26" | "28" | "3D" | "53" | "57" | "58"
+            )
+        }
+        None => false,
+    }
+}
+
 /// Turns an error of `tokio_postgres` into ours; `doing` completes "cannot …".
 ///
 /// Use it for every statement: it keeps row data out of the message, and knows which refusals pass with time.
@@ -199,6 +219,29 @@ mod tests {
 
     fn response(code: &str, message: &str, detail: &str) -> Vec<u8> {
         format!("SERROR\0VERROR\0C{code}\0M{message}\0D{detail}\0Fx.c\0L1\0\0").into_bytes()
+    }
+
+    #[test]
+    fn what_rows_cause_is_told_from_what_the_server_has() {
+        for (code, expected) in [
+            ("22003", true),
+            ("23503", true),
+            ("2BP01", true),
+            ("42501", true),
+            ("P0001", true),
+            ("APP01", true),
+            ("55P03", true),
+            ("57014", true),
+            ("57P01", false),
+            ("53100", false),
+            ("08006", false),
+            ("25006", false),
+            ("", false),
+        ] {
+            let error = ServerError::parse(&response(code, "m", "d")).into_error("do it");
+            assert_eq!(is_about_rows(&error), expected, "{code}");
+        }
+        assert!(!is_about_rows(&Error::temporary("no server said so")));
     }
 
     #[test]

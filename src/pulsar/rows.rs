@@ -1,6 +1,6 @@
 //! Ids of published rows, on their way from the receipts to whoever marks or deletes them.
 //!
-//! A batch collects the ids of its rows as [`Rows`] (only where an event names its row, see `Outgoing::row`); its receipt
+//! A row is known by its table, its id and its number ([`RowNumber`]). A batch collects the ids of its rows as [`Rows`] (only where an event names its row, see `Outgoing::row`); its receipt
 //! moves them into the queue made by [`queue`]. Nothing is parsed or copied on the way.
 //!
 //! # Bound
@@ -9,10 +9,14 @@
 //! [`MAX_BYTES`] the publisher has no room for new events. What can still come in are the receipts of what is in flight,
 //! which is bounded itself.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{Notify, mpsc, oneshot};
+
+use crate::meter::Meter;
+use crate::outbox::RowNumber;
 
 /// Rows that may wait. A statement takes a thousand; a hundred of them make up for a second of a slow database.
 const MAX_ROWS: usize = 100_000;
@@ -28,12 +32,15 @@ pub struct Row<'a> {
     pub xid: u32,
     /// Its id, as Postgres prints it.
     pub id: &'a str,
+    /// Which of the rows with this id.
+    pub number: RowNumber,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Place {
     table: u32,
     xid: u32,
+    number: RowNumber,
     /// Where its id ends in the text.
     end: usize,
 }
@@ -55,6 +62,7 @@ impl Rows {
         self.places.push(Place {
             table: row.table,
             xid: row.xid,
+            number: row.number,
             end: self.text.len(),
         });
     }
@@ -65,6 +73,7 @@ impl Rows {
         let nothing = Place {
             table: NONE,
             xid: 0,
+            number: RowNumber::Unknown,
             end,
         };
         self.places.resize(index, nothing);
@@ -80,6 +89,7 @@ impl Rows {
         Some(Row {
             table: place.table,
             xid: place.xid,
+            number: place.number,
             id: &self.text[start..place.end],
         })
     }
@@ -112,13 +122,37 @@ pub enum Published {
     Rows(Rows),
     /// To be answered when everything before it is done.
     Barrier(oneshot::Sender<()>),
+    /// Which rows of a table (by its place) have their receipt and could not be marked or deleted.
+    Left(u32, oneshot::Sender<LeftOfTable>),
 }
 
-#[derive(Debug, Default)]
+/// Rows of one table that have their receipt and could not be marked or deleted.
+#[derive(Clone, Debug, Default)]
+pub struct LeftOfTable {
+    /// There are more than are known by name.
+    pub is_full: bool,
+    /// By id and number.
+    pub rows: HashSet<(String, RowNumber)>,
+}
+
+#[derive(Debug)]
 struct Gauge {
     rows: AtomicUsize,
     bytes: AtomicUsize,
     room: Notify,
+    meter: Arc<Meter>,
+}
+
+impl Gauge {
+    fn has_room(&self) -> bool {
+        self.rows.load(Ordering::Relaxed) < MAX_ROWS
+            && self.bytes.load(Ordering::Relaxed) < MAX_BYTES
+    }
+
+    fn metering(&self) {
+        let rows = self.rows.load(Ordering::Relaxed);
+        self.meter.upkeep().set_waiting(rows, !self.has_room());
+    }
 }
 
 /// The end where receipts go in.
@@ -135,10 +169,15 @@ pub struct RowReceiver {
     gauge: Arc<Gauge>,
 }
 
-/// Makes a queue.
-pub fn queue() -> (RowQueue, RowReceiver) {
+/// Makes a queue that tells the meter how many wait.
+pub fn queue(meter: Arc<Meter>) -> (RowQueue, RowReceiver) {
     let (sender, receiver) = mpsc::unbounded_channel();
-    let gauge = Arc::new(Gauge::default());
+    let gauge = Arc::new(Gauge {
+        rows: AtomicUsize::new(0),
+        bytes: AtomicUsize::new(0),
+        room: Notify::new(),
+        meter,
+    });
     let queue = RowQueue {
         sender,
         gauge: gauge.clone(),
@@ -151,14 +190,14 @@ impl RowQueue {
     pub fn push(&self, rows: Rows) {
         self.gauge.rows.fetch_add(rows.len(), Ordering::Relaxed);
         self.gauge.bytes.fetch_add(rows.bytes(), Ordering::Relaxed);
+        self.gauge.metering();
         // The other end is gone only while the process ends.
         let _ended = self.sender.send(Published::Rows(rows));
     }
 
     /// False while so many wait that nothing more should be published.
     pub fn has_room(&self) -> bool {
-        self.gauge.rows.load(Ordering::Relaxed) < MAX_ROWS
-            && self.gauge.bytes.load(Ordering::Relaxed) < MAX_BYTES
+        self.gauge.has_room()
     }
 
     /// Waits until there is room. Cancel safe.
@@ -182,6 +221,13 @@ impl RowQueue {
         let (done, wait) = oneshot::channel();
         self.sender.send(Published::Barrier(done)).is_ok() && wait.await.is_ok()
     }
+
+    /// Which rows of the table in this place have their receipt and could not be marked or deleted; `None` when the other end is gone.
+    pub async fn left(&self, table: u32) -> Option<LeftOfTable> {
+        let (answer, wait) = oneshot::channel();
+        self.sender.send(Published::Left(table, answer)).ok()?;
+        wait.await.ok()
+    }
 }
 
 impl RowReceiver {
@@ -199,6 +245,8 @@ impl RowReceiver {
     pub fn done(&self, rows: usize, bytes: usize) {
         self.gauge.rows.fetch_sub(rows, Ordering::Relaxed);
         self.gauge.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        self.gauge.meter.upkeep().add_done(rows);
+        self.gauge.metering();
         self.gauge.room.notify_waiters();
     }
 }
@@ -211,6 +259,7 @@ mod tests {
         Row {
             table: 1,
             xid: 7,
+            number: RowNumber::Seq(3),
             id,
         }
     }
@@ -232,7 +281,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_full_queue_takes_what_comes_and_has_room_again_when_it_is_done() {
-        let (queue, mut receiver) = queue();
+        let (queue, mut receiver) = queue(Arc::default());
         let mut many = Rows::default();
         for _ in 0..MAX_ROWS {
             many.push(row("x"));

@@ -1,9 +1,9 @@
 //! Marks or deletes the rows whose receipt has come (`WALPOST_AFTER_PUBLISH`).
 //!
-//! A task that owns a SQL connection and the end of the queue in [`crate::pulsar::rows`]. Input: ids, from receipts and from
+//! A task that owns a SQL connection and the end of the queue in [`crate::pulsar::rows`]. Input: rows, by id and number, from receipts and from
 //! nowhere else: a row that a broken publication never sent must not be marked. Output: one statement for each table and
-//! thousand rows, or for what has come in a tenth of a second. It is beside the data's path: a slow database fills the queue, and
-//! only a full queue pauses the stream.
+//! thousand rows, or for what has come in a tenth of a second ([`super::marking`]). It is beside the data's path: a slow database fills the
+//! queue, and only a full queue pauses the stream; readiness follows it.
 //!
 //! # Rows that cannot be seen yet
 //!
@@ -12,26 +12,38 @@
 //! asked which transactions are still running, and rows of those wait for the next one. A row that is then not found is gone:
 //! its producer deleted it, perhaps in the same transaction.
 //!
+//! # Rows that cannot be marked or deleted
+//!
+//! A foreign key, a trigger, a lock, a missing right: such rows are left with their reason and tried again after a pause that grows
+//! ([`super::left_rows`]). They hold up no other row, table or the stream, and the look for unmarked rows does not publish them again. A
+//! table that refuses every row is not tried for a while: its rows are left at once. `tests/isolation/marks.rs` tries to break this.
+//!
 //! # What is lost with the process
 //!
-//! Ids in the queue. Their rows stay as they were, and [`super::unmarked`] finds them.
+//! Rows in the queue. They stay as they were, and [`super::unmarked`] finds them, which publishes them again. Rows that were left are
+//! noted in `walpost.left_undone` ([`super::left_note`]) and taken over by the next process; what is not in that note (a thousand
+//! rows, a few seconds old) is published once more by each process that starts.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::Client;
 use tracing::{debug, warn};
 
+use super::left_note;
+use super::left_rows::LeftRows;
+use super::marking::{Applied, RowKey, STATEMENT_ROWS, Session, TableSql, apply};
 use super::outbox::OutboxTable;
 use crate::config::AfterPublish;
-use crate::postgres::{PostgresConfig, connect_sql, sql_error};
+use crate::meter::Meter;
+use crate::postgres::{PostgresConfig, sql_error};
 use crate::pulsar::rows::{Published, Row, RowReceiver, Rows};
 use crate::retry::Backoff;
+use crate::upkeep::{LISTED, Undone, Work, pause};
 use crate::{Error, Result};
 
-/// Rows that make a statement worth sending; it takes them all at once.
-const STATEMENT_ROWS: usize = 1_000;
 /// How long the first of them waits for company.
 const STATEMENT_WAIT: Duration = Duration::from_millis(100);
 /// A connection that nobody uses for this long is closed.
@@ -41,10 +53,12 @@ const IDLE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct AfterPublishTask {
     postgres: PostgresConfig,
-    /// One statement for each table, in the order of the settings.
-    sql: Vec<String>,
+    slot: String,
+    /// In the order of the settings.
+    tables: Vec<Table>,
     receiver: RowReceiver,
     backoff: Backoff,
+    meter: Arc<Meter>,
     /// What has come and is not done, and how much it counts in the queue.
     waiting: Vec<Rows>,
     barriers: Vec<oneshot::Sender<()>>,
@@ -52,26 +66,44 @@ pub struct AfterPublishTask {
     since: Instant,
 }
 
-/// A connection with its statements.
-struct Session {
-    client: Client,
-    statements: Vec<Statement>,
+/// One table.
+#[derive(Debug)]
+struct Table {
+    sql: TableSql,
+    left: LeftRows,
+    /// It refused every row: until when it is not tried, how often that was in a row, and why.
+    refusal: Option<Refusal>,
+}
+
+#[derive(Clone, Debug)]
+struct Refusal {
+    until: Instant,
+    times: u32,
+    reason: Arc<str>,
 }
 
 impl AfterPublishTask {
     /// A task for these tables.
     pub fn new(
-        postgres: PostgresConfig,
+        (postgres, slot): (PostgresConfig, String),
         tables: &[OutboxTable],
         mode: AfterPublish,
         receiver: RowReceiver,
         backoff: Backoff,
+        meter: Arc<Meter>,
     ) -> Self {
+        let table = |table: &OutboxTable| Table {
+            sql: TableSql::new(table, mode),
+            left: LeftRows::default(),
+            refusal: None,
+        };
         Self {
             postgres,
-            sql: tables.iter().map(|table| statement(table, mode)).collect(),
+            slot,
+            tables: tables.iter().map(table).collect(),
             receiver,
             backoff,
+            meter,
             waiting: Vec::new(),
             barriers: Vec::new(),
             since: Instant::now(),
@@ -80,13 +112,14 @@ impl AfterPublishTask {
 
     /// Runs until the other end of the queue is gone and all is done.
     pub async fn run(mut self) {
+        self.take_over().await;
         let mut session = None;
         let mut open = true;
         while open || !self.waiting.is_empty() || !self.barriers.is_empty() {
             if open {
                 open = self.gather().await;
             }
-            if self.waiting.is_empty() && self.barriers.is_empty() {
+            if self.waiting.is_empty() && self.barriers.is_empty() && !self.is_any_due() {
                 // Nothing for a while: nobody needs the connection.
                 session = None;
                 continue;
@@ -114,15 +147,35 @@ impl AfterPublishTask {
         }
     }
 
-    /// Waits for enough rows, or long enough, or a barrier; false when the other end is gone. Returns without any after a
-    /// time of silence.
+    /// Rows that the process before this one has left: they have their receipts.
+    async fn take_over(&mut self) {
+        let noted = match left_note::read(&self.postgres, &self.slot).await {
+            Ok(noted) => noted,
+            Err(error) => {
+                debug!("nothing is known of rows left earlier: {}", error.report());
+                return;
+            }
+        };
+        let now = Instant::now();
+        for left in noted {
+            let mut tables = self.tables.iter_mut();
+            if let Some(table) = tables.find(|table| table.sql.name.to_string() == left.table) {
+                table.left.take_over(left, now);
+            }
+        }
+        self.tell();
+    }
+
+    /// Waits for enough rows, or long enough, or a barrier, or for rows that are to be tried again; false when the other end is gone.
+    /// Returns without any after a time of silence.
     async fn gather(&mut self) -> bool {
         let silent_at = Instant::now() + IDLE;
+        let due_at = self.next_due().map_or(silent_at, |due| due.min(silent_at));
         while self.barriers.is_empty() && self.rows_waiting() < STATEMENT_ROWS {
             let until = if self.waiting.is_empty() {
-                silent_at
+                due_at
             } else {
-                self.since + STATEMENT_WAIT
+                due_at.min(self.since + STATEMENT_WAIT)
             };
             tokio::select! {
                 biased;
@@ -152,6 +205,12 @@ impl AfterPublishTask {
                 self.waiting.push(rows);
             }
             Published::Barrier(barrier) => self.barriers.push(barrier),
+            Published::Left(table, answer) => {
+                let table = usize::try_from(table).ok();
+                let table = table.and_then(|place| self.tables.get(place));
+                // Who asked may have gone.
+                let _gone = answer.send(table.map(|table| table.left.tell()).unwrap_or_default());
+            }
         }
     }
 
@@ -159,33 +218,41 @@ impl AfterPublishTask {
         self.waiting.iter().map(Rows::len).sum()
     }
 
-    /// One statement for each table, or several when there is more than one takes.
+    /// When rows that were left are to be tried again.
+    fn next_due(&self) -> Option<Instant> {
+        self.tables.iter().filter_map(Table::next_due).min()
+    }
+
+    fn is_any_due(&self) -> bool {
+        self.next_due().is_some_and(|due| due <= Instant::now())
+    }
+
+    /// What has come and what is due, table by table.
     async fn work(&mut self, session: &mut Option<Session>) -> Result<()> {
-        if self.waiting.is_empty() {
+        if self.waiting.is_empty() && !self.is_any_due() {
             self.answer();
             return Ok(());
         }
         if session.is_none() {
-            *session = Some(Session::open(&self.postgres, &self.sql).await?);
+            *session = Some(Session::open(&self.postgres).await?);
         }
-        let Some(Session { client, statements }) = session else {
+        let Some(session) = session else {
             return Err(Error::bug("a session was just opened"));
         };
-        let running = Running::ask(client).await?;
-        for (table, statement) in (0..).zip(&*statements) {
+        let running = Running::ask(&session.client).await?;
+        let mut has_changed = false;
+        for (place, table) in (0..).zip(&mut self.tables) {
             let rows = self.waiting.iter().flat_map(Rows::iter);
-            let ids: Vec<&str> = rows
-                .filter(|row| row.table == table && !running.has(row.xid))
-                .map(|row| row.id)
+            let rows: Vec<RowKey<'_>> = rows
+                .filter(|row| row.table == place && !running.has(row.xid))
+                .map(|row| (row.id, row.number))
                 .collect();
-            for ids in ids.chunks(STATEMENT_ROWS) {
-                let done = client.execute(statement, &[&ids]).await;
-                let rows =
-                    done.map_err(|error| sql_error("mark or delete published rows", error))?;
-                debug!(rows, "marked or deleted");
-            }
+            has_changed |= table.work(session, &rows).await?;
         }
         self.finish(&running);
+        if has_changed {
+            self.tell();
+        }
         Ok(())
     }
 
@@ -213,36 +280,79 @@ impl AfterPublishTask {
             let _gone = barrier.send(());
         }
     }
-}
 
-impl Session {
-    async fn open(postgres: &PostgresConfig, sql: &[String]) -> Result<Self> {
-        let client = connect_sql(postgres, "walpost after-publish").await?;
-        // What a crash of the server takes back is found again: see `unmarked`.
-        client
-            .batch_execute("SET synchronous_commit TO off")
-            .await
-            .map_err(|error| sql_error("set up the session", error))?;
-        let mut statements = Vec::with_capacity(sql.len());
-        for sql in sql {
-            let prepared = client.prepare(sql).await;
-            statements.push(prepared.map_err(|error| sql_error("prepare to mark rows", error))?);
-        }
-        Ok(Self { client, statements })
+    /// Tells what is left.
+    fn tell(&self) {
+        let count: usize = self.tables.iter().map(|table| table.left.len()).sum();
+        let listed = self.tables.iter().flat_map(|table| {
+            let name = table.sql.name.to_string();
+            table.left.listed(&name, LISTED).collect::<Vec<_>>()
+        });
+        let undone = Undone {
+            count: count as u64,
+            listed: listed.take(LISTED).collect(),
+        };
+        self.meter.upkeep().set(Work::AfterPublish, undone);
     }
 }
 
-/// The ids come as text, and are made what the column is: any type that prints and reads its values serves.
-fn statement(table: &OutboxTable, mode: AfterPublish) -> String {
-    let (name, id) = (&table.name, table.id_column());
-    let ids = format!("ANY ($1::text[]::{}[])", table.id.sql_type);
-    match mode {
-        AfterPublish::Delete => format!("DELETE FROM {name} WHERE {id} = {ids}"),
-        // `sent_at IS NULL` would offer the planner the index on rows not marked yet: all of them, and the dead entries of those
-        // marked since the last vacuum, for each statement (measured: 381 µs a row instead of 42 by the primary key).
-        AfterPublish::Mark | AfterPublish::Keep => format!(
-            "UPDATE {name} SET sent_at = clock_timestamp() WHERE {id} = {ids} AND num_nulls(sent_at) = 1"
-        ),
+impl Table {
+    fn next_due(&self) -> Option<Instant> {
+        let due = self.left.next_due()?;
+        let until = self.refusal.as_ref().map(|refusal| refusal.until);
+        Some(until.map_or(due, |until| until.max(due)))
+    }
+
+    /// Marks or deletes these rows, and those that are due; true when what is left has changed.
+    async fn work(&mut self, session: &mut Session, rows: &[RowKey<'_>]) -> Result<bool> {
+        let now = Instant::now();
+        if let Some(refusal) = &self.refusal
+            && refusal.until > now
+        {
+            for row in rows {
+                self.left.leave(*row, &refusal.reason, now);
+            }
+            return Ok(!rows.is_empty());
+        }
+        let due = self.left.due(now, STATEMENT_ROWS);
+        if rows.is_empty() && due.is_empty() {
+            return Ok(false);
+        }
+        let had_left = self.left.len();
+        let again: Vec<RowKey<'_>> = due.iter().map(|(id, number)| (&**id, *number)).collect();
+        for (rows, are_new) in [(rows, true), (&again, false)] {
+            if rows.is_empty() {
+                continue;
+            }
+            let applied = apply(session, &self.sql, rows, &mut self.left).await?;
+            debug!(table = %self.sql.name, done = applied.done, left = applied.left, "marked or deleted");
+            self.note(&applied, are_new);
+        }
+        Ok(had_left > 0 || !self.left.is_empty())
+    }
+
+    fn note(&mut self, applied: &Applied, are_new: bool) {
+        if applied.done > 0 {
+            self.refusal = None;
+        }
+        let Some(reason) = applied.reason.as_ref().filter(|_| applied.left > 0) else {
+            return;
+        };
+        if applied.is_exhausted && applied.done == 0 {
+            let times = self.refusal.as_ref().map_or(1, |known| known.times + 1);
+            self.refusal = Some(Refusal {
+                until: Instant::now() + pause(times),
+                times,
+                reason: Arc::clone(reason),
+            });
+        }
+        if are_new {
+            warn!(
+                table = %self.sql.name,
+                rows = applied.left,
+                "published rows could not be marked or deleted; they are left, and tried again: {reason}"
+            );
+        }
     }
 }
 

@@ -43,7 +43,7 @@ use super::straggler::Stragglers;
 use super::table::{ScanRow, ScanTable};
 use crate::outbox::Extractor;
 use crate::outlet::{Outlet, Source};
-use crate::pipe::Routing;
+use crate::pipe::{Routing, ScannedRow};
 use crate::postgres::TableName;
 use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig, RowTag};
 use crate::{Error, Lsn, Result};
@@ -348,12 +348,13 @@ fn position(seq: i64) -> Result<Lsn> {
     })
 }
 
-/// Ids of the rows that the scan published and that the stream may bring as well, of all tables.
+/// Ids and numbers of the rows that the scan published and that the stream may bring as well, of all tables. (By number as well: another row
+/// of the same id may be in the stream only, because its own transaction deleted it.)
 pub async fn overlap(
     client: &Client,
     routing: &Routing,
     progress: &Progress,
-) -> Result<Vec<(u32, String)>> {
+) -> Result<Vec<ScannedRow>> {
     let (Some(before), Some(upto)) = (&progress.scan_before, &progress.scan_upto) else {
         return Ok(Vec::new());
     };
@@ -362,7 +363,8 @@ pub async fn overlap(
         if let Some(table) = ScanTable::describe(client, name).boxed().await? {
             let id = &routing.columns.id;
             let ids = table.ids(client, id, upto, before).await?;
-            found.extend(ids.into_iter().map(|text| (table.relation.id, text)));
+            let rows = ids.into_iter();
+            found.extend(rows.map(|(id, number)| (table.relation.id, id, number)));
         }
     }
     Ok(found)

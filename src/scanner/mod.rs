@@ -12,8 +12,11 @@
 //! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_pages`, `straggler_store` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, how they are read for that, the SQL |
 //! | `outbox` | what a table has and what the role may do: which modes it can have |
 //! | `after_publish` | marks or deletes rows whose receipt has come |
+//! | `marking` | its statements, and how the row that one fails for is found |
+//! | `left_rows`, `left_note` | rows that could not be marked or deleted; what was left undone, noted for `walpost check` |
 //! | `unmarked` | finds rows that were never marked, and publishes them again |
 //! | `retention` | deletes delivered rows past their time |
+//! | `left_places` | its deletions, and the rows and partitions that cannot be removed |
 //! | `partitions` | makes the partitions of a table by time ahead |
 //! | `modes` | starts these four, and stops them |
 //! | `recovery` | what to do about a slot that is lost, gone, or somebody else's |
@@ -68,6 +71,10 @@
 pub mod after_publish;
 pub mod delivered;
 pub mod gap;
+mod left_note;
+mod left_places;
+mod left_rows;
+mod marking;
 pub mod missing;
 pub mod modes;
 pub mod outbox;

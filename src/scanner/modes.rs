@@ -3,6 +3,7 @@
 //! Owns the tasks of [`super::after_publish`], [`super::unmarked`], [`super::retention`] and [`super::partitions`]. Input: settings, and which cluster
 //! it is. Output: the queue that receipts put their rows into. In the mode `keep`, without retention and partitions, there is nothing here.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
@@ -11,6 +12,7 @@ use tokio_postgres::Client;
 use tracing::{info, warn};
 
 use super::after_publish::AfterPublishTask;
+use super::left_note::LeftNote;
 use super::outbox::OutboxTable;
 use super::partitions;
 use super::retention::Retention;
@@ -29,6 +31,8 @@ pub struct Modes {
     after_publish: Option<(RowQueue, JoinHandle<()>)>,
     /// Of one cluster: another may have taken over.
     lookers: Vec<JoinHandle<()>>,
+    /// Where it is noted what was left undone.
+    notes: Option<LeftNote>,
 }
 
 impl Drop for Modes {
@@ -49,8 +53,11 @@ pub async fn prepare(client: &Client, config: &Config) -> Result<Vec<OutboxTable
     if mode == AfterPublish::Keep && config.retention.is_none() {
         note_keep(client, config).await?;
         // Only to know whether there are partitions; what is wrong with a table is for others to say.
-        let tables = OutboxTable::read_all(client, config).await;
-        return Ok(tables.unwrap_or_default());
+        let mut tables = Vec::with_capacity(config.outbox_tables.len());
+        for name in &config.outbox_tables {
+            tables.extend(OutboxTable::read(client, name, config).await);
+        }
+        return Ok(tables);
     }
     let tables = OutboxTable::read_all(client, config).await?;
     for table in &tables {
@@ -148,18 +155,22 @@ impl Modes {
         way: Way,
     ) {
         self.stop_lookers();
+        let meter = Arc::clone(&publisher.meter);
         let partitioned = tables.iter().filter(|table| table.partitioned);
         let partitioned: Vec<_> = partitioned.map(|table| table.name.clone()).collect();
         if !partitioned.is_empty() {
-            let keeping = partitions::keep_ahead(config.postgres.clone(), partitioned);
+            let meter = Arc::clone(&meter);
+            let keeping = partitions::keep_ahead(config.postgres.clone(), partitioned, meter);
             self.lookers.push(tokio::spawn(Box::pin(keeping)));
         }
         let backoff = || Backoff::new(config.reconnect_initial, config.reconnect_max);
         if config.after_publish != AfterPublish::Keep {
             let (queue, _) = self.after_publish.get_or_insert_with(|| {
-                let (queue, receiver) = queue();
-                let (postgres, mode) = (config.postgres.clone(), config.after_publish);
-                let task = AfterPublishTask::new(postgres, tables, mode, receiver, backoff());
+                let (queue, receiver) = queue(Arc::clone(&meter));
+                let database = (config.postgres.clone(), config.slot.clone());
+                let (mode, meter) = (config.after_publish, Arc::clone(&meter));
+                let task =
+                    AfterPublishTask::new(database, tables, mode, receiver, backoff(), meter);
                 (queue, tokio::spawn(task.run()))
             });
             let unmarked = Unmarked {
@@ -183,8 +194,18 @@ impl Modes {
                 system_id: system_id.to_owned(),
                 interval: config.scan_interval,
                 age,
+                meter: Arc::clone(&meter),
             };
             self.lookers.push(tokio::spawn(Box::pin(retention.run())));
+        }
+        if !self.lookers.is_empty() {
+            let note = LeftNote {
+                postgres: config.postgres.clone(),
+                slot: config.slot.clone(),
+                meter,
+            };
+            self.notes = Some(note.clone());
+            self.lookers.push(tokio::spawn(Box::pin(note.keep())));
         }
     }
 
@@ -212,6 +233,9 @@ impl Modes {
                 rows = queue.waiting(),
                 "published rows are not marked or deleted yet: they are found after WALPOST_STRAGGLER_AGE and may come twice"
             );
+        }
+        if let Some(notes) = &self.notes {
+            notes.last().await;
         }
     }
 }

@@ -6,15 +6,12 @@
 use tokio_postgres::Client;
 
 use crate::config::{AfterPublish, Config};
+pub use crate::outbox::{SEQ, TXID};
 use crate::postgres::{TableName, quote_ident, sql_error};
 use crate::{Error, Result};
 
 /// The column that marking sets.
 pub const SENT_AT: &str = "sent_at";
-/// The column of the inserting transaction.
-pub const TXID: &str = "txid";
-/// The column that orders the rows of a table for a scan.
-pub const SEQ: &str = "seq";
 
 /// A column that a mode reads or writes.
 #[derive(Clone, Debug)]
@@ -49,6 +46,12 @@ pub struct OutboxTable {
     owned: bool,
     /// Whether an index begins with the id.
     pub has_id_index: bool,
+    /// Whether a unique index of the table, or of each of its partitions, covers the id, if only together with other columns.
+    pub has_unique_id: bool,
+    /// The operator by which ids are equal, also where it is in a schema of its type's.
+    pub id_equals: String,
+    /// The column that tells rows with the same id apart, if there is one: see [`crate::outbox::RowNumber`].
+    pub number: Option<&'static str>,
     /// Whether an index of unmarked rows begins with the event's time.
     pub has_unmarked_index: bool,
     /// The role and the table's owner, for a GRANT.
@@ -80,6 +83,22 @@ impl OutboxTable {
             SELECT coalesce(bool_or(indkey[0] = $2 AND indpred IS NULL), false),
                    coalesce(bool_or(indkey[0] = $3 AND pg_get_expr(indpred, indrelid) = '(sent_at IS NULL)'), false)
             FROM pg_index WHERE indrelid = $1 AND indisvalid";
+        const IDS: &str = "
+            SELECT (SELECT coalesce(bool_and(EXISTS (
+                        SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid
+                        WHERE i.indrelid = leaf.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+                          AND a.attname = $2 AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))), true)
+                    FROM (SELECT $1::oid AS oid WHERE NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = $1)
+                          UNION ALL SELECT relid::oid FROM pg_partition_tree($1::oid) WHERE isleaf) leaf),
+                   coalesce((
+                        SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
+                        FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+                        JOIN pg_opclass c ON c.opcintype = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
+                        JOIN pg_am m ON m.oid = c.opcmethod AND m.amname = 'btree'
+                        JOIN pg_amop p ON p.amopfamily = c.opcfamily AND p.amopstrategy = 3
+                                       AND p.amoplefttype = c.opcintype AND p.amoprighttype = c.opcintype
+                        JOIN pg_operator o ON o.oid = p.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
+                        WHERE a.attrelid = $1 AND a.attname = $2 AND c.opcdefault LIMIT 1), '=')";
         let failed = |error| sql_error(&format!("look at table {name}"), error);
         let row = client
             .query_opt(TABLE, &[&name.schema, &name.name])
@@ -112,6 +131,8 @@ impl OutboxTable {
             )
             .await
             .map_err(failed)?;
+        let ids = client.query_one(IDS, &[&oid, &id.name]).await;
+        let ids = ids.map_err(failed)?;
         let is_time = |column: &Column| column.sql_type.starts_with("timestamp");
         Ok(Self {
             name: name.clone(),
@@ -120,6 +141,9 @@ impl OutboxTable {
             has_txid: find(TXID).is_some_and(|column| column.sql_type == "xid8"),
             has_seq: find(SEQ).is_some(),
             has_id_index: indexed.get(0),
+            has_unique_id: ids.get(0),
+            id_equals: ids.get(1),
+            number: [SEQ, TXID].into_iter().find(|name| find(name).is_some()),
             has_unmarked_index: indexed.get(1),
             id,
             columns,

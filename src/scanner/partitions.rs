@@ -7,15 +7,19 @@
 //! could never be dropped whole. Instead enough are made ahead to outlast a connector that is down: [`Span::ahead`]. A row of a time
 //! for which there is none is refused by Postgres, so `created_at` is to be left to its default.
 //!
-//! A partition is made beside the table and then attached, which takes no lock that writers would wait for.
+//! A partition is made beside the table and then attached, which takes no lock that writers would wait for. One that cannot be made
+//! holds up neither the others nor another table, and is told ([`crate::upkeep`]).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::sleep;
 use tokio_postgres::{Client, GenericClient};
 use tracing::{info, warn};
 
-use crate::postgres::{PostgresConfig, TableName, connect_sql, sql_error};
+use crate::meter::Meter;
+use crate::postgres::{PostgresConfig, TableName, connect_sql, is_about_rows, sql_error};
+use crate::upkeep::{Undone, Work};
 use crate::{Error, Result};
 
 /// How often it is looked whether there are enough.
@@ -108,12 +112,25 @@ pub async fn count_ahead(
     Ok(row.get(0))
 }
 
-/// Makes those that are missing, from the present one on; returns how many.
+/// What was made ahead.
+#[derive(Debug, Default)]
+pub struct Made {
+    /// How many partitions.
+    pub count: usize,
+    /// Those that could not be made.
+    pub refused: Vec<(TableName, Error)>,
+}
+
+/// Makes those that are missing, from the present one on. One that cannot be made, because something else has its range or a lock is held,
+/// holds up none of the others.
+///
+/// # Errors
+/// What is wrong with the table as a whole, with the session or the server.
 pub async fn make_ahead(
     client: &impl GenericClient,
     table: &TableName,
     span: Span,
-) -> Result<usize> {
+) -> Result<Made> {
     const MISSING: &str = "
         SELECT p.name, p.at, p.upto FROM (
             SELECT $2::text || '_p' || to_char(at AT TIME ZONE 'UTC', $3::text) AS name,
@@ -142,6 +159,7 @@ pub async fn make_ahead(
         )
         .await
         .map_err(failed)?;
+    let mut done = Made::default();
     for row in &missing {
         let (from, upto): (&str, &str) = (row.get(1), row.get(2));
         let partition = TableName::new(&table.schema, row.get::<_, String>(0));
@@ -152,30 +170,43 @@ pub async fn make_ahead(
                  ALTER TABLE {table} ATTACH PARTITION {partition} FOR VALUES FROM ('{from}') TO ('{upto}')"
             ))
             .await;
-        made.map_err(failed)?;
+        match made.map_err(failed) {
+            Ok(()) => done.count += 1,
+            Err(error) if is_about_rows(&error) => done.refused.push((partition, error)),
+            // In a transaction nothing can be made after the first that was refused.
+            Err(error) => {
+                let first = done.refused.into_iter().next();
+                return Err(first.map_or(error, |(_, first)| first));
+            }
+        }
     }
-    Ok(missing.len())
+    Ok(done)
 }
 
 /// Sees to it that there are always enough, until it is aborted.
-pub async fn keep_ahead(postgres: PostgresConfig, tables: Vec<TableName>) {
+pub async fn keep_ahead(postgres: PostgresConfig, tables: Vec<TableName>, meter: Arc<Meter>) {
     let mut client = None;
     loop {
-        if let Err(error) = round(&postgres, &tables, &mut client).await {
+        if let Err(error) = round(&postgres, &tables, &mut client, &meter).await {
             client = None;
-            warn!(
-                "partitions could not be made ahead; when there are none left, inserts fail: {}",
-                error.report()
-            );
+            warn_of(&error);
         }
         sleep(INTERVAL).await;
     }
+}
+
+fn warn_of(error: &Error) {
+    warn!(
+        "partitions could not be made ahead; when there are none left, inserts fail: {}",
+        error.report()
+    );
 }
 
 async fn round(
     postgres: &PostgresConfig,
     tables: &[TableName],
     client: &mut Option<Client>,
+    meter: &Meter,
 ) -> Result<()> {
     if client.is_none() {
         let new = connect_sql(postgres, "walpost partitions").await?;
@@ -186,13 +217,37 @@ async fn round(
     let Some(client) = client else {
         return Err(Error::bug("a session was just opened"));
     };
+    let mut undone = Undone::default();
     for table in tables {
-        if let Some(span) = span_of(client, table).await? {
-            let made = make_ahead(client, table, span).await?;
-            if made > 0 {
-                info!(%table, made, "made partitions ahead");
+        match make_for(client, table).await {
+            Ok(refused) => {
+                // One of them stands for all in the log.
+                if let Some((_, error)) = refused.first() {
+                    warn_of(error);
+                }
+                for (partition, error) in &refused {
+                    undone.add(&partition.to_string(), error);
+                }
             }
+            Err(error) if is_about_rows(&error) => {
+                warn_of(&error);
+                undone.add(&table.to_string(), &error);
+            }
+            Err(error) => return Err(error),
         }
     }
+    meter.upkeep().set(Work::Partitions, undone);
     Ok(())
+}
+
+/// Makes what is missing of one table; gives those that cannot be made.
+async fn make_for(client: &Client, table: &TableName) -> Result<Vec<(TableName, Error)>> {
+    let Some(span) = span_of(client, table).await? else {
+        return Ok(Vec::new());
+    };
+    let made = make_ahead(client, table, span).await?;
+    if made.count > 0 {
+        info!(%table, made = made.count, "made partitions ahead");
+    }
+    Ok(made.refused)
 }

@@ -15,6 +15,14 @@
 //! Each statement looks at a stretch of blocks (a range of ctid), so it needs no index, is short, and holds few locks. A
 //! walk over the whole table is made once in a tenth of the retention: a row is kept at most that much longer.
 //!
+//! # What cannot be removed
+//!
+//! A row that the server refuses to delete (a foreign key, a trigger, a lock) is found by halving the stretch, and left: later
+//! statements leave its place (ctid) out until its pause is over ([`crate::upkeep::pause`]). A partition that cannot be dropped (a view depends
+//! on it, the role does not own it) is left in the same way, and its rows are deleted meanwhile. A table that cannot be looked at
+//! holds up no other. All of it is told ([`crate::upkeep`]), with the rows that a trigger keeps without an error.
+//! How many are remembered is bounded ([`super::left_places`]). `tests/isolation/retention.rs` tries to break this.
+//!
 //! # Dropping a partition
 //!
 //! 1. Without a lock: is every row removable? The snapshot in which that was seen is kept.
@@ -22,21 +30,27 @@
 //!    cannot be seen. What such a writer may have added since has a transaction id at or beyond that snapshot's oldest, which
 //!    the index over `txid` finds at once. If none of that is to be kept: drop.
 //!
-//! Writers of the outbox wait for at most that timeout; if it is up, the next round tries again. (DETACH CONCURRENTLY would not
+//! Writers of the outbox wait for at most that timeout; if it is up, the next round tries again: the others at once where only the
+//! partition itself is in use, all of them where the table is. (DETACH CONCURRENTLY would not
 //! wait, but a writer still in the partition would commit rows that the publication no longer knows.)
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::sleep;
 use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
+use super::left_places::{Deletion, LeftPlaces, Stretch, has_triggers};
 use super::outbox::OutboxTable;
 use crate::config::AfterPublish;
+use crate::meter::Meter;
 use crate::postgres::{
-    PostgresConfig, TableName, connect_sql, quote_ident, quote_literal, sql_error, sqlstate,
+    PostgresConfig, TableName, connect_sql, is_about_rows, quote_ident, quote_literal, sql_error,
+    sqlstate,
 };
+use crate::upkeep::Work;
 use crate::{Error, Result};
 
 /// Blocks that one DELETE looks at: 2 MiB, some thousand rows.
@@ -63,6 +77,8 @@ pub struct Retention {
     pub interval: Duration,
     /// `WALPOST_RETENTION`.
     pub age: Duration,
+    /// Where it is told what cannot be removed.
+    pub meter: Arc<Meter>,
 }
 
 /// A table with rows of its own: the outbox table, or one of its partitions.
@@ -80,7 +96,9 @@ enum Fate {
     Dropped,
     /// Something in it is to be kept.
     Stays,
-    /// It could not be locked in time.
+    /// The table could not be locked in time.
+    TableInUse,
+    /// The partition could not be locked in time.
     InUse,
 }
 
@@ -88,9 +106,10 @@ impl Retention {
     /// Runs until it is aborted.
     pub async fn run(self) {
         let mut client = None;
+        let mut left = LeftPlaces::default();
         loop {
             sleep(self.interval.max(self.age / WALKS)).await;
-            if let Err(error) = self.round(&mut client).await {
+            if let Err(error) = self.round(&mut client, &mut left).await {
                 client = None;
                 warn!(
                     "rows past their retention could not be deleted: {}",
@@ -100,7 +119,7 @@ impl Retention {
         }
     }
 
-    async fn round(&self, client: &mut Option<Client>) -> Result<()> {
+    async fn round(&self, client: &mut Option<Client>, left: &mut LeftPlaces) -> Result<()> {
         if client.is_none() {
             *client = Some(open(&self.postgres).await?);
         }
@@ -113,23 +132,59 @@ impl Retention {
             );
             return Ok(());
         };
+        left.begin_round();
         for table in &self.tables {
-            let removable = self.removable(table, has_stragglers);
-            let mut in_use = false;
-            for leaf in self.leaves(client, table).await? {
-                // One wait for a lock that is not to be had is enough for a round; and what goes whole is not deleted by rows.
-                if leaf.is_past && in_use {
-                    continue;
-                }
-                let fate = if leaf.is_past {
-                    self.drop_partition(client, table, &leaf, &removable)
-                        .await?
-                } else {
-                    Fate::Stays
+            let done = self.walk(client, table, has_stragglers, left).await;
+            match done {
+                Ok(()) => {}
+                // The others may well go.
+                Err(error) if is_about_rows(&error) => left.table(&table.name, &error),
+                Err(error) => return Err(error),
+            }
+        }
+        self.meter.upkeep().set(Work::Retention, left.end_round());
+        Ok(())
+    }
+
+    /// Removes what may go of one table.
+    async fn walk(
+        &self,
+        client: &Client,
+        table: &OutboxTable,
+        has_stragglers: bool,
+        left: &mut LeftPlaces,
+    ) -> Result<()> {
+        let removable = self.removable(table, has_stragglers);
+        let mut in_use = false;
+        for leaf in self.leaves(client, table).await? {
+            let mut fate = Fate::Stays;
+            // What goes whole is not deleted by rows. One wait for the table's lock is enough for a round.
+            if leaf.is_past && in_use {
+                continue;
+            }
+            if leaf.is_past && left.may_try(&leaf.name) {
+                fate = match self.drop_partition(client, table, &leaf, &removable).await {
+                    Ok(fate) => {
+                        left.forget(&leaf.name);
+                        if fate == Fate::Dropped {
+                            left.ends(&leaf.name, 0);
+                        }
+                        fate
+                    }
+                    Err(error) if is_about_rows(&error) => {
+                        left.partition(&leaf.name, &error);
+                        Fate::Stays
+                    }
+                    Err(error) => return Err(error),
                 };
-                in_use |= fate == Fate::InUse;
-                if fate == Fate::Stays && self.mode != AfterPublish::Delete {
-                    self.delete_rows(client, table, &leaf, &removable).await?;
+            }
+            in_use |= fate == Fate::TableInUse;
+            if fate == Fate::Stays && self.mode != AfterPublish::Delete {
+                let deleted = self.delete_rows(client, table, &leaf, &removable, left);
+                match deleted.await {
+                    Ok(()) => {}
+                    Err(error) if is_about_rows(&error) => left.table(&leaf.name, &error),
+                    Err(error) => return Err(error),
                 }
             }
         }
@@ -206,26 +261,32 @@ impl Retention {
         table: &OutboxTable,
         leaf: &Leaf,
         removable: &str,
+        left: &mut LeftPlaces,
     ) -> Result<()> {
         let Some(created_at) = &table.created_at else {
             return Ok(());
         };
         let (time, ago) = (quote_ident(&created_at.name), table.ago("$1::float8"));
-        let age = self.age.as_secs_f64();
+        let chosen = format!(
+            "o.ctid >= $2::text::tid AND o.ctid < $3::text::tid AND o.ctid <> ALL ($4::text[]::tid[])
+             AND o.{time} < {ago} AND {removable}"
+        );
+        let deletion = Deletion {
+            client,
+            leaf: &leaf.name,
+            id: table.id_column(),
+            chosen,
+            age: self.age.as_secs_f64(),
+            may_be_kept: has_triggers(client, &leaf.name).await?,
+        };
         let mut deleted = 0;
         let mut from = 0;
         while from < leaf.blocks {
-            let upto = from + STEP_BLOCKS;
-            let sql = format!(
-                "DELETE FROM ONLY {} o WHERE o.ctid >= '({from},0)'::tid AND o.ctid < '({upto},0)'::tid
-                 AND o.{time} < {ago} AND {removable}",
-                leaf.name
-            );
-            let done = client.execute(&sql, &[&age]).await;
-            deleted +=
-                done.map_err(|error| sql_error(&format!("delete from {}", leaf.name), error))?;
-            from = upto;
+            let stretch = Stretch::blocks(from, from + STEP_BLOCKS);
+            deleted += deletion.stretch(stretch, left).await?;
+            from += STEP_BLOCKS;
         }
+        left.ends(&leaf.name, leaf.blocks);
         if deleted > 0 {
             info!(table = %leaf.name, deleted, "deleted delivered rows past their retention");
         }
@@ -252,14 +313,18 @@ impl Retention {
         let oldest: &str = row.get(1);
         let lock = format!(
             "BEGIN; SET LOCAL lock_timeout TO '200ms'; SET LOCAL statement_timeout TO '5s';
-             LOCK TABLE ONLY {} IN ACCESS EXCLUSIVE MODE; LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE",
+             LOCK TABLE ONLY {} IN ACCESS EXCLUSIVE MODE",
             table.name
         );
+        let lock_partition = format!("LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE");
         let again = format!(
             "SELECT EXISTS (SELECT FROM ONLY {name} o WHERE o.txid::text::bigint >= {oldest} AND ({removable}) IS NOT TRUE)"
         );
+        let mut has_table = false;
         let stays = async {
             client.batch_execute(&lock).await?;
+            has_table = true;
+            client.batch_execute(&lock_partition).await?;
             let must_stay: bool = client.query_one(&again, &[]).await?.get(0);
             let end = if must_stay {
                 "ROLLBACK".to_owned()
@@ -277,12 +342,19 @@ impl Retention {
             }
             Err(error) => {
                 let error = sql_error(&format!("drop partition {name}"), error);
+                if client.is_closed() {
+                    return Err(error);
+                }
+                client.batch_execute("ROLLBACK").await.map_err(failed)?;
                 if !matches!(sqlstate(&error), Some(LOCK_NOT_AVAILABLE | QUERY_CANCELED)) {
                     return Err(error);
                 }
                 debug!(partition = %name, "somebody uses the table: the partition is dropped another time");
-                client.batch_execute("ROLLBACK").await.map_err(failed)?;
-                Ok(Fate::InUse)
+                Ok(if has_table {
+                    Fate::InUse
+                } else {
+                    Fate::TableInUse
+                })
             }
         }
     }

@@ -10,6 +10,7 @@ use tokio_postgres::{Client, Row, SimpleQueryMessage, SimpleQueryRow};
 
 use super::outbox::{SEQ, TXID};
 use super::progress::Snapshot;
+use crate::outbox::RowNumber;
 use crate::pgoutput::{Relation, RelationColumn, Tuple};
 use crate::postgres::{TableName, quote_ident, quote_literal, sql_error};
 use crate::{Error, Result};
@@ -226,23 +227,27 @@ impl ScanTable {
         Ok(row.get(0))
     }
 
-    /// Ids of the rows that are visible in `upto` and not in `except`, as text. For few.
+    /// Ids, as text, and numbers of the rows that are visible in `upto` and not in `except`. For few.
     pub async fn ids(
         &self,
         client: &Client,
         id_column: &str,
         upto: &Snapshot,
         except: &Snapshot,
-    ) -> Result<Vec<String>> {
+    ) -> Result<Vec<(String, RowNumber)>> {
         let sql = format!(
-            "SELECT {}::text FROM {} WHERE {}",
+            "SELECT {}::text, {SEQ}::text FROM {} WHERE {}",
             quote_ident(id_column),
             self.name,
             between(upto, Some(except))?
         );
         let rows = client.query(&sql, &[]).await;
         let rows = rows.map_err(|error| sql_error(&format!("look into {}", self.name), error))?;
-        Ok(rows.iter().filter_map(|row| row.get(0)).collect())
+        let found = rows.iter().filter_map(|row| {
+            let id: Option<String> = row.get(0);
+            Some((id?, RowNumber::parse(SEQ, row.get(1))))
+        });
+        Ok(found.collect())
     }
 
     fn row(&self, row: &SimpleQueryRow) -> Result<ScanRow> {

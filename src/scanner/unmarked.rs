@@ -16,26 +16,34 @@
 //! Then the marks of everything acknowledged by then are made, and the rows of the page that are still not marked, and have
 //! not become stragglers meanwhile, are those.
 //!
-//! Memory: a page of ids, and of its rows what is in flight. A table that cannot be looked through to its end, because of the
-//! database or because rows of it get no receipt, holds up none of the others. An index on `(created_at, id) where sent_at is null` serves it; `init` makes it.
+//! A row whose receipt has come and whose mark is refused ([`super::left_rows`]) is not published again: who marks rows is asked which
+//! those are. Where there are more than it knows by name, the table is not looked through until there are fewer.
+//!
+//! Rows are told apart by their number as well as their id ([`crate::outbox::RowNumber`]): another row of the same id is not this one's
+//! business.
+//!
+//! Memory: a page of ids, and of its rows what is in flight. A page of which rows get no receipt, or a table that cannot be looked through,
+//! holds up none of the others; what was left so is told ([`crate::upkeep`]). An index on `(created_at, id) where sent_at is null` serves it; `init` makes it.
 
 use std::time::Duration;
 
 use futures::{StreamExt as _, pin_mut};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, SimpleQueryMessage};
 use tracing::{info, warn};
 
 use super::outbox::OutboxTable;
 use super::table::{decode, describe, encode};
 use crate::feedback::Progress;
-use crate::outbox::Extractor;
+use crate::outbox::{Extractor, RowNumber};
 use crate::outlet::{Outlet, Source};
 use crate::pgoutput::Relation;
 use crate::pipe::Routing;
 use crate::postgres::{PostgresConfig, connect_sql, quote_ident, quote_literal, sql_error};
 use crate::pulsar::{Flush, Publisher, PublisherConfig, RowQueue, RowTag};
+use crate::upkeep::{Undone, Work};
 use crate::{Error, Lsn, Result};
 
 /// Rows of a page: their ids are in memory at once; the rows themselves come one by one, as they are published.
@@ -86,11 +94,13 @@ pub struct Looks {
     pub over: u64,
 }
 
-/// Where a page ended.
+/// A row that may be lost; the last one of a page is where the next page begins.
 #[derive(Clone, Debug)]
 struct Place {
     created_at: String,
     id: String,
+    /// Of the column that tells rows with this id apart.
+    number: Option<String>,
 }
 
 impl Unmarked {
@@ -116,25 +126,22 @@ impl Unmarked {
         let Some(client) = client else {
             return Err(Error::bug("a session was just opened"));
         };
-        let mut again = None;
+        let mut round = Round::default();
         for number in 0..self.tables.len() {
             if self.tables[number].created_at.is_none() {
                 continue;
             }
-            if let Err(error) = self.look_through(client, number, &mut again).await {
+            if let Err(error) = self.look_through(client, number, &mut round).await {
                 if client.is_closed() {
                     return Err(error);
                 }
-                // What of it has no receipt would be waited for with the next table's rows.
-                again = None;
-                let table = &self.tables[number].name;
-                warn!(
-                    %table,
-                    "rows that were never marked wait for the next round: {}",
-                    error.report()
-                );
+                round.leave(&self.tables[number], &error);
             }
         }
+        self.publisher
+            .meter
+            .upkeep()
+            .set(Work::Unmarked, round.undone);
         Ok(())
     }
 
@@ -143,7 +150,7 @@ impl Unmarked {
         &mut self,
         client: &Client,
         number: usize,
-        again: &mut Option<Again>,
+        round: &mut Round,
     ) -> Result<()> {
         let mut after = None;
         loop {
@@ -151,15 +158,46 @@ impl Unmarked {
             let Some(last) = page.last().cloned() else {
                 return Ok(());
             };
-            let ids: Vec<String> = page.into_iter().map(|place| place.id).collect();
             self.pass(client).await?;
-            let published = self.publish_unmarked(client, number, &ids, again).await?;
-            if published > 0 {
-                let table = &self.tables[number].name;
-                info!(%table, published, "published rows that had not been marked");
+            let page = self.without_left(number, page).await?;
+            match self.publish_unmarked(client, number, &page, round).await {
+                Ok(0) => {}
+                Ok(published) => {
+                    let table = &self.tables[number].name;
+                    info!(%table, published, "published rows that had not been marked");
+                }
+                Err(error) if client.is_closed() => return Err(error),
+                // The next page need not wait for a topic that takes nothing.
+                Err(error) => round.leave(&self.tables[number], &error),
             }
             after = Some(last);
         }
+    }
+
+    /// The same page without the rows that have their receipt and cannot be marked.
+    async fn without_left(&self, number: usize, page: Vec<Place>) -> Result<Vec<Place>> {
+        let place = u32::try_from(number).unwrap_or(u32::MAX);
+        let left = self.queue.left(place).await;
+        let left = left.ok_or_else(|| Error::temporary("nobody marks rows any more"))?;
+        if left.is_full {
+            return Err(Error::temporary(format!(
+                "{} published rows and more cannot be marked or deleted: others that are not marked cannot be told from them",
+                left.rows.len()
+            ))
+            .hint("walpost status says why they cannot; mend that first"));
+        }
+        let column = self.tables[number].number.unwrap_or_default();
+        let is_left = |place: &Place| {
+            let number = RowNumber::parse(column, place.number.as_deref());
+            [number, RowNumber::Unknown]
+                .into_iter()
+                .any(|number| left.rows.contains(&(place.id.clone(), number)))
+        };
+        let mut page = page;
+        if !left.rows.is_empty() {
+            page.retain(|place| !is_left(place));
+        }
+        Ok(page)
     }
 
     /// The next rows that may be lost.
@@ -176,12 +214,14 @@ impl Unmarked {
         };
         let (id, id_type) = (table.id_column(), &table.id.sql_type);
         let (time, time_type) = (quote_ident(&created_at.name), &created_at.sql_type);
+        let number = number_of(table);
         let sql = format!(
-            "SELECT o.{time}::text, o.{id}::text FROM {} o
+            "SELECT o.{time}::text, o.{id}::text, {number} FROM {} o
              WHERE {} AND o.{id} IS NOT NULL AND o.{time} < {}
                AND o.{time} >= (SELECT since FROM walpost.after_publish WHERE slot = $2)
-               AND ($3::text IS NULL OR (o.{time}, o.{id}) > ($3::text::{time_type}, $4::text::{id_type}))
-             ORDER BY o.{time}, o.{id} LIMIT {PAGE_ROWS}",
+               AND ($3::text IS NULL OR (o.{time}, o.{id}) >= ($3::text::{time_type}, $4::text::{id_type}))
+               AND ($3::text IS NULL OR (o.{time}, o.{id}) > ($3::text::{time_type}, $4::text::{id_type}) OR {number} > $5::text)
+             ORDER BY o.{time}, o.{id}, {number} LIMIT {PAGE_ROWS}",
             table.name,
             is_lost(client, table).await?,
             table.ago("$1::float8"),
@@ -189,14 +229,20 @@ impl Unmarked {
         let seconds = self.age.as_secs_f64();
         let after_time = after.map(|place| place.created_at.as_str());
         let after_id = after.map(|place| place.id.as_str());
+        let after_number = after.and_then(|place| place.number.as_deref());
+        let after: [&(dyn ToSql + Sync); 3] = [&after_time, &after_id, &after_number];
         let rows = client
-            .query(&sql, &[&seconds, &self.slot, &after_time, &after_id])
+            .query(
+                &sql,
+                &[&[&seconds as _, &self.slot as _], &after[..]].concat(),
+            )
             .await
             .map_err(failed)?;
         let place = |row: &tokio_postgres::Row| {
             Ok(Place {
                 created_at: row.try_get(0)?,
                 id: row.try_get(1)?,
+                number: row.try_get(2)?,
             })
         };
         rows.iter()
@@ -231,15 +277,18 @@ impl Unmarked {
         &self,
         client: &Client,
         number: usize,
-        ids: &[String],
-        again: &mut Option<Again>,
+        page: &[Place],
+        round: &mut Round,
     ) -> Result<usize> {
+        if page.is_empty() {
+            return Ok(0);
+        }
         let table = &self.tables[number];
         let Some(relation) = describe(client, &table.name).await? else {
             return Ok(0);
         };
         let failed = |error| sql_error(&format!("read rows of table {}", table.name), error);
-        let sql = still_lost(client, table, &relation, ids).await?;
+        let sql = still_lost(client, table, &relation, page).await?;
         let mut extractor =
             Extractor::new(&relation, &self.routing.columns, &self.routing.template)?;
         let place = u16::try_from(number).unwrap_or(u16::MAX);
@@ -251,26 +300,51 @@ impl Unmarked {
             let SimpleQueryMessage::Row(row) = message.map_err(failed)? else {
                 continue;
             };
-            if again.is_none() {
-                *again = Some(Again::connect(&self.publisher, &self.queue).await?);
+            if round.again.is_none() {
+                round.again = Some(Again::connect(&self.publisher, &self.queue).await?);
             }
-            let Some(again) = again else {
+            let Some(again) = &mut round.again else {
                 return Err(Error::bug("a publisher was just made"));
             };
             match again.publish(place, &mut extractor, &encode(&row)).await {
                 Ok(()) => published += 1,
                 Err(error) if error.is_temporary() => return Err(error),
                 // The others need not wait for it.
-                Err(error) => warn!(
-                    "a row that was never marked stays as it is: {}",
-                    error.report()
-                ),
+                Err(error) => {
+                    warn!(
+                        "a row that was never marked stays as it is: {}",
+                        error.report()
+                    );
+                    round.undone.add(&table.name.to_string(), &error);
+                }
             }
         }
-        if let Some(again) = again {
+        if let Some(again) = &mut round.again {
             again.receipts().await?;
         }
         Ok(published)
+    }
+}
+
+/// One look through all tables.
+#[derive(Default)]
+struct Round {
+    again: Option<Again>,
+    undone: Undone,
+}
+
+impl Round {
+    /// The rest of a table, or of a page, has to wait.
+    fn leave(&mut self, table: &OutboxTable, error: &Error) {
+        // What of it has no receipt would be waited for with the next rows.
+        self.again = None;
+        let table = &table.name;
+        warn!(
+            %table,
+            "rows that were never marked wait for the next round: {}",
+            error.report()
+        );
+        self.undone.add(&table.to_string(), error);
     }
 }
 
@@ -372,28 +446,48 @@ async fn is_lost(client: &Client, table: &OutboxTable) -> Result<String> {
     ))
 }
 
-/// SQL: the rows of these ids that are lost.
+/// SQL: the rows of this page that are lost.
 async fn still_lost(
     client: &Client,
     table: &OutboxTable,
     relation: &Relation,
-    ids: &[String],
+    page: &[Place],
 ) -> Result<String> {
     let columns = relation.columns.iter();
     let columns: Vec<String> = columns
         .map(|column| format!("o.{}", quote_ident(&column.name)))
         .collect();
-    let ids: Vec<String> = ids.iter().map(|id| quote_literal(id)).collect();
+    let ids: Vec<String> = page.iter().map(|place| quote_literal(&place.id)).collect();
+    let number = |place: &Place| place.number.as_deref().map(quote_literal);
+    let numbers: Vec<String> = page
+        .iter()
+        .map(|place| number(place).unwrap_or_else(|| "NULL".to_owned()))
+        .collect();
     let (id, id_type) = (table.id_column(), &table.id.sql_type);
     let time = table
         .created_at
         .as_ref()
         .map_or_else(|| id.clone(), |column| quote_ident(&column.name));
+    let number = number_of(table);
     Ok(format!(
-        "SELECT {} FROM {} o WHERE o.{id} = ANY (ARRAY[{}]::text[]::{id_type}[]) AND {} ORDER BY o.{time}, o.{id}",
+        "WITH r AS MATERIALIZED (
+             SELECT * FROM unnest(ARRAY[{}]::text[]::{id_type}[], ARRAY[{}]::text[]) AS u(id, number)
+         )
+         SELECT {} FROM r JOIN {} o ON o.{id} {} r.id AND {number} IS NOT DISTINCT FROM r.number WHERE {}
+         ORDER BY o.{time}, o.{id}, {number}",
+        ids.join(", "),
+        numbers.join(", "),
         columns.join(", "),
         table.name,
-        ids.join(", "),
+        table.id_equals,
         is_lost(client, table).await?,
     ))
+}
+
+/// SQL: what tells row `o` from others with its id, as text; NULL in a table that has nothing.
+fn number_of(table: &OutboxTable) -> String {
+    table.number.map_or_else(
+        || "NULL::text".to_owned(),
+        |column| format!("o.{column}::text"),
+    )
 }

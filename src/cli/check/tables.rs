@@ -18,6 +18,7 @@ pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
             Ok(table) => {
                 findings.push(finding(&table, config));
                 findings.extend(catalog::check(client, &table).await);
+                findings.extend(ids(&table));
             }
             Err(error) => findings.push(Finding::fail(CHECK, &error)),
         }
@@ -54,6 +55,31 @@ fn finding(table: &OutboxTable, config: &Config) -> Finding {
         format!("{name} streams, but cannot have: {}", cannot.join("; ")),
         mends.join(" "),
     )
+}
+
+/// An id is what a consumer knows a message by, and a table without `seq` and `txid` has nothing else to tell rows apart.
+fn ids(table: &OutboxTable) -> Option<Finding> {
+    if table.has_unique_id {
+        return None;
+    }
+    let (name, id) = (&table.name, table.id_column());
+    let apart = match table.number {
+        Some(column) => format!("walpost tells rows with the same id apart by {column}"),
+        None => {
+            "walpost cannot tell rows with the same id apart (there is no seq and no txid): in the modes mark and delete the receipt of one \
+             counts for all"
+                .to_owned()
+        }
+    };
+    Some(Finding::warn(
+        "ids",
+        format!(
+            "no unique index of {name} covers {id}: {apart}; consumers take a second message with an id for a repetition of the first"
+        ),
+        format!(
+            "CREATE UNIQUE INDEX CONCURRENTLY ON {name} ({id}); of a partitioned table: on each partition, or with the partition key"
+        ),
+    ))
 }
 
 /// The modes that are asked for.

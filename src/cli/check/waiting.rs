@@ -31,6 +31,8 @@ pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
             findings.extend(found.unwrap_or_else(|error| Some(not_known("partitions", &error))));
         }
     }
+    let found = left_undone(client, &config.slot).await;
+    findings.extend(found.unwrap_or_else(|error| Some(not_known(LEFT, &error))));
     let found = stragglers(client, config).await;
     findings.push(found.unwrap_or_else(|error| not_known("stragglers", &error)));
     findings
@@ -95,6 +97,64 @@ async fn ahead(client: &Client, table: &OutboxTable) -> Result<Option<Finding>> 
 /// A connector that was down for half of the time is one that somebody should look at.
 fn is_enough(count: i64, span: Span) -> bool {
     count * 2 >= i64::from(span.ahead())
+}
+
+const LEFT: &str = "left";
+/// Entries that are told; `walpost.left_undone` has more.
+const LEFT_LISTED: usize = 5;
+
+/// Rows and partitions that the running walpost, or the last one, could not mark, delete, drop or make.
+async fn left_undone(client: &Client, slot: &str) -> Result<Option<Finding>> {
+    const USABLE: &str = "
+        SELECT has_schema_privilege(n.oid, 'usage') AND has_table_privilege(c.oid, 'select')
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = 'walpost' AND c.relname = 'left_undone'";
+    const SQL: &str = "
+        SELECT what::text, to_char(noted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS')
+        FROM walpost.left_undone WHERE slot = $1";
+    let failed = |error| sql_error("look into walpost.left_undone", error);
+    let usable = client.query_opt(USABLE, &[]).await.map_err(failed)?;
+    if !usable.is_some_and(|row| row.get(0)) {
+        return Ok(Some(Finding::warn(
+            LEFT,
+            "there is no walpost.left_undone, or no right to read it: it is not known which rows and partitions cannot be marked, deleted or dropped",
+            "walpost init; GRANT SELECT, INSERT, UPDATE ON walpost.left_undone to the role of WALPOST_POSTGRES_URL",
+        )));
+    }
+    let Some(row) = client.query_opt(SQL, &[&slot]).await.map_err(failed)? else {
+        return Ok(None);
+    };
+    let what: serde_json::Value = serde_json::from_str(row.get(0)).unwrap_or_default();
+    let count = what["count"].as_u64().unwrap_or(0);
+    if count == 0 {
+        return Ok(None);
+    }
+    let noted_at: &str = row.get(1);
+    let mut text =
+        format!("{count} rows, partitions or tables were left undone (noted {noted_at} UTC)");
+    let listed = what["listed"].as_array().map_or(&[][..], Vec::as_slice);
+    for one in listed.iter().take(LEFT_LISTED) {
+        let _infallible = write!(
+            text,
+            "; {} {}",
+            one["work"].as_str().unwrap_or_default(),
+            one["table"].as_str().unwrap_or_default()
+        );
+        if let Some(id) = one["id"].as_str() {
+            let _infallible = write!(text, " id {id}");
+        }
+        let _infallible = write!(text, ": {}", one["reason"].as_str().unwrap_or_default());
+    }
+    // Ids are the application's, and triggers word reasons: neither may steer a terminal.
+    let text: String = text
+        .chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect();
+    Ok(Some(Finding::warn(
+        LEFT,
+        text,
+        "mend what the reasons name; walpost run tries again by itself, at the latest after five minutes. /status and walpost.left_undone have more",
+    )))
 }
 
 async fn stragglers(client: &Client, config: &Config) -> Result<Finding> {

@@ -1,0 +1,10 @@
+-- walpost 14: what walpost left undone in the modes mark and delete, for the retention and for partitions, one row for each replication
+-- slot: rows that cannot be marked or deleted, partitions that cannot be dropped or made, each with the reason. Written by
+-- "walpost run" when it changes; read by "walpost check" and by the next "walpost run", which does not publish such rows again.
+-- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again. (13 is for the other end, System B.)
+
+create table if not exists walpost.left_undone (
+    slot     text primary key,                -- the replication slot
+    what     jsonb not null,                  -- {"count": n, "listed": [{"work", "table", "id", "reason", ...}, ...]}
+    noted_at timestamptz not null default clock_timestamp()
+);

@@ -1,0 +1,180 @@
+//! Rows with the same id: a row is known by its `seq` (or `txid`) as well.
+
+use crate::support::{Proxy, admin};
+use crate::*;
+
+const POLL: (&str, &str) = ("WALPOST_MODE", "poll");
+
+/// An outbox whose ids are not unique.
+async fn prepare(settings: &[(&str, &str)], columns: &str) -> Database {
+    let database = Database::create("isolation").await;
+    database
+        .sql(&format!(
+            "CREATE TABLE events (id text, aggregatetype text, aggregateid text, type text, payload text, sent_at timestamptz,
+                                  created_at timestamptz DEFAULT clock_timestamp() {columns})"
+        ))
+        .await;
+    let settings = [settings, &[TABLE]].concat();
+    database.init(&["--payload", "text"], &settings).await;
+    database
+}
+
+const TABLE: (&str, &str) = ("WALPOST_OUTBOX_TABLE", "public.events");
+const TXID: &str = ", txid xid8 NOT NULL DEFAULT pg_current_xact_id()";
+const BOTH: &str =
+    ", txid xid8 NOT NULL DEFAULT pg_current_xact_id(), seq bigint GENERATED ALWAYS AS IDENTITY";
+
+async fn insert_same(database: &Database, topic: &str, payload: &str) {
+    database
+        .sql(&format!(
+            "INSERT INTO events (id, aggregatetype, aggregateid, type, payload) VALUES ('same', '{topic}', 'k', 'e', '{payload}')"
+        ))
+        .await;
+}
+
+#[tokio::test]
+async fn a_row_is_not_deleted_for_the_receipt_of_an_earlier_one_with_its_id() {
+    // GIVEN a poller that has published a row and waits for its receipt
+    let database = prepare(&[POLL, DELETE], BOTH).await;
+    let broker = Proxy::before_broker(&servers().pulsar_addr);
+    let url = format!("pulsar://{}", broker.addr());
+    let seldom = ("WALPOST_SCAN_INTERVAL", "3s");
+    let settings = [POLL, DELETE, TABLE, seldom, ("WALPOST_PULSAR_URL", &url)];
+    let mut walpost = database.walpost(&["run"], &settings).spawn();
+    walpost.wait_for_line("polling", DEADLINE).await;
+    insert_same(&database, "t", "1").await;
+    wait_count(&database, "events", 0).await;
+    broker.hold_upstream_replies(true);
+    insert_same(&database, "t", "2").await;
+    eventually(DEADLINE, "a look at the row", async || {
+        let sql = "SELECT scan_upto::text FROM walpost.progress p, events e WHERE pg_visible_in_snapshot(e.txid, scan_upto)";
+        (!database.rows(sql, &[]).await.is_empty()).then_some(())
+    })
+    .await;
+
+    // WHEN one with the same id is committed, and then the receipt comes, long before the next look
+    insert_same(&database, "t", "3").await;
+    broker.hold_upstream_replies(false);
+
+    // THEN it arrives as well, and goes behind its own receipt
+    assert_eq!(numbers(&database.topic("t"), 3).await, [1, 2, 3]);
+    wait_count(&database, "events", 0).await;
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn a_row_without_a_receipt_is_not_marked_with_another_of_its_id() {
+    for columns in [BOTH, TXID] {
+        // GIVEN a topic that takes nothing
+        let database = prepare(&[MARK], columns).await;
+        let refused = database.topic("refused");
+        let path = refused.replace("persistent://", "/admin/v2/persistent/");
+        let url = &servers().pulsar_admin_url;
+        admin(url, "PUT", &path, "").await;
+        admin(url, "POST", &format!("{path}/terminate"), "").await;
+        let settings = [MARK, TABLE, ("WALPOST_RETRY_MAX", "1s")];
+        let walpost = database.start(&settings).await;
+
+        // WHEN two rows have the same id, and one of them gets no receipt
+        insert_same(&database, "refused", "1").await;
+        insert_same(&database, "t", "2").await;
+        insert_same(&database, "t", "3").await;
+        wait_count(
+            &database,
+            "events WHERE sent_at IS NOT NULL AND payload IN ('2', '3')",
+            2,
+        )
+        .await;
+        wait_count(&database, "walpost.straggler", 1).await;
+
+        // THEN it is not marked
+        wait_count(&database, "events WHERE sent_at IS NULL", 1).await;
+
+        // AND when its topic is mended it arrives; a straggler does not know its row among several, so its mark is left to the look
+        // for unmarked rows
+        admin(url, "DELETE", &format!("{path}?force=true"), "").await;
+        assert_eq!(numbers(&refused, 1).await, [1]);
+        wait_count(&database, "walpost.straggler", 0).await;
+        walpost.stop().await;
+        let walpost = database.start(&[MARK, TABLE, SOON[0], SOON[1]]).await;
+        wait_count(&database, "events WHERE sent_at IS NULL", 0).await;
+        walpost.stop().await;
+        assert_eq!(numbers(&database.topic("t"), 2).await, [2, 3]);
+    }
+}
+
+#[tokio::test]
+async fn the_stream_skips_the_very_row_that_a_scan_published_and_no_other_of_its_id() {
+    // GIVEN a row that was inserted and deleted, and so is in the stream only, and one with its id that a scan publishes and the stream
+    // brings as well
+    let database = prepare(&[], BOTH).await;
+    let snapshot = async || -> String {
+        let rows = database
+            .rows("SELECT pg_current_snapshot()::text", &[])
+            .await;
+        rows[0].get(0)
+    };
+    let delivered = snapshot().await;
+    database
+        .sql(
+            "BEGIN;
+             INSERT INTO events (id, aggregatetype, aggregateid, type, payload) VALUES ('same', 't', 'k', 'e', '1');
+             DELETE FROM events;
+             COMMIT",
+        )
+        .await;
+    insert_same(&database, "t", "2").await;
+    let upto = snapshot().await;
+    database
+        .sql(&format!(
+            "UPDATE walpost.progress SET delivered = '{delivered}', scan_before = '{delivered}', scan_upto = '{upto}', scan_position = NULL"
+        ))
+        .await;
+
+    // WHEN walpost scans and then streams
+    let walpost = database.start(&[TABLE]).await;
+    insert_same(&database, "t", "3").await;
+    database.wait_all_confirmed(DEADLINE).await;
+
+    // THEN each row came once
+    walpost.stop().await;
+    assert_eq!(numbers(&database.topic("t"), 3).await, [1, 2, 3]);
+}
+
+#[tokio::test]
+async fn a_row_without_a_number_is_marked_by_its_id_and_published_once() {
+    // GIVEN a table whose seq may be NULL
+    let database = prepare(&[MARK], ", seq bigint").await;
+    let walpost = database.start(&[MARK, TABLE, SOON[0], SOON[1]]).await;
+    insert_same(&database, "t", "1").await;
+    wait_count(&database, "events WHERE sent_at IS NULL", 0).await;
+    database.sql("INSERT INTO events (id, aggregatetype, aggregateid, type, payload, seq) VALUES ('same', 't', 'k', 'e', '2', 7)").await;
+    wait_count(&database, "events WHERE sent_at IS NULL", 0).await;
+    walpost.stop().await;
+    assert_eq!(numbers(&database.topic("t"), 2).await, [1, 2]);
+}
+
+#[tokio::test]
+async fn check_warns_of_ids_that_no_unique_index_covers_and_of_no_others() {
+    let database = prepare(&[], BOTH).await;
+    let check = async |settings: &[(&str, &str)]| {
+        database.walpost(&["check"], settings).run(DEADLINE).await.1
+    };
+    let warned = "no unique index of public.events covers";
+    let said = check(&[TABLE]).await;
+    assert!(
+        said.contains(warned) && said.contains("apart by seq"),
+        "{said}"
+    );
+    database.sql("CREATE UNIQUE INDEX ON events (id)").await;
+    let said = check(&[TABLE]).await;
+    assert!(!said.contains("no unique index"), "{said}");
+
+    // walpost's own table in partitions is unique by id and time.
+    let database = Database::create("isolation").await;
+    database
+        .init(&["--payload", "text", "--partition-by", "day"], &[])
+        .await;
+    let said = database.walpost(&["check"], &[]).run(DEADLINE).await.1;
+    assert!(!said.contains("no unique index"), "{said}");
+}
