@@ -191,7 +191,7 @@ impl Connector {
             interval: config.scan_interval,
             compares: config.reconcile,
             tables: config.outbox_tables.clone(),
-            publication: config.publication.clone(),
+            subscription: subscription(config),
             progress: prepared.progress.clone(),
             began,
             carried: carried.unwrap_or_default(),
