@@ -191,7 +191,7 @@ impl Connector {
             interval: config.scan_interval,
             compares: config.reconcile,
             tables: config.outbox_tables.clone(),
-            subscription: subscription(config),
+            publication: config.publication.clone(),
             progress: prepared.progress.clone(),
             began,
             carried: carried.unwrap_or_default(),

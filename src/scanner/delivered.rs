@@ -10,8 +10,6 @@
 //!
 //! # One note
 //!
-//! Before each, the publication is looked at ([`published::watch`]): what would leave rows out ends the stream, and nothing more is noted.
-//!
 //! 1. Take a snapshot `N`, then read where the log's insert position L is.
 //! 2. Wait until the confirmed LSN is at L. All rows taken before that were handed over with it or before it: a handover holds all rows that
 //!    were taken before its confirmed LSN was read.
@@ -39,7 +37,7 @@ use super::snapshot::VisibleXids;
 use super::streamed::{Run, StreamedRows};
 use super::table::ScanTable;
 use crate::meter::Meter;
-use crate::postgres::{PostgresConfig, Subscription, TableName, connect_sql, published, sql_error};
+use crate::postgres::{PostgresConfig, TableName, connect_sql, sql_error};
 use crate::{Error, Lsn, Result};
 
 /// Handovers that wait to be taken. Each is at most [`StreamedRuns::FULL`](super::streamed::StreamedRuns::FULL) entries, and a pipe with so many takes no further row.
@@ -113,8 +111,8 @@ pub struct Start {
     pub compares: bool,
     /// The outbox tables.
     pub tables: Vec<TableName>,
-    /// The publication and what it must have, which is looked at in each round.
-    pub subscription: Subscription,
+    /// The publication, which is looked at in each round.
+    pub publication: String,
     /// The row in `walpost.progress`, as it is now.
     pub progress: progress::Progress,
     /// A snapshot taken before the stream began: what is visible in it is not compared where `carried` knows nothing.
@@ -288,8 +286,6 @@ enum Round {
     Interrupted,
     /// The connector is to publish what is missing.
     Missing,
-    /// The publication leaves rows or columns out: nothing is noted any more.
-    Failed(Error),
 }
 
 impl Task {
@@ -328,7 +324,6 @@ impl Task {
                 Ok(Round::Over) => false,
                 Ok(Round::Interrupted) => true,
                 Ok(Round::Missing) => self.end_stream(Verdict::Missing).await,
-                Ok(Round::Failed(error)) => self.end_stream(Verdict::Failed(error)).await,
                 Err(error) => {
                     // A statement whose answer is lost may have been carried out: the row is read again.
                     (self.client, self.is_known) = (None, false);
@@ -380,15 +375,6 @@ impl Task {
                 }
             }
         };
-        match self
-            .heard
-            .during(published::watch(&client, &self.start.subscription))
-            .await
-        {
-            None => return Ok(Round::Interrupted),
-            Some(Err(error)) if !error.is_temporary() => return Ok(Round::Failed(error)),
-            Some(watched) => watched?,
-        }
         let noted = self.note(&client, pause).await;
         self.client = Some(client);
         noted
