@@ -17,7 +17,7 @@ pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
         match OutboxTable::read(client, name, config).await {
             Ok(table) => {
                 findings.push(finding(&table, config));
-                findings.extend(catalog::check(client, &table).await);
+                findings.extend(catalog::check(client, &table, config).await);
             }
             Err(error) => findings.push(Finding::fail(CHECK, &error)),
         }
