@@ -47,7 +47,7 @@ begin
     if current_setting('walpost.mend', true) = 'on' then
         return null;
     end if;
-    raise exception 'an update of walpost.outbox sends no event'
+    raise exception 'an update of %.% sends no event', tg_table_schema, tg_table_name
         using errcode = 'feature_not_supported',
               detail = 'Only inserts are events; also INSERT ... ON CONFLICT DO UPDATE changes a row without sending it.',
               hint = 'Insert a new row; ON CONFLICT DO NOTHING is allowed. To mend rows by hand: SET walpost.mend = on.';

@@ -115,12 +115,11 @@ pub async fn run(
                 backoff.reset();
                 match connector.stream(stream, shutdown.as_mut()).await? {
                     Ended::Shutdown => return Ok(()),
-                    Ended::Missing => continue,
                     Ended::NeedsText => {
                         connector.binary = false;
                         continue;
                     }
-                    Ended::AskCatalog => continue,
+                    Ended::Missing | Ended::AskCatalog => continue,
                     Ended::Lost(error) => {
                         connector.meter.lost(Side::Postgres);
                         error

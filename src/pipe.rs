@@ -260,6 +260,7 @@ impl Pipe {
     pub fn begin_stream(&mut self, binary: bool, outbox: OutboxRelations) {
         self.former.append(&mut self.outbox.roots);
         self.former.retain(|oid| !outbox.roots.contains(oid));
+        self.foreign.retain(|oid| outbox.place(*oid).is_none());
         self.outbox = outbox;
         self.stream = Stream::Between;
         self.binary = binary;
@@ -374,7 +375,7 @@ impl Pipe {
 
     /// Whether what arrives now was committed behind the last reading of the catalogue.
     pub fn is_ahead_of_catalog(&self) -> bool {
-        self.received >= self.outbox.read_at
+        self.received > self.outbox.read_at
     }
 
     /// Everything before this was received.
@@ -602,13 +603,16 @@ impl Pipe {
         open: OpenTxn,
         at: Lsn,
     ) -> Result<Format> {
+        if self.foreign.contains(&relation_id) {
+            self.skipped += 1;
+            return Ok(Format::Fits);
+        }
         let Some(relation) = self.relations.get(relation_id) else {
             return Err(Error::bug(format!(
                 "a row of a table that was not described (OID {relation_id}) at {at}"
             )));
         };
-        let is_foreign = self.foreign.contains(&relation_id)
-            || self.outbox.others.binary_search(&relation_id).is_ok();
+        let is_foreign = self.outbox.others.binary_search(&relation_id).is_ok();
         let is_new = open.commit_lsn >= self.outbox.read_at;
         let place = self.outbox.place(relation_id);
         if let Some(place) = place.filter(|_| !is_new) {
@@ -640,11 +644,9 @@ impl Pipe {
                  events; else ALTER PUBLICATION … DROP TABLE {relation}; a restart without either skips its rows"
             )));
         }
+        warn!(table = %relation, "the publication holds a table that is not in WALPOST_OUTBOX_TABLE: its rows are skipped");
+        self.foreign.push(relation_id);
         self.skipped += 1;
-        if !self.foreign.contains(&relation_id) {
-            warn!(table = %relation, "the publication holds a table that is not in WALPOST_OUTBOX_TABLE: its rows are skipped");
-            self.foreign.push(relation_id);
-        }
         Ok(Format::Fits)
     }
 

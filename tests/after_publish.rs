@@ -189,13 +189,13 @@ async fn rows_that_a_broken_publication_never_sent_arrive_and_are_marked() {
     insert(&database, 1..=3).await;
     wait_count(&database, MARKED, 3).await;
 
-    // GIVEN rows that were committed while the table was not in the publication
+    // GIVEN rows that were committed while the table was not in the publication (in one transaction: walpost would notice)
     database
-        .sql("ALTER PUBLICATION walpost DROP TABLE walpost.outbox")
+        .sql("BEGIN; ALTER PUBLICATION walpost DROP TABLE walpost.outbox")
         .await;
     insert(&database, 4..=1000).await;
     database
-        .sql("ALTER PUBLICATION walpost ADD TABLE walpost.outbox")
+        .sql("ALTER PUBLICATION walpost ADD TABLE walpost.outbox; COMMIT")
         .await;
     insert(&database, 1001..=1003).await;
     database.wait_all_confirmed(DEADLINE).await;

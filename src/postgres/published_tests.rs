@@ -1,5 +1,7 @@
 use super::*;
 
+type Change<'a> = &'a dyn Fn(&mut Table);
+
 fn good() -> Table {
     Table {
         kind: "r".into(),
@@ -51,7 +53,7 @@ fn what_keeps_rows_out_of_the_stream_is_refused_with_the_statement_that_mends_it
         is_partition,
         is_table,
     };
-    let cases: [(&dyn Fn(&mut Table), &str); 9] = [
+    let cases: [(Change<'_>, &str); 9] = [
         (
             &|t| t.is_published = false,
             "ALTER PUBLICATION \"p\" ADD TABLE walpost.outbox;",

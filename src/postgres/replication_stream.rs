@@ -373,7 +373,7 @@ impl std::error::Error for UnreadableLog {}
 /// True for an error with an [`UnreadableLog`] as its source.
 pub fn is_unreadable(error: &Error) -> bool {
     let source = std::error::Error::source(error);
-    source.is_some_and(|source| source.is::<UnreadableLog>())
+    source.is_some_and(<dyn std::error::Error>::is::<UnreadableLog>)
 }
 
 fn server_says(error: ServerError) -> Error {

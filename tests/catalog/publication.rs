@@ -102,6 +102,37 @@ async fn what_the_stream_would_leave_out_is_refused(major: i32) {
     );
 }
 
+async fn a_running_stream_ends(major: i32) {
+    let database = on(major).await;
+    let since_15 = SINCE_15.iter().filter(|_| major >= 15);
+    for (wrong, mend) in ON_EACH_MAJOR.iter().chain(since_15) {
+        let mut walpost = database.start(&[("WALPOST_SCAN_INTERVAL", "200ms")]).await;
+        database.sql(wrong).await;
+        let code = walpost.wait_exit(DEADLINE).await;
+        let said = walpost.output();
+        assert_eq!(code, 69, "{wrong}:\n{said}");
+        assert!(said.contains(mend), "{wrong}: no {mend:?} in:\n{said}");
+        database.sql(mend).await;
+    }
+    let walpost = database.start(&[]).await;
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn a_running_stream_ends_within_a_scan_interval_when_rows_would_be_left_out_on_14() {
+    a_running_stream_ends(14).await;
+}
+
+#[tokio::test]
+async fn a_running_stream_ends_within_a_scan_interval_when_rows_would_be_left_out_on_15() {
+    a_running_stream_ends(15).await;
+}
+
+#[tokio::test]
+async fn a_running_stream_ends_within_a_scan_interval_when_rows_would_be_left_out_on_18() {
+    a_running_stream_ends(18).await;
+}
+
 #[tokio::test]
 async fn what_the_stream_would_leave_out_is_refused_with_the_statement_that_mends_it_on_14() {
     what_the_stream_would_leave_out_is_refused(14).await;

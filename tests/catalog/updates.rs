@@ -135,8 +135,18 @@ async fn check_tells_of_row_level_security_of_updaters_and_of_a_missing_index() 
         assert!(said.contains(mend.as_str()), "no {mend:?} in:\n{said}");
         database.sql(mend).await;
     }
+    // (and, now that nobody but its owner may update it, how that is refused)
     let (code, said) = check().await;
     assert_eq!(code, 0, "{said}");
+    let (_, trigger) = said.split_once("CREATE TRIGGER").expect("a trigger");
+    let (trigger, _) = trigger.split_once(';').expect("a whole statement");
+    database.sql(&format!("CREATE TRIGGER{trigger}")).await;
+    let update = "UPDATE events SET payload = 'x'";
+    assert_eq!(
+        refusal(&database, update).await,
+        "an update of public.events sends no event"
+    );
+    let (_, said) = check().await;
     for word in ["row_security", "warn  updates", "txid_index"] {
         assert!(!said.contains(word), "{word}: {said}");
     }

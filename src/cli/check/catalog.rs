@@ -4,16 +4,18 @@ use tokio_postgres::Client;
 
 use super::Finding;
 use crate::cli::ddl::own_table;
+use crate::config::Config;
+use crate::connector::subscription;
 use crate::postgres::{TableName, quote_ident, sql_error};
 use crate::scanner::outbox::OutboxTable;
 use crate::{Error, Result};
 
 /// Findings about one table; nothing where all is well.
-pub(super) async fn check(client: &Client, table: &OutboxTable) -> Vec<Finding> {
+pub(super) async fn check(client: &Client, table: &OutboxTable, config: &Config) -> Vec<Finding> {
     match Facts::read(client, &table.name).await {
         Ok(facts) => [
             facts.row_security(&table.name),
-            facts.updates(&table.name),
+            facts.updates(table, config),
             facts.txid_index(table),
         ]
         .into_iter()
@@ -23,12 +25,15 @@ pub(super) async fn check(client: &Client, table: &OutboxTable) -> Vec<Finding> 
     }
 }
 
+#[allow(clippy::struct_excessive_bools)] // Each is a fact of the catalogue.
 struct Facts {
     role: String,
     /// Whether policies apply to the role.
     has_row_security: bool,
     /// Whether updates are refused by the trigger of `sql/03_outbox.sql`.
     refuses_updates: bool,
+    /// Whether the trigger's function is there, for other tables to use.
+    has_refuse_update: bool,
     /// Roles, beside the owner's and superusers, that may update more than `sent_at`.
     updaters: Vec<String>,
     has_txid_index: bool,
@@ -50,7 +55,9 @@ impl Facts {
                    EXISTS (SELECT FROM pg_catalog.pg_index i
                            WHERE i.indrelid = c.oid AND i.indisvalid AND i.indpred IS NULL
                              AND i.indkey[0] = 0
-                             AND pg_catalog.pg_get_expr(i.indexprs, i.indrelid) LIKE '((txid)::text)::bigint%')
+                             AND pg_catalog.pg_get_expr(i.indexprs, i.indrelid) LIKE '((txid)::text)::bigint%'),
+                   EXISTS (SELECT FROM pg_catalog.pg_proc f JOIN pg_catalog.pg_namespace s ON s.oid = f.pronamespace
+                           WHERE s.nspname = 'walpost' AND f.proname = 'refuse_update' AND f.pronargs = 0)
             FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
             WHERE n.nspname = $1 AND c.relname = $2";
         let row = client.query_one(SQL, &[&name.schema, &name.name]).await;
@@ -61,6 +68,7 @@ impl Facts {
             refuses_updates: row.get(2),
             updaters: row.get(3),
             has_txid_index: row.get(4),
+            has_refuse_update: row.get(5),
         })
     }
 
@@ -77,8 +85,9 @@ impl Facts {
         })
     }
 
-    fn updates(&self, name: &TableName) -> Option<Finding> {
+    fn updates(&self, table: &OutboxTable, config: &Config) -> Option<Finding> {
         const CHECK: &str = "updates";
+        let name = &table.name;
         if self.refuses_updates {
             return None;
         }
@@ -91,25 +100,22 @@ impl Facts {
                 "walpost init, as the table's owner",
             ));
         }
-        let (first, others) = self.updaters.split_first()?;
-        let more = match others.len() {
-            0 => String::new(),
-            count => format!(" and {count} others"),
-        };
-        Some(Finding::warn(
-            CHECK,
-            format!(
-                "role {first}{more} may update {name}: only inserts are events, an update sends nothing"
+        let text = format!(
+            "{name} does not refuse updates: only inserts are events, an update (also by ON CONFLICT DO UPDATE) sends nothing"
+        );
+        Some(match self.updaters.first() {
+            Some(role) => Finding::warn(
+                CHECK,
+                format!("{text}; role {role} may update it"),
+                format!("REVOKE UPDATE ON {name} FROM {};", grantee(role)),
             ),
-            format!(
-                "REVOKE UPDATE ON {name} FROM {};",
-                if first == "PUBLIC" {
-                    first.clone()
-                } else {
-                    quote_ident(first)
-                }
+            None if self.has_refuse_update => Finding::warn(CHECK, text, trigger(table, config)),
+            None => Finding::warn(
+                CHECK,
+                text,
+                "give it a BEFORE UPDATE trigger that raises an error",
             ),
-        ))
+        })
     }
 
     fn txid_index(&self, table: &OutboxTable) -> Option<Finding> {
@@ -130,4 +136,26 @@ impl Facts {
             format!("CREATE INDEX {concurrently}ON {name} USING brin ((txid::text::bigint));"),
         ))
     }
+}
+
+fn grantee(role: &str) -> String {
+    match role {
+        "PUBLIC" => role.to_owned(),
+        _ => quote_ident(role),
+    }
+}
+
+/// What refuses updates of the columns that are read.
+fn trigger(table: &OutboxTable, config: &Config) -> String {
+    let read = subscription(config).columns;
+    let columns = table.columns.iter().map(|column| &column.name);
+    let columns: Vec<String> = columns
+        .filter(|name| read.contains(name))
+        .map(|name| quote_ident(name))
+        .collect();
+    format!(
+        "CREATE TRIGGER walpost_refuse_update BEFORE UPDATE OF {} ON {} FOR EACH STATEMENT EXECUTE FUNCTION walpost.refuse_update();",
+        columns.join(", "),
+        table.name
+    )
 }

@@ -17,8 +17,12 @@ pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
         match OutboxTable::read(client, name, config).await {
             Ok(table) => {
                 findings.push(finding(&table, config));
+<<<<<<< HEAD
                 findings.extend(catalog::check(client, &table).await);
                 findings.extend(ids(&table));
+=======
+                findings.extend(catalog::check(client, &table, config).await);
+>>>>>>> catalog
             }
             Err(error) => findings.push(Finding::fail(CHECK, &error)),
         }
