@@ -24,6 +24,7 @@
 //! | a key's messages are in commit order | one key, one lane; a lane resends from the oldest ([`pulsar`]) | `tests/delivery.rs`, `tests/manners`, `tests/key_shared.rs` |
 //! | exactly once, where the broker deduplicates | sequence ids are a function of the log and of the routing, both in the producer's name; no batch holds old and new ([`pulsar`]) | `tests/effectively_once.rs`, `tests/deduplication.rs`, `tests/restored.rs`, `tests/manners/random.rs` |
 //! | what the log cannot bring comes from the table | snapshots around the slot's making and of what is delivered ([`scanner`]) | `tests/gap.rs`, `tests/failover.rs`, `tests/poll.rs` |
+//! | what is noted of delivery holds although others write, and a slot is known by more than a position | compare-and-set under the slot's lock ([`scanner::progress`]); what is not known is read from the table ([`scanner::recovery`]) | `tests/bookkeeping.rs`, `tests/failover.rs` |
 //! | rows and snapshots from another cluster or time are refused, never passed over | a `txid` that is still to come can be told ([`scanner`], [`scanner::recovery`]) | `tests/elsewhere.rs` |
 //! | no clock decides what is delivered | transaction ids and log positions do; the time of day only delays ([`scanner`]) | `tests/clocks.rs` |
 //! | Postgres 14 to 18 do the same | what is newer is used where it is ([`postgres::slot`]) | `tests/majors.rs` for the oldest and the newest |

@@ -226,16 +226,16 @@ impl ScanTable {
         Ok(row.get(0))
     }
 
-    /// Ids of the rows that are visible in `upto` and not in `except`, as text. For few.
+    /// Ids of the rows that are visible in `upto` and not in `except`, as text; `limit` at most.
     pub async fn ids(
         &self,
         client: &Client,
         id_column: &str,
-        upto: &Snapshot,
-        except: &Snapshot,
+        (upto, except): (&Snapshot, &Snapshot),
+        limit: usize,
     ) -> Result<Vec<String>> {
         let sql = format!(
-            "SELECT {}::text FROM {} WHERE {}",
+            "SELECT {}::text FROM {} WHERE {} LIMIT {limit}",
             quote_ident(id_column),
             self.name,
             between(upto, Some(except))?
