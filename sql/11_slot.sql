@@ -66,7 +66,7 @@ begin
 end
 $walpost$;
 
--- Noted before there is a slot: one that is left behind half done is then made anew by "walpost run".
+-- Noted before there is a slot: of one that is left behind half done "walpost run" then knows that it is.
 insert into walpost.progress as p (slot, system_id, scan_before, timeline)
     select current_setting('walpost.slot'), c.system_identifier::text, current_setting('walpost.scan_before')::pg_snapshot,
            ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int
@@ -79,6 +79,30 @@ insert into walpost.progress as p (slot, system_id, scan_before, timeline)
 
 execute walpost_make_slot (current_setting('walpost.slot'), current_setting('walpost.scan_before'));
 deallocate walpost_make_slot;
+
+-- The snapshot after is taken when every transaction that is running now has ended: before Postgres 14.13, 15.8 and 16.4 a slot may
+-- begin inside of one, and then brings only a part of it.
+select set_config('walpost.running', pg_current_snapshot()::text, false);
+
+begin isolation level read committed;
+do $walpost$
+declare
+    running constant pg_snapshot := current_setting('walpost.running')::pg_snapshot;
+    begun constant timestamptz := clock_timestamp();
+    told boolean := current_setting('walpost.scan_before') = '';
+begin
+    while current_setting('walpost.scan_before') <> '' and exists (
+        select * from pg_snapshot_xip(running) intersect select * from pg_snapshot_xip(pg_current_snapshot())
+    ) loop
+        if not told and clock_timestamp() > begun + interval '5 s' then
+            raise notice 'waiting for transactions that ran while the slot was made (pg_stat_activity: backend_xid is not null; pg_prepared_xacts)';
+            told := true;
+        end if;
+        perform pg_sleep(0.05);
+    end loop;
+end
+$walpost$;
+commit;
 
 -- Only in the row as it was written above. With it the position that the slot stands at until somebody streams it.
 update walpost.progress set scan_upto = pg_current_snapshot(), confirmed_lsn = s.confirmed_flush_lsn

@@ -2,6 +2,8 @@
 //! row that the new primary has reaches its topic; what was known as delivered is not sent again.
 
 mod support;
+#[path = "failover/synced.rs"]
+mod synced;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -58,6 +60,11 @@ fn whose_are_we() -> String {
 
 impl Standby {
     async fn build(primary: &Servers, database: &Database) -> Self {
+        Self::build_with(primary, database, "").await
+    }
+
+    /// The same with more settings, which come last.
+    async fn build_with(primary: &Servers, database: &Database, settings: &str) -> Self {
         let data = primary.var("WALPOST_LOCAL_POSTGRES_DATA");
         let copy = format!(
             "{}/standby",
@@ -110,7 +117,7 @@ impl Standby {
         let conf =
             std::fs::read_to_string(format!("{copy}/postgresql.conf")).expect("a configuration");
         let more = format!(
-            "\nport = {port}\nprimary_conninfo = 'host={socket} port={primary_port} user=postgres'\nhot_standby = on\n"
+            "\nport = {port}\nprimary_conninfo = 'host={socket} port={primary_port} user=postgres'\nhot_standby = on\n{settings}"
         );
         std::fs::write(format!("{copy}/postgresql.conf"), conf + &more).expect("a configuration");
         let bin = primary.var("WALPOST_LOCAL_POSTGRES_BIN").to_owned();

@@ -21,7 +21,7 @@ use crate::connector::subscription;
 use crate::postgres::slot::{SlotState, slot_state};
 use crate::postgres::{connect_sql, published, sql_error, sqlstate};
 use crate::scanner::partitions::{self, Span};
-use crate::scanner::recovery;
+use crate::scanner::{recovery, slot_maker};
 use crate::{Error, Result};
 use catalog::{Catalog, IdFunction, ProgressTable, Server, StragglerTable, Table, check_slot};
 
@@ -487,7 +487,7 @@ async fn lock_slot(client: &Client, slot: &str) -> Result<()> {
 }
 
 async fn make_slot(client: &Client, slot: &str) -> Result<String> {
-    let creating = recovery::make_slot(client, slot);
+    let creating = slot_maker::make_slot(client, slot);
     tokio::pin!(creating);
     let created = if let Ok(created) = tokio::time::timeout(SLOT_PATIENCE, &mut creating).await {
         created

@@ -380,9 +380,10 @@ settings! {
          it left out; needs the columns txid and seq",
     );
     SLOT_LOST = Setting::new(
-        "WALPOST_SLOT_LOST", Value("recover"), Kind::Text("recover or fail"),
-        "what to do when the slot is lost, gone or not the one that walpost left: make it anew and publish the rows in \
-         between from the table, or stop with exit code 69",
+        "WALPOST_SLOT_LOST", Value("recover"), Kind::Text("recover, restart or fail"),
+        "what to do when the slot is lost, gone or not the one that walpost left. recover: make it anew and publish the rows in \
+         between from the table, or stop with exit code 69 where a table lacks txid or seq; restart: the same, and give up the \
+         rows in between of such a table; fail: stop with exit code 69",
     );
     STRAGGLER_AGE = Setting::new(
         "WALPOST_STRAGGLER_AGE", Value("5m"), Kind::Duration { min: ms(100), max: minutes(7 * 24 * 60) },

@@ -293,19 +293,22 @@ impl Mode {
 /// What a lost slot leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotLost {
-    /// A new one, and the rows in between are published from the table.
+    /// A new one, and the rows in between are published from the table; an error where a table cannot be read for that.
     Recover,
+    /// A new one, also where rows in between cannot be read from their table.
+    Restart,
     /// An error.
     Fail,
 }
 
 impl SlotLost {
-    /// Reads `recover` or `fail`.
+    /// Reads `recover`, `restart` or `fail`.
     pub fn parse(text: &str) -> Result<Self, String> {
         match text {
             "recover" => Ok(Self::Recover),
+            "restart" => Ok(Self::Restart),
             "fail" => Ok(Self::Fail),
-            _ => Err("it is neither".to_owned()),
+            _ => Err("it is none of them".to_owned()),
         }
     }
 }

@@ -25,7 +25,7 @@ use crate::scanner::delivered::{Carried, Keeper, Start};
 use crate::scanner::gap::{self, Gap};
 use crate::scanner::modes;
 use crate::scanner::outbox::OutboxTable;
-use crate::scanner::progress::{self, Progress};
+use crate::scanner::progress;
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
 use crate::scanner::streamed::StreamedRows;
@@ -65,6 +65,7 @@ impl Connector {
             connection,
             identity,
             confirmed,
+            stands,
             mut prepared,
             relations,
             tables,
@@ -86,6 +87,9 @@ impl Connector {
         }
         self.claimed = prepared.as_ref().map(|prepared| prepared.claim.clone());
         let (carried, confirmed) = self.carried_on(&identity, confirmed, prepared.as_ref());
+        // Wherever it stands later: beyond this it has not been told anything yet.
+        let known = self.session.told.unwrap_or(stands).max(stands);
+        self.session.told = Some(known);
         if !self.has_pipe_of(&identity)? {
             if self.pipe.is_some() {
                 warn!(
@@ -124,28 +128,17 @@ impl Connector {
         if let Some(prepared) = &prepared {
             self.keep(&client, prepared, carried).await?;
         }
-        let binary = self.binary;
-        let pipe = self.pipe();
-        pipe.begin_stream(binary, relations);
-        let start = pipe.flush_lsn();
-        let options = StreamOptions {
-            binary,
-            messages: true,
-            ..StreamOptions::default()
-        };
-        let stream = connection
-            .start_replication(&config.slot, start, &config.publication, options)
+        let stream = self
+            .begin_stream(&client, connection, known, relations)
             .await?;
-        // Asked only now: while another instance still had the slot, it may have published what came after any earlier answer.
-        let log_end = slot::log_end(&client).await?;
-        pipe.publisher().set_log_end(log_end);
-        let refreshed = pipe.refresh();
+        let refreshed = self.pipe().refresh();
         if self.attend(refreshed, shutdown).await?.is_none() {
             return Ok(None);
         }
         self.pipe().streaming(true);
         self.meter.set_phase(Phase::Streaming);
-        info!(slot = self.config.slot, from = %start, "streaming");
+        let from = self.pipe().flush_lsn();
+        info!(slot = self.config.slot, %from, "streaming");
         self.scanner = Some(client);
         self.left = None;
         Ok(Some(stream))
@@ -167,17 +160,17 @@ impl Connector {
             // The walsender may not have taken the last status update yet.
             return (Some(left.carried.clone()), confirmed.max(left.confirmed));
         }
-        let left =
-            prepared.and_then(|prepared| self.left_by_the_last(&prepared.progress, confirmed));
+        let left = prepared.and_then(|prepared| self.left_by_the_last(prepared, confirmed));
         (left, confirmed)
     }
 
     /// What the stream brought since the delivered snapshot, where that is known before it begins: a gap between the delivered
     /// snapshot and a later one is about to be closed, behind which nothing was streamed; or the last process stopped in good order
     /// and the slot stands where it left it.
-    fn left_by_the_last(&self, progress: &Progress, confirmed: Lsn) -> Option<Carried> {
-        let tables = &self.config.outbox_tables;
-        if progress.gap().is_some() && progress.position.missing.is_none() {
+    fn left_by_the_last(&self, prepared: &Prepared, confirmed: Lsn) -> Option<Carried> {
+        let (progress, tables) = (&prepared.progress, &self.config.outbox_tables);
+        let is_gap = progress.gap().is_some() && progress.position.missing.is_none();
+        if is_gap || prepared.unknown.is_some() {
             return Some(Carried {
                 streamed: Some(vec![StreamedRows::default(); tables.len()]),
                 ..Carried::default()
@@ -226,6 +219,36 @@ impl Connector {
         Ok(())
     }
 
+    /// Starts the stream at what the pipe has confirmed. The slot must stand where it was found (`known`).
+    async fn begin_stream(
+        &mut self,
+        client: &Client,
+        connection: ReplicationConnection,
+        known: Lsn,
+        relations: OutboxRelations,
+    ) -> Result<ReplicationStream> {
+        let (slot, publication) = (&self.config.slot.clone(), &self.config.publication.clone());
+        let binary = self.binary;
+        let pipe = self.pipe();
+        pipe.begin_stream(binary, relations);
+        let options = StreamOptions {
+            binary,
+            messages: true,
+            ..StreamOptions::default()
+        };
+        let started = connection.start_replication(slot, pipe.flush_lsn(), publication, options);
+        let stream = match started.await {
+            Ok(stream) => stream,
+            Err(error) => return Err(recovery::refused_start(client, slot, known, error).await),
+        };
+        // Only now that our walsender has it can nobody replace it.
+        recovery::check_unchanged(client, slot, known).await?;
+        // Asked only now: while another instance still had the slot, it may have published what came after any earlier answer.
+        let log_end = slot::log_end(client).await?;
+        pipe.publisher().set_log_end(log_end);
+        Ok(stream)
+    }
+
     /// Whether there is a pipe, and it is of this server's log.
     ///
     /// # Errors
@@ -269,36 +292,60 @@ impl Connector {
         prepared: Option<&mut Prepared>,
         mut stragglers: Option<Stragglers>,
     ) -> Result<(Vec<ScannedRow>, Option<Stragglers>)> {
-        let Some(Prepared {
-            progress, claim, ..
-        }) = prepared
-        else {
+        let Some(prepared) = prepared else {
             return Ok((Vec::new(), stragglers));
         };
         let routing = routing(&self.config);
-        // Before the scan: in the mode delete its rows go as soon as they have their receipts.
-        let scanned = gap::overlap(client, &routing, progress).await?;
-        if progress.gap().is_some() {
-            self.meter.set_phase(Phase::Scanning);
-            let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
-            let gap = Gap {
-                client,
-                rows: &rows,
-                claim,
-                routing: &routing,
-                publisher,
+        let mut scanned = Vec::new();
+        // Twice where a gap is open and the slot is unknown: with one end, what was begun doubles nothing.
+        loop {
+            let progress = &mut prepared.progress;
+            let before = match &prepared.unknown {
+                Some(unknown) => unknown.never_streamed.as_ref(),
+                None => progress.scan_before.as_ref(),
             };
-            let retry = |stragglers: &Option<Stragglers>, may_retry| {
-                if let Some(stragglers) = stragglers {
-                    stragglers.retry(may_retry);
-                }
-            };
-            // The lock is held, so nobody else does.
-            retry(&stragglers, true);
-            stragglers = gap::close(&gap, progress, stragglers).await?;
-            retry(&stragglers, false);
+            // Before the scan: in the mode delete its rows go as soon as they have their receipts.
+            let upto = progress.scan_upto.as_ref();
+            scanned.extend(gap::overlap(client, &routing, before, upto).await?);
+            if progress.gap().is_some() {
+                stragglers = self.scan(client, publisher, prepared, stragglers).await?;
+            }
+            if prepared.unknown.is_none() {
+                return Ok((scanned, stragglers));
+            }
+            recovery::scan_up_to_now(client, prepared).await?;
         }
-        Ok((scanned, stragglers))
+    }
+
+    /// Publishes or stores the rows of the gap.
+    async fn scan(
+        &self,
+        client: &Client,
+        publisher: &PublisherConfig,
+        prepared: &mut Prepared,
+        mut stragglers: Option<Stragglers>,
+    ) -> Result<Option<Stragglers>> {
+        let routing = routing(&self.config);
+        self.meter.set_phase(Phase::Scanning);
+        let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
+        let gap = Gap {
+            client,
+            rows: &rows,
+            claim: &prepared.claim,
+            routing: &routing,
+            publisher,
+            left_out: &prepared.left_out,
+        };
+        let retry = |stragglers: &Option<Stragglers>, may_retry| {
+            if let Some(stragglers) = stragglers {
+                stragglers.retry(may_retry);
+            }
+        };
+        // The lock is held, so nobody else does.
+        retry(&stragglers, true);
+        stragglers = gap::close(&gap, &mut prepared.progress, stragglers).await?;
+        retry(&stragglers, false);
+        Ok(stragglers)
     }
 }
 
@@ -314,6 +361,8 @@ struct Checked {
     connection: ReplicationConnection,
     identity: SystemIdentity,
     confirmed: Lsn,
+    /// Where the slot stood when it was judged.
+    stands: Lsn,
     /// `None` without a `walpost.progress`.
     prepared: Option<Prepared>,
     /// Which tables are outbox tables.
@@ -325,8 +374,17 @@ struct Checked {
 /// Connects, asks who the server is, sees to a lost slot, and checks that everything the stream needs is there.
 async fn check(config: &Config, session: &Session) -> Result<Checked> {
     let client = postgres::connect_sql(&config.postgres, APPLICATION_NAME).await?;
-    let prepared = recovery::prepare(&client, config, session).await?;
-    let relations = postgres::preflight(&client, &config.slot, &subscription(config)).await?;
+    let prepared = recovery::prepare(&client, config, session).await;
+    let subscription = subscription(config);
+    let preflight = postgres::preflight(&client, &config.slot, &subscription);
+    let (prepared, relations) = match prepared {
+        Err(error) if recovery::is_nothing_set_up(&error) => {
+            preflight.await?;
+            // It has come this moment.
+            return Err(error);
+        }
+        prepared => (prepared?, preflight.await?),
+    };
     check_definitions(&client, config).await?;
     let tables = modes::prepare(&client, config).await?;
     let state = slot::slot_state(&client, &config.slot).await?;
@@ -341,6 +399,9 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
         connection,
         identity,
         confirmed,
+        stands: prepared
+            .as_ref()
+            .map_or(confirmed, |prepared| prepared.stands),
         prepared,
         relations,
         tables,

@@ -132,6 +132,7 @@ mod tests {
             invalidation_reason: None,
             retained_bytes: None,
             failover: false,
+            synced: false,
         }
     }
 

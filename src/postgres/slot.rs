@@ -34,6 +34,8 @@ pub struct SlotState {
     pub retained_bytes: Option<u64>,
     /// Whether standbys take it over (Postgres 17+).
     pub failover: bool,
+    /// Whether this server got it from its primary, which it may have been a standby of (Postgres 17+).
+    pub synced: bool,
 }
 
 impl SlotState {
@@ -51,6 +53,7 @@ pub async fn slot_state(client: &Client, name: &str) -> Result<Option<SlotState>
         SELECT plugin::text, database::text, active, active_pid, confirmed_flush_lsn::text, restart_lsn::text,
                wal_status, to_jsonb(s) ->> 'invalidation_reason' AS invalidation_reason,
                coalesce((to_jsonb(s) ->> 'failover')::bool, false) AS failover,
+               coalesce((to_jsonb(s) ->> 'synced')::bool, false) AS synced,
                greatest(pg_wal_lsn_diff(
                    CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END,
                    restart_lsn), 0)::int8 AS retained_bytes
@@ -73,9 +76,57 @@ pub async fn slot_state(client: &Client, name: &str) -> Result<Option<SlotState>
             retained_bytes: get::<Option<i64>>(&row, "retained_bytes")?
                 .map(|bytes| u64::try_from(bytes).unwrap_or(0)),
             failover: get(&row, "failover")?,
+            synced: get(&row, "synced")?,
         })
     })
     .transpose()
+}
+
+/// A snapshot of transactions that slot `name` never streams; `None` when the slot does not say.
+///
+/// `catalog_xmin` rises to the oldest transaction that was running at some position only when that position is confirmed
+/// (`LogicalIncreaseXminForSlot`, `LogicalConfirmReceivedLocation`), and a new slot has that of a position before its own. So every older
+/// transaction had ended before the slot's confirmed position. It is 32 bits wide: the epoch is that of the youngest transaction,
+/// which is less than 2^31 away.
+pub async fn never_streamed(client: &Client, name: &str) -> Result<Option<String>> {
+    let sql = "SELECT CASE WHEN oldest IS NOT NULL THEN format('%s:%s:', oldest, oldest) END AS snapshot
+               FROM (SELECT next - ((next - catalog_xmin::text::bigint) & 4294967295) AS oldest
+                     FROM pg_replication_slots, (SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS next) n
+                     WHERE slot_name = $1) s";
+    let row = client.query_opt(sql, &[&name]).await;
+    let row = row.map_err(|error| sql_error("read the slot's catalog_xmin", error))?;
+    row.map_or(Ok(None), |row| get(&row, "snapshot"))
+}
+
+/// Whether making a slot on this server waits for every transaction that was running. Before 14.13, 15.8 and 16.4 a slot may take
+/// the stored snapshot of another slot for its own and begin inside of one.
+pub fn waits_when_made(version_num: u32) -> bool {
+    match version_num / 10_000 {
+        14 => version_num >= 140_013,
+        15 => version_num >= 150_008,
+        16 => version_num >= 160_004,
+        major => major > 16,
+    }
+}
+
+/// The transactions that were running in `snapshot` (a `pg_snapshot` as text) and still are: for people, oldest first.
+pub async fn still_running(client: &Client, snapshot: &str) -> Result<Vec<String>> {
+    // What other roles do is hidden without pg_read_all_stats; the locks on transaction ids are not, and a prepared transaction's
+    // has no process.
+    let sql = "SELECT CASE WHEN p.gid IS NOT NULL THEN
+                          format('prepared transaction %L (database %s, for %s)', p.gid, p.database, date_trunc('second', clock_timestamp() - p.prepared))
+                      WHEN l.pid IS NOT NULL THEN
+                          format('process %s (%s, database %s, for %s)', l.pid, coalesce(nullif(a.application_name, ''), a.usename),
+                                 a.datname, date_trunc('second', clock_timestamp() - a.xact_start))
+                      ELSE format('transaction %s', x.id) END AS who
+               FROM (SELECT * FROM pg_snapshot_xip($1::text::pg_snapshot) INTERSECT SELECT * FROM pg_snapshot_xip(pg_current_snapshot())) AS x(id)
+               LEFT JOIN pg_prepared_xacts p ON p.transaction = x.id::xid
+               LEFT JOIN pg_locks l ON l.locktype = 'transactionid' AND l.transactionid = x.id::xid AND l.mode = 'ExclusiveLock' AND l.pid IS NOT NULL
+               LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+               ORDER BY x.id";
+    let rows = client.query(sql, &[&snapshot]).await;
+    let rows = rows.map_err(|error| sql_error("ask which transactions are running", error))?;
+    rows.iter().map(|row| get(row, "who")).collect()
 }
 
 /// Where the log that can have been streamed ends at this moment.

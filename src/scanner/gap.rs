@@ -34,13 +34,13 @@ use std::time::Duration;
 use futures::future::FutureExt as _;
 use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::missing::{Leaves, leaves_since, uncovered};
 use super::progress::{self, Claim, Progress, Snapshot};
 use super::reconcile::{self, gap_condition};
 use super::straggler::Stragglers;
-use super::table::{ScanRow, ScanTable};
+use super::table::{self, ScanRow, ScanTable};
 use crate::outbox::Extractor;
 use crate::outlet::{Outlet, Source};
 use crate::pipe::{Routing, ScannedRow};
@@ -52,6 +52,8 @@ use crate::{Error, Lsn, Result};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often the position is stored and the publisher looks at the clock.
 const TICK: Duration = Duration::from_secs(1);
+/// Ids that are remembered, so that what the scan published is skipped in the stream: some 10 MB.
+const MAX_OVERLAP: usize = 100_000;
 /// How often the log tells how far the scan is.
 const TELL: Duration = Duration::from_secs(10);
 
@@ -67,6 +69,8 @@ pub struct Gap<'a> {
     pub routing: &'a Routing,
     /// The stream's publisher settings; the producers' names are changed.
     pub publisher: &'a PublisherConfig,
+    /// Tables that have no columns `txid` and `seq`, and that the operator lets be left out.
+    pub left_out: &'a [TableName],
 }
 
 /// Closes the gap; does nothing where there is none. Gives the stragglers back, which the caller lets be retried meanwhile.
@@ -82,12 +86,21 @@ pub async fn close(
     let Some(upto) = progress.gap().cloned() else {
         return Ok(stragglers);
     };
+    // Before their partitions are noted as covered.
+    for name in &gap.routing.tables {
+        if table::describe(gap.rows, name).await?.is_none() {
+            return Err(unreadable(name));
+        }
+    }
     let uncovered = cover(gap, progress).await?;
     let mut tables = Vec::with_capacity(gap.routing.tables.len());
     for (place, name) in (0..).zip(&gap.routing.tables) {
         let Some(table) = ScanTable::describe(gap.rows, name).await? else {
-            info!(table = %name, "the table has no columns txid and seq: rows from before the slot are not looked for");
-            continue;
+            if gap.left_out.contains(name) {
+                warn!(table = %name, "the table has no columns txid and seq: rows that the slot does not bring are not looked for");
+                continue;
+            }
+            return Err(unreadable(name));
         };
         // Of all tables, before the first is scanned: nothing is half done when it is refused.
         let slot = gap.claim.slot();
@@ -114,6 +127,13 @@ pub async fn close(
         }
         scanned?;
         stragglers = scan.outlet.into_stragglers();
+    }
+    for (_, table, _) in &tables {
+        // A table that took the name meanwhile has rows that were not read.
+        let now = table::describe(gap.rows, &table.name).await?;
+        if now.map(|now| now.id) != Some(table.relation.id) {
+            return Err(unreadable(&table.name));
+        }
     }
     progress::closed(gap.client, gap.claim, progress).await?;
     Ok(stragglers)
@@ -157,6 +177,14 @@ fn rows_of(
     let rows = missing.0.get(&table.to_string());
     rows.map(|rows| gap_condition(upto, delivered, Some(&rows.txids), &rows.leaves))
         .transpose()
+}
+
+/// The table is not there at the moment, or is not the one that it was: what is visible now is not delivered.
+pub(super) fn unreadable(table: &TableName) -> Error {
+    Error::temporary(format!(
+        "table {table} is missing, was replaced, or has lost its columns txid and seq while it was read"
+    ))
+    .hint("what is delivered is not noted until it can be read: bring it back, or take it out of WALPOST_OUTBOX_TABLE")
 }
 
 /// The scan of one table.
@@ -348,23 +376,39 @@ fn position(seq: i64) -> Result<Lsn> {
     })
 }
 
-/// Ids and numbers of the rows that the scan published and that the stream may bring as well, of all tables. (By number as well: another row
-/// of the same id may be in the stream only, because its own transaction deleted it.)
+/// Ids and numbers of the rows that the scan publishes and that the stream may bring as well, of all tables: those that are visible in
+/// `upto` and not in `before`. (By number as well: another row of the same id may be in the stream only, because its own transaction
+/// deleted it.) Of a slot that walpost made these are a handful; of one that it keeps, the backlog. More than
+/// [`MAX_OVERLAP`] are not remembered, and come twice.
 pub async fn overlap(
     client: &Client,
     routing: &Routing,
-    progress: &Progress,
+    before: Option<&Snapshot>,
+    upto: Option<&Snapshot>,
 ) -> Result<Vec<ScannedRow>> {
-    let (Some(before), Some(upto)) = (&progress.scan_before, &progress.scan_upto) else {
+    let (Some(before), Some(upto)) = (before, upto) else {
         return Ok(Vec::new());
     };
     let mut found = Vec::new();
     for name in &routing.tables {
         if let Some(table) = ScanTable::describe(client, name).boxed().await? {
             let id = &routing.columns.id;
-            let ids = table.ids(client, id, upto, before).await?;
-            let rows = ids.into_iter();
-            found.extend(rows.map(|(id, number)| (table.relation.id, id, number)));
+            let left = MAX_OVERLAP - found.len();
+            // One more than there is room for tells that there are more.
+            let ids = table.ids(client, id, (upto, before), left + 1).await?;
+            let more = ids.len() > left;
+            found.extend(
+                ids.into_iter()
+                    .take(left)
+                    .map(|(id, number)| (table.relation.id, id, number)),
+            );
+            if more {
+                warn!(
+                    remembered = MAX_OVERLAP,
+                    "the slot has more rows that are published from the table as well than can be remembered: some come twice"
+                );
+                break;
+            }
         }
     }
     Ok(found)

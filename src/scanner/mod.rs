@@ -20,6 +20,8 @@
 //! | `partitions` | makes the partitions of a table by time ahead |
 //! | `modes` | starts these four, and stops them |
 //! | `recovery` | what to do about a slot that is lost, gone, or somebody else's |
+//! | `slot_maker` | makes a slot, with snapshots before and after |
+//! | `cluster` | which cluster answers, and whether what is stored is from it |
 //!
 //! # Snapshots
 //!
@@ -39,6 +41,10 @@
 //! they are published before the stream starts. The few that are visible in `scan_upto` and not in `scan_before` may also be
 //! streamed: their ids are remembered, and skipped when the stream brings them. (By id and not by transaction: a row that a
 //! transaction inserted and deleted is only in the stream.)
+//!
+//! **A slot of which nothing is known** (somebody made it before walpost ran, its row was deleted, a standby kept it in step, poll
+//! mode came between) gets its snapshots later: `scan_upto` is taken now, and `scan_before` says what is older than the slot's
+//! `catalog_xmin`. See [`recovery`].
 //!
 //! **Stragglers** count as done, in the gap as in the stream, when they are in their table; so `delivered` says of a row that it
 //! was published *or stored*. Whoever asks whether a row is sent (the view, the retention, the look for unmarked rows) looks into
@@ -66,9 +72,13 @@
 //! `created_at` is the application's to set: in the future it holds its own row's retention, and the look whether it was marked,
 //! until that time, and nothing else. None of these decides whether the stream brings a row.
 //!
-//! What a table lacks turns off what needs it: without `txid` and `seq` there is no gap scan and no status.
+//! What a table lacks turns off what needs it: without `txid` and `seq` there is no gap scan and no status. A lost slot is then
+//! refused ([`recovery`]). (A scan by `created_at` with an overlap would bring most rows, and no number for the overlap would bring all:
+//! the application sets that time, and a transaction commits as long after it as it likes.) A scan that does not find a table fails, and
+//! delivers nothing: the table may come back with rows that are visible in the snapshot.
 
 pub mod after_publish;
+pub(crate) mod cluster;
 pub mod delivered;
 pub mod gap;
 mod left_note;
@@ -84,6 +94,7 @@ pub mod progress;
 pub mod reconcile;
 pub mod recovery;
 pub mod retention;
+pub mod slot_maker;
 pub mod snapshot;
 pub mod straggler;
 mod straggler_pages;

@@ -35,6 +35,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_postgres::Client;
 use tracing::{info, warn};
 
+use super::cluster;
 use super::gap::{self, Gap};
 use super::modes::{self, Modes};
 use super::progress::{self, Claim, Progress};
@@ -265,9 +266,11 @@ impl<'a> Poller<'a> {
     async fn has_rows(&self, upto: &progress::Snapshot) -> Result<bool> {
         let delivered = self.progress.delivered.as_ref();
         for name in &self.config.outbox_tables {
-            if let Some(table) = ScanTable::describe(&self.client, name).await?
-                && table.any(&self.client, upto, delivered).await?
-            {
+            // What is not there now may come back with rows: nothing is delivered until it has been looked at.
+            let Some(table) = ScanTable::describe(&self.client, name).await? else {
+                return Err(gap::unreadable(name));
+            };
+            if table.any(&self.client, upto, delivered).await? {
                 return Ok(true);
             }
             // Rows of a partition that was attached with them may be older than the last look.
@@ -288,6 +291,7 @@ impl<'a> Poller<'a> {
             claim: &self.claim,
             routing: &routing(self.config),
             publisher: &self.publisher,
+            left_out: &[],
         };
         let stragglers = self.stragglers.take();
         self.stragglers = gap::close(&gap, &mut self.progress, stragglers).await?;
@@ -302,14 +306,21 @@ async fn prepare(
     session: &Session,
 ) -> Result<(Progress, Claim, u32)> {
     recovery::lock(client, &config.slot).await?;
-    let system_id = recovery::system_id(client).await?;
+    let system_id = cluster::system_id(client).await?;
     let progress = if let Some(progress) = stored(client, config, &system_id).await? {
         progress
     } else {
         progress::begin(client, &config.slot, &system_id).await?
     };
-    let timeline = recovery::timeline(client).await?;
-    let claim = progress::claim(client, &config.slot, &progress, &session.name, timeline).await?;
+    let timeline = cluster::timeline(client).await?;
+    let claim = progress::claim(
+        client,
+        &config.slot,
+        &progress,
+        &session.name,
+        Some(timeline),
+    )
+    .await?;
     check_tables(client, config).await?;
     if slot_state(client, &config.slot).await?.is_some() {
         warn!("{} (hint: {})", SLOT_LEFT, drop_slot(&config.slot));
@@ -334,7 +345,7 @@ pub(crate) fn drop_slot(slot: &str) -> String {
 /// # Errors
 /// Refused, with what mends it.
 pub(crate) async fn preflight(client: &Client, config: &Config) -> Result<()> {
-    let system_id = recovery::system_id(client).await?;
+    let system_id = cluster::system_id(client).await?;
     stored(client, config, &system_id).await?;
     check_tables(client, config).await
 }
@@ -351,7 +362,7 @@ async fn stored(client: &Client, config: &Config, system_id: &str) -> Result<Opt
         }
     })?;
     if let Some(progress) = &stored {
-        recovery::check_cluster(progress, system_id, &config.slot)?;
+        cluster::check_cluster(progress, system_id, &config.slot)?;
     }
     Ok(stored)
 }

@@ -81,6 +81,11 @@ impl Progress {
     pub fn gap(&self) -> Option<&Snapshot> {
         self.scan_upto.as_ref().filter(|_| !self.position.done)
     }
+
+    /// A slot's making began, and did not come to its end.
+    pub fn is_cut_short(&self) -> bool {
+        self.scan_before.is_some() && self.scan_upto.is_none()
+    }
 }
 
 /// The right to change a slot's row: [`claim`] gives it to the holder of the slot's lock, and it ends when another process
@@ -342,6 +347,33 @@ pub async fn look(
     Ok(())
 }
 
+/// Opens a gap of everything that is visible in the second snapshot, before a slot is streamed whose past nobody knows. Rows visible
+/// in the first one it does not stream. From now on the slot is one of this timeline.
+///
+/// # Errors
+/// A bug while a gap is open; temporary when the row is not `from` under this claim any more.
+pub async fn scan_again(
+    client: &Client,
+    claim: &Claim,
+    from: &mut Progress,
+    (before, upto): (Option<&Snapshot>, &Snapshot),
+    timeline: u32,
+) -> Result<()> {
+    if from.gap().is_some() {
+        return Err(Error::bug(
+            "a gap is open, and another one was to be opened",
+        ));
+    }
+    let set = "scan_before = $6::text::pg_snapshot, scan_upto = $7::text::pg_snapshot, scan_position = NULL, timeline = $8";
+    let values: [&(dyn ToSql + Sync); 3] = [&before, upto, &timeline.cast_signed()];
+    change(client, claim, from, set, &values).await?;
+    from.scan_before = before.cloned();
+    from.scan_upto = Some(upto.clone());
+    from.position = Position::default();
+    from.timeline = Some(timeline);
+    Ok(())
+}
+
 /// Stores how far the scan of the gap is: the position in `progress`.
 ///
 /// # Errors
@@ -372,9 +404,9 @@ pub async fn closed(client: &Client, claim: &Claim, progress: &mut Progress) -> 
     Ok(())
 }
 
-/// `session` has the slot's lock and streams now, on this timeline. Until it stops in good order nobody knows what the slot was
-/// told last. `from`, the row as it was read, keeps what the last process left in `confirmed`; the table
-/// does not. (`streamed` stays: it names the position at which it holds.)
+/// `session` has the slot's lock and streams now, on this timeline (`None`: the one that is stored stays). Until it stops in good
+/// order nobody knows what the slot was told last. `from`, the row as it was read, keeps what the last process left in `confirmed`; the
+/// table does not. (`streamed` stays: it names the position at which it holds.)
 ///
 /// # Errors
 /// Temporary when the row is not as it was read.
@@ -383,9 +415,9 @@ pub async fn claim(
     slot: &str,
     from: &Progress,
     session: &str,
-    timeline: u32,
+    timeline: Option<u32>,
 ) -> Result<Claim> {
-    let sql = "UPDATE walpost.progress SET session = $6, timeline = $7, confirmed_lsn = NULL
+    let sql = "UPDATE walpost.progress SET session = $6, timeline = coalesce($7, timeline), confirmed_lsn = NULL
                WHERE slot = $1 AND session IS NOT DISTINCT FROM $2 AND delivered::text IS NOT DISTINCT FROM $3
                  AND scan_before::text IS NOT DISTINCT FROM $4 AND scan_upto::text IS NOT DISTINCT FROM $5";
     let values: [&(dyn ToSql + Sync); 7] = [
@@ -395,7 +427,7 @@ pub async fn claim(
         &from.scan_before,
         &from.scan_upto,
         &session,
-        &timeline.cast_signed(),
+        &timeline.map(u32::cast_signed),
     ];
     store(client, slot, sql, &values).await?;
     Ok(Claim {

@@ -1,33 +1,69 @@
 //! What to do about the slot before a stream begins: nothing, nearly always; make it anew where it is lost, gone, or not the
-//! one that walpost left.
+//! one that walpost left; read the table up to now where nobody knows what it was told.
 //!
 //! Input: the slot's state and its row in `walpost.progress`. Output: that row, with a gap to be closed where a slot was
 //! made. Loud: whatever is made anew is said as a warning.
 //!
-//! # When a slot is not ours any more
+//! # How a slot is known
 //!
-//! * It does not exist (dropped, or a standby without failover slots was promoted), or Postgres has invalidated it.
-//! * What it would bring cannot be read: the log holds rows from a time in which the publication or the table was wrong.
-//! * It stands beyond what it was ever told. While a process runs it knows what it told; a process that stopped in good order
-//!   has written it down.
+//! By the cluster's system id, its timeline and the position, which are stored with the claim (and, until the first claim, by whoever made
+//! the slot). A log position alone says nothing on another timeline: the old primary may have been told 0/5000, the
+//! standby be promoted at 0/4500, and somebody's automation make a slot of the same name there at 0/4600.
 //!
-//! In all of these a slot made by us, with snapshots before and after, plus the scan of the gap, brings every row; one that
-//! somebody else made has no such snapshots, so it is replaced.
+//! | what is found | is | what is done |
+//! |---|---|---|
+//! | as it was left, or behind that (a server that crashed forgets the last positions) | ours | it is streamed |
+//! | no slot, or Postgres has invalidated it | lost | made anew, and the gap is scanned |
+//! | what it would bring cannot be read: the log holds rows from a time in which the publication or the table was wrong | lost | the same |
+//! | it stands beyond what it was ever told, or beyond the end of the log | lost | the same |
+//! | another timeline, and the slot is not one that this server kept in step with its primary's (`synced`, Postgres 17+) | lost | the same |
+//! | another timeline, and the slot is `synced` | unknown | kept, and the table is scanned up to now: a straggler's row, or the last progress, may not have reached the standby |
+//! | no row in `walpost.progress`, or one that knows neither `delivered` nor a snapshot of the slot's making | unknown | the same |
+//! | a making that was cut short; poll mode since the slot was made; a row of an earlier version and no good stop | unknown | the same |
 //!
-//! **After a crash** nobody knows what was told in the last seconds, and a slot that somebody dropped and made anew before the next
+//! A slot that was made by us, with snapshots before and after, plus the scan of the gap, brings every row. So does any slot that exists now,
+//! plus a scan up to a snapshot that is taken now: what is not visible in it commits later, beyond the slot's position. Of an
+//! unknown slot that is what is done, rather than to replace it: its log may hold what no table has (events of `emit_transient`, rows that
+//! were deleted since), and whoever made it chose its properties. The rows that come both ways are those that the scan
+//! published and that the slot has not confirmed. They are not older than its `catalog_xmin` ([`slot::never_streamed`]), so there are not more of
+//! them than the slot's backlog. Their ids are remembered, up to a limit, and skipped in the stream ([`super::gap::overlap`]). What
+//! this process cannot know is what another one published before: of an unknown slot such rows may come again.
+//!
+//! `WALPOST_SLOT_LOST=fail` refuses a lost slot. An unknown one is read in every case: nothing of it is missing.
+//!
+//! # Tables that cannot be read
+//!
+//! A table without `txid` and `seq` has no gap. Where rows of it would be lost (a lost slot, or a gap behind what is delivered), `recover`
+//! refuses, with the statements that add the columns; `restart` goes on without those rows. On a first start
+//! the rows from before the slot are left out with a warning, as the documentation of such tables says.
+//!
+//! # After a crash on the same timeline
+//!
+//! Nobody knows what was told in the last seconds, and a slot that somebody dropped and made anew before the next
 //! start is not told from our own. What Postgres shows of a slot does not name it: there is no oid and no time of creation;
 //! `confirmed_flush_lsn`, `restart_lsn` and `catalog_xmin` of a new one are what the old one's may have become; the statistics'
 //! `stats_reset` could carry a mark, but a crash of the server wipes it, a standby does not get it, and setting it takes a superuser.
 //! One thing would do: to store each position before it is told, so that whatever stands beyond the stored one is not ours. It
 //! would cost a write and a flush for each step of the confirmed LSN, also while the outbox is idle (or hold the server's log
-//! back by that much), which is dear for a case in which a person drops the slot of a connector that has just crashed. Who does
-//! that says so: `UPDATE walpost.progress SET scan_upto = pg_current_snapshot(), scan_position = NULL WHERE slot = '…'` before the next
+//! back by that much), which is dear for a case in which a person drops the slot of a connector that has just crashed. A scan up to now after each
+//! crash would do too, but it publishes what was acknowledged since the last note a second time. Who drops such a slot
+//! says so: `UPDATE walpost.progress SET scan_upto = pg_current_snapshot(), scan_position = NULL WHERE slot = '…'` before the next
 //! start publishes every row that is not known as delivered (what was delivered in the last `WALPOST_SCAN_INTERVAL` comes twice).
+//!
+//! # From the look to the stream
+//!
+//! A scan may take hours, in which the slot can be invalidated, dropped or replaced. Only when the walsender has taken the slot can nobody do
+//! that any more. So the slot is looked at once more behind `START_REPLICATION` ([`check_unchanged`]), before a row is read: one that
+//! stands beyond what it was known to stand at is not the one that was judged, and everything begins again. A refusal of
+//! `START_REPLICATION` that comes from such a change begins again as well ([`refused_start`]).
 //!
 //! # One at a time
 //!
 //! Any number of instances may run; an advisory lock, held by the session that this module is given, lets one of them look
-//! and recover. The others wait for it.
+//! and recover. The others wait for it. An instance whose lock was lost with its session, and whose stream was not, keeps its claim: who
+//! has the lock then waits until the slot is free.
+//!
+//! `tests/bookkeeping.rs`, `tests/gap.rs` and `tests/failover.rs` try to break all of this.
 
 use std::time::Duration;
 
@@ -35,22 +71,42 @@ use tokio::time::timeout;
 use tokio_postgres::Client;
 use tracing::warn;
 
-use super::progress::{self, Claim, Progress};
+use super::cluster;
+use super::progress::{self, Claim, Progress, Snapshot};
+use super::slot_maker::{make_slot, settled};
+use super::table::{self, ScanTable};
 use crate::config::{Config, SlotLost};
-use crate::postgres::slot::{self, SlotState, slot_state};
-use crate::postgres::{quote_literal, sql_error};
+use crate::postgres::slot::{self, PLUGIN, SlotState, slot_state};
+use crate::postgres::{TableName, sql_error, sqlstate};
 use crate::{Error, Lsn, Result};
 
-/// The slot's row, and whether this process's memory of the slot still holds; `None` where the table is missing, and with it the scanner.
+/// SQLSTATEs of a `START_REPLICATION` whose slot is invalidated, or gone.
+const CHANGED_SLOT: [&str; 2] = ["55000", "42704"];
+
+/// The slot's row, and whether this process's memory of the slot still holds.
 #[derive(Debug)]
 pub struct Prepared {
     /// As it is now; `confirmed` and `streamed` as the process before left them.
     pub progress: Progress,
     /// The right to change it.
     pub claim: Claim,
-    /// The slot is not as an earlier stream of this process left it: it was made anew, or another process has streamed it.
-    /// What this process still holds of it is out of date.
+    /// The slot is not as an earlier stream of this process left it: it was made anew, or another process has streamed it, or
+    /// there is a gap to be closed. What this process still holds of it is out of date.
     pub out_of_date: bool,
+    /// Tables that a scan leaves out, because they have no columns `txid` and `seq`.
+    pub left_out: Vec<TableName>,
+    /// Set where nobody knows what the slot was told; see [`scan_up_to_now`].
+    pub unknown: Option<Unknown>,
+    /// Where the slot stands.
+    pub stands: Lsn,
+}
+
+/// A slot that is kept although nobody knows what it was told.
+#[derive(Debug)]
+pub struct Unknown {
+    /// Rows visible in it the slot does not stream.
+    pub never_streamed: Option<Snapshot>,
+    timeline: u32,
 }
 
 /// This process, and what it knows of the slot.
@@ -58,17 +114,17 @@ pub struct Prepared {
 pub struct Session {
     /// A name that no other process has.
     pub name: String,
-    /// What it told the slot last, if it has had a stream.
+    /// What it told the slot last, or where it stood before, if it has had a stream.
     pub told: Option<Lsn>,
     /// Why the slot's log cannot be read on, if that was found: see `connector::unreadable`.
     pub unreadable: Option<String>,
 }
 
-/// Looks at the slot and makes it anew if that is called for.
+/// Looks at the slot and makes it anew if that is called for. `None` where the table is missing, and with it the scanner.
 ///
 /// # Errors
 /// Temporary while another instance has the slot; refused when the progress is from another cluster, or when the slot is
-/// lost and `WALPOST_SLOT_LOST` says so.
+/// lost and `WALPOST_SLOT_LOST` says so; temporary with [`is_nothing_set_up`] true when there is neither slot nor row.
 pub async fn prepare(
     client: &Client,
     config: &Config,
@@ -87,82 +143,360 @@ pub async fn prepare(
         }
         Err(error) => return Err(error),
     };
-    let system_id = system_id(client).await?;
-    let timeline = timeline(client).await?;
+    let system_id = cluster::system_id(client).await?;
     let slot = &config.slot;
     let state = slot_state(client, slot).await?;
-    let Some(progress) = stored else {
-        if state.is_none() {
-            // The preflight says what to do: nothing was ever set up here.
-            return Ok(None);
-        }
-        let progress = progress::begin(client, slot, &system_id).await?;
-        let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
+    let here = Here {
+        timeline: cluster::timeline(client).await?,
+        // Asked after the slot, which never stands beyond it.
+        log_end: slot::log_end(client).await?,
+    };
+    let progress = match stored {
+        Some(progress) => progress,
+        None if state.is_none() => return Err(nothing_set_up(slot)),
+        None => progress::begin(client, slot, &system_id).await?,
+    };
+    cluster::check_cluster(&progress, &system_id, slot)?;
+    let verdict = judge(state.as_ref(), &progress, session, &here);
+    let left_out = left_out(client, config, &progress, &verdict).await?;
+    if let Verdict::Lost(why) = &verdict {
+        let progress = make_anew(client, config, state.as_ref(), why).await?;
+        let stands = progress.confirmed.unwrap_or(Lsn::ZERO);
+        let claim = progress::claim(client, slot, &progress, &session.name, None).await?;
         return Ok(Some(Prepared {
             progress,
             claim,
-            out_of_date: false,
+            out_of_date: true,
+            left_out,
+            unknown: None,
+            stands,
         }));
+    }
+    let stands = state.as_ref().and_then(|state| state.confirmed_flush);
+    let is_claimed = progress.session.as_ref() == Some(&session.name);
+    if let Some(pid) = state.as_ref().and_then(|state| state.active_pid)
+        && !is_claimed
+    {
+        // Its lock is gone, and its stream is not. A claim would take its right to note what it delivers.
+        return Err(Error::temporary(format!(
+            "process {pid} of the server still streams slot {slot}; this walpost waits until that one ends"
+        ))
+        .caused_by(Busy));
+    }
+    let mut out_of_date =
+        !is_claimed || progress.gap().is_some() && progress.position.missing.is_none();
+    let mut unknown = None;
+    if let Verdict::Unknown(why) = &verdict {
+        refuse_busy(slot, state.as_ref(), why)?;
+        warn!(
+            slot,
+            "{why}: rows that are not known as delivered are published from the table before the stream begins"
+        );
+        out_of_date = true;
+        unknown = Some(Unknown {
+            never_streamed: slot::never_streamed(client, slot).await?,
+            timeline: here.timeline,
+        });
+    }
+    // Of an unknown slot the timeline is stored with the scan: until then the next start finds it as unknown as this one.
+    let timeline = unknown.is_none().then_some(here.timeline);
+    let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
+    Ok(Some(Prepared {
+        progress,
+        claim,
+        out_of_date,
+        left_out,
+        unknown,
+        stands: stands.unwrap_or(Lsn::ZERO),
+    }))
+}
+
+/// Opens a gap of everything that is visible now and not delivered, before an unknown slot is streamed; does nothing where it
+/// is known.
+///
+/// # Errors
+/// Temporary when the server is away, or the row was changed.
+pub async fn scan_up_to_now(client: &Client, prepared: &mut Prepared) -> Result<()> {
+    let Some(unknown) = &prepared.unknown else {
+        return Ok(());
     };
-    check_cluster(&progress, &system_id, slot)?;
-    let Some(why) = lost_because(state.as_ref(), &progress, session) else {
-        let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
-        let out_of_date = progress.session.as_ref() != Some(&session.name);
-        return Ok(Some(Prepared {
-            progress,
-            claim,
-            out_of_date,
-        }));
+    // A slot that was made just now may begin inside of a transaction that is still running: see `slot_maker`.
+    let version = slot::server_version_num(client).await?;
+    let upto = if slot::waits_when_made(version) {
+        progress::snapshot(client).await?
+    } else {
+        settled(client).await?
     };
+    let before = unknown.never_streamed.as_ref();
+    let snapshots = (before, &upto);
+    progress::scan_again(
+        client,
+        &prepared.claim,
+        &mut prepared.progress,
+        snapshots,
+        unknown.timeline,
+    )
+    .await?;
+    prepared.unknown = None;
+    Ok(())
+}
+
+async fn make_anew(
+    client: &Client,
+    config: &Config,
+    state: Option<&SlotState>,
+    why: &str,
+) -> Result<Progress> {
+    let slot = &config.slot;
     if config.slot_lost == SlotLost::Fail {
         return Err(Error::refused(format!("replication slot {slot}: {why}")).hint(
             "WALPOST_SLOT_LOST=recover makes a new one and publishes the rows in between from the table",
         ));
     }
-    if let Some(pid) = state.as_ref().and_then(|state| state.active_pid) {
-        return Err(Error::temporary(format!(
-            "replication slot {slot}: {why}, and process {pid} still streams it"
-        )));
-    }
+    refuse_busy(slot, state, why)?;
     warn!(
         slot,
         "{why}: making a new slot; the rows in between are published from the table"
     );
-    if state.is_some() {
+    if let Some(state) = state {
+        let row = client
+            .query_one("SELECT current_database()::text", &[])
+            .await;
+        let row = row.map_err(|error| sql_error("ask for the database's name", error))?;
+        let ours: String = row.get(0);
+        if state.plugin.as_deref() != Some(PLUGIN) || state.database.as_ref() != Some(&ours) {
+            return Err(Error::refused(format!(
+                "replication slot {slot}: {why}; the slot of that name is not one of {PLUGIN} in this database"
+            ))
+            .hint("drop it if nobody needs it, or set WALPOST_SLOT to a name that is free, then: walpost init"));
+        }
         let drop_slot = "SELECT pg_drop_replication_slot($1::text::name)";
         let dropped = client.execute(drop_slot, &[slot]).await;
         dropped.map_err(|error| sql_error(&format!("drop slot {slot}"), error))?;
     }
-    let progress = make_slot(client, slot).await?;
-    let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
-    Ok(Some(Prepared {
-        progress,
-        claim,
-        out_of_date: true,
-    }))
+    make_slot(client, slot).await
 }
 
-/// Makes the slot, with a snapshot before and after in `walpost.progress`. The caller holds the slot's lock ([`lock`]).
-///
-/// What `sql/11_slot.sql` does.
+fn refuse_busy(slot: &str, state: Option<&SlotState>, why: &str) -> Result<()> {
+    match state.and_then(|state| state.active_pid) {
+        Some(pid) => Err(Error::temporary(format!(
+            "replication slot {slot}: {why}, and process {pid} still streams it"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// The tables that a scan has to leave out.
 ///
 /// # Errors
-/// Refused when the progress is from another cluster, and for what [`slot::create_slot`] refuses.
-pub async fn make_slot(client: &Client, slot: &str) -> Result<Progress> {
-    let system_id = system_id(client).await?;
-    let timeline = timeline(client).await?;
-    let stored = progress::read(client, slot).await?;
-    if let Some(progress) = &stored {
-        check_cluster(progress, &system_id, slot)?;
+/// Refused where that loses rows and the settings do not accept it.
+async fn left_out(
+    client: &Client,
+    config: &Config,
+    progress: &Progress,
+    verdict: &Verdict,
+) -> Result<Vec<TableName>> {
+    // Rows that a comparison found are of tables that it could read.
+    let is_behind = progress.delivered.is_some() && progress.position.missing.is_none();
+    let has_gap = progress.gap().is_some() || progress.is_cut_short();
+    let (why, loses) = match verdict {
+        Verdict::Ours if progress.gap().is_none() => return Ok(Vec::new()),
+        Verdict::Ours => ("it was made anew", is_behind),
+        Verdict::Unknown(why) => (&**why, has_gap && is_behind),
+        Verdict::Lost(why) => (&**why, true),
+    };
+    let mut found = Vec::new();
+    for name in &config.outbox_tables {
+        if table::describe(client, name).await?.is_none() {
+            return Err(
+                Error::refused(format!("table {name} does not exist in this database"))
+                    .hint("walpost init; or name an existing table in WALPOST_OUTBOX_TABLE"),
+            );
+        }
+        if ScanTable::describe(client, name).await?.is_none() {
+            found.push(name.clone());
+        }
     }
-    let before = progress::snapshot(client).await?;
-    let identity = (&*system_id, timeline);
-    let mut making =
-        progress::slot_making(client, slot, stored.as_ref(), identity, &before).await?;
-    let stands = slot::create_slot(client, slot).await?;
-    let upto = progress::snapshot(client).await?;
-    progress::slot_made(client, slot, &mut making, &upto, stands).await?;
-    Ok(making)
+    if loses && !found.is_empty() && config.slot_lost != SlotLost::Restart {
+        return Err(cannot_recover(&config.slot, why, &found));
+    }
+    Ok(found)
+}
+
+/// The refusal, with every way out.
+fn cannot_recover(slot: &str, why: &str, tables: &[TableName]) -> Error {
+    let names: Vec<String> = tables.iter().map(ToString::to_string).collect();
+    let mends: Vec<String> = tables.iter().map(add_columns).collect();
+    Error::refused(format!(
+        "replication slot {slot}: {why}; rows that are not delivered yet cannot be read from {}, which has no columns txid and seq",
+        names.join(", ")
+    ))
+    .hint(format!(
+        "to publish every row of the table again, those that were delivered too, and to recover by itself from then on: {}; \
+         to give up the rows in between: WALPOST_SLOT_LOST=restart walpost run",
+        mends.join("; ")
+    ))
+}
+
+/// The statements that let a table be scanned, and those that do it without a long lock. (The default of txid is no volatile
+/// function, so the first column rewrites nothing; each row gets the transaction of the statement, which commits behind its own.)
+fn add_columns(name: &TableName) -> String {
+    format!(
+        "ALTER TABLE {name} ADD COLUMN txid xid8 NOT NULL DEFAULT pg_current_xact_id(), \
+         ADD COLUMN seq bigint GENERATED ALWAYS AS IDENTITY (rewrites the table under an exclusive lock; without that, see \
+         \"Adding txid and seq to a table in use\" in OPERATIONS.md)"
+    )
+}
+
+/// What is asked of the server besides the slot.
+struct Here {
+    timeline: u32,
+    log_end: Lsn,
+}
+
+/// What the slot is.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// The one that walpost left, as it left it.
+    Ours,
+    /// It streams, and nobody knows what it was told.
+    Unknown(String),
+    /// It will not bring what is missing.
+    Lost(String),
+}
+
+fn judge(
+    state: Option<&SlotState>,
+    progress: &Progress,
+    session: &Session,
+    here: &Here,
+) -> Verdict {
+    let Some(state) = state else {
+        return Verdict::Lost("it does not exist any more".to_owned());
+    };
+    if let Some(why) = &session.unreadable {
+        return Verdict::Lost(why.clone());
+    }
+    if let Some(reason) = state.lost_because() {
+        return Verdict::Lost(format!("it is lost ({reason})"));
+    }
+    let stands = state.confirmed_flush.unwrap_or(Lsn::ZERO);
+    if stands > here.log_end {
+        return Verdict::Lost(format!(
+            "it stands at {stands}, and the log ends at {}: it is from another server or time",
+            here.log_end
+        ));
+    }
+    if let Some(known) = progress.timeline.filter(|known| *known != here.timeline) {
+        let now = here.timeline;
+        return if state.synced {
+            Verdict::Unknown(format!(
+                "the cluster was on timeline {known} and is on {now}, a standby's that kept the slot in step"
+            ))
+        } else {
+            Verdict::Lost(format!(
+                "the cluster was on timeline {known} and is on {now}, and the slot is not known to be the one of before"
+            ))
+        };
+    }
+    if progress.is_cut_short() {
+        return Verdict::Unknown("its making was cut short".to_owned());
+    }
+    if progress.scan_upto.is_none() && progress.delivered.is_none() {
+        return Verdict::Unknown("walpost has never streamed it".to_owned());
+    }
+    let of_comparison = progress.position.missing.is_some();
+    if progress.scan_before.is_none() && progress.scan_upto.is_some() && !of_comparison {
+        // Poll mode leaves it so, and the statements that a person is told to give. (So does a comparison of stream and table, which
+        // says which rows it means.)
+        return Verdict::Unknown("the table was last read without regard to the slot".to_owned());
+    }
+    let never_claimed = progress.session.is_none() && progress.scan_upto.is_some();
+    let as_left = progress.confirmed == state.confirmed_flush && progress.confirmed.is_some();
+    if progress.timeline.is_none() && !never_claimed && !as_left {
+        return Verdict::Unknown(
+            "an earlier version of walpost did not note what it is".to_owned(),
+        );
+    }
+    // What we told is out of date when another process has streamed since.
+    let ours = progress.session.as_ref() == Some(&session.name);
+    let told = session.told.filter(|_| ours);
+    match told.or(progress.confirmed) {
+        Some(known) if stands > known => Verdict::Lost(format!(
+            "it stands at {stands}, and walpost left it at {known}: somebody advanced it, or made it anew"
+        )),
+        _ => Verdict::Ours,
+    }
+}
+
+/// To be asked when the walsender has taken the slot: whether it is the one that was judged. `known` is where that one stood, or
+/// what this process told it since.
+///
+/// # Errors
+/// Temporary when it is not.
+pub async fn check_unchanged(client: &Client, slot: &str, known: Lsn) -> Result<()> {
+    let state = slot_state(client, slot).await?;
+    match changed_since(state.as_ref(), known) {
+        Some(how) => Err(Error::temporary(format!(
+            "replication slot {slot} {how} before the stream began: looking at it again"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// What a refused `START_REPLICATION` means: temporary when the slot was changed since it was judged, so that it is looked at
+/// again; else the refusal itself.
+pub async fn refused_start(client: &Client, slot: &str, known: Lsn, error: Error) -> Error {
+    if !sqlstate(&error).is_some_and(|code| CHANGED_SLOT.contains(&code)) {
+        return error;
+    }
+    match slot_state(client, slot).await {
+        Ok(state) => match changed_since(state.as_ref(), known) {
+            Some(how) => Error::temporary(format!(
+                "replication slot {slot} {how} before the stream began: looking at it again"
+            ))
+            .caused_by(error),
+            None => error,
+        },
+        Err(away) => away,
+    }
+}
+
+fn changed_since(state: Option<&SlotState>, known: Lsn) -> Option<String> {
+    let Some(state) = state else {
+        return Some("was dropped".to_owned());
+    };
+    if let Some(reason) = state.lost_because() {
+        return Some(format!("was lost ({reason})"));
+    }
+    let stands = state.confirmed_flush.filter(|stands| *stands > known)?;
+    Some(format!("moved from {known} to {stands}"))
+}
+
+/// Neither slot nor row.
+#[derive(Debug)]
+struct NothingSetUp;
+
+impl std::fmt::Display for NothingSetUp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("walpost.progress has no row of it")
+    }
+}
+
+impl std::error::Error for NothingSetUp {}
+
+fn nothing_set_up(slot: &str) -> Error {
+    Error::temporary(format!("replication slot {slot} does not exist"))
+        .hint("walpost init")
+        .caused_by(NothingSetUp)
+}
+
+/// True for an error of [`prepare`] that says nothing was ever set up; what is missing first is the preflight's to say.
+pub fn is_nothing_set_up(error: &Error) -> bool {
+    let source = std::error::Error::source(error);
+    source
+        .and_then(|source| source.downcast_ref::<NothingSetUp>())
+        .is_some()
 }
 
 /// How long a session that ends is given to say so.
@@ -233,84 +567,14 @@ pub fn is_busy(error: &Error) -> bool {
         .is_some()
 }
 
-pub(crate) async fn system_id(client: &Client) -> Result<String> {
-    let sql = "SELECT system_identifier::text FROM pg_control_system()";
-    let row = client.query_one(sql, &[]).await;
-    let row = row.map_err(|error| sql_error("ask which cluster this is", error))?;
-    Ok(row.get(0))
-}
-
-/// The timeline that the server writes on. (The one in the control file is the last checkpoint's, which a standby that was just
-/// promoted has not made yet.)
-pub(crate) async fn timeline(client: &Client) -> Result<u32> {
-    let sql = "SELECT CASE WHEN pg_is_in_recovery() THEN (SELECT timeline_id FROM pg_control_checkpoint())
-                      ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int4 END";
-    let row = client.query_one(sql, &[]).await;
-    let row = row.map_err(|error| sql_error("ask for the timeline", error))?;
-    Ok(row.get::<_, i32>(0).cast_unsigned())
-}
-
-/// Refuses snapshots that mean nothing here. One that is [`Progress::ahead`] was not taken from this cluster as it is now, whatever
-/// the row says: the transaction that stores a snapshot is itself beyond it. Transactions still to come would count as delivered.
-pub(crate) fn check_cluster(progress: &Progress, system_id: &str, slot: &str) -> Result<()> {
-    let why = if progress.system_id != system_id {
-        format!(
-            "is from cluster {}, and this is {system_id}: its snapshots mean nothing here",
-            progress.system_id
-        )
-    } else if progress.ahead {
-        "has a snapshot that knows transactions which this cluster has not come to: it was copied or edited, or the cluster \
-         was set back"
-            .to_owned()
-    } else {
-        return Ok(());
-    };
-    let set = |delivered: &str, upto: &str| {
-        format!(
-            "UPDATE walpost.progress SET system_id = '{system_id}', delivered = {delivered}, scan_before = NULL, \
-             scan_upto = {upto}, scan_position = NULL WHERE slot = {}",
-            quote_literal(slot).trim()
-        )
-    };
-    Err(Error::refused(format!("walpost.progress of slot {slot} {why}")).hint(format!(
-        "if this is a copy whose rows the other cluster has published: {}; to publish every row again: {}; after pg_upgrade, \
-         which keeps transaction ids: UPDATE walpost.progress SET system_id = '{system_id}' WHERE slot = {}",
-        set("pg_current_snapshot()", "NULL"),
-        set("NULL", "pg_current_snapshot()"),
-        quote_literal(slot).trim()
-    )))
-}
-
-fn lost_because(
-    state: Option<&SlotState>,
-    progress: &Progress,
-    session: &Session,
-) -> Option<String> {
-    let Some(state) = state else {
-        return Some("it does not exist any more".to_owned());
-    };
-    if session.unreadable.is_some() {
-        return session.unreadable.clone();
-    }
-    if progress.scan_before.is_some() && progress.scan_upto.is_none() {
-        return Some("its making was cut short".to_owned());
-    }
-    if let Some(reason) = state.lost_because() {
-        return Some(format!("it is lost ({reason})"));
-    }
-    // What we told is out of date when another process has streamed since.
-    let ours = progress.session.as_ref() == Some(&session.name);
-    let told = session.told.filter(|_| ours);
-    let known = told.or(progress.confirmed)?;
-    let stands = state.confirmed_flush.filter(|stands| *stands > known)?;
-    Some(format!(
-        "it stands at {stands}, and walpost left it at {known}: somebody advanced it, or made it anew"
-    ))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const HERE: Here = Here {
+        timeline: 1,
+        log_end: Lsn::new(10_000),
+    };
 
     fn slot(confirmed: u64) -> SlotState {
         SlotState {
@@ -324,73 +588,135 @@ mod tests {
             invalidation_reason: None,
             retained_bytes: None,
             failover: false,
+            synced: false,
         }
+    }
+
+    fn session(told: Option<u64>) -> Session {
+        Session {
+            name: "we".to_owned(),
+            told: told.map(Lsn::new),
+            unreadable: None,
+        }
+    }
+
+    /// Of a slot that was streamed and noted.
+    fn noted(session: &str, confirmed: Option<u64>) -> Progress {
+        Progress {
+            session: Some(session.to_owned()),
+            delivered: Some("5:5:".to_owned()),
+            confirmed: confirmed.map(Lsn::new),
+            timeline: Some(1),
+            ..Progress::default()
+        }
+    }
+
+    fn is_lost(verdict: &Verdict) -> bool {
+        matches!(verdict, Verdict::Lost(_))
+    }
+
+    fn is_unknown(verdict: &Verdict) -> bool {
+        matches!(verdict, Verdict::Unknown(_))
     }
 
     #[test]
     fn a_slot_is_ours_unless_it_is_gone_lost_or_beyond_what_it_was_told() {
-        let session = |told: Option<u64>| Session {
-            name: "we".to_owned(),
-            told: told.map(Lsn::new),
-            unreadable: None,
-        };
         let new = session(None);
-        let unknown = Progress::default();
-        let stopped = Progress {
-            confirmed: Some(Lsn::new(100)),
-            session: Some("they".to_owned()),
-            ..Progress::default()
+        let crashed = noted("they", None);
+        let stopped = noted("they", Some(100));
+        let judge = |state: Option<&SlotState>, progress: &Progress, session: &Session| {
+            judge(state, progress, session, &HERE)
         };
-        assert_eq!(lost_because(Some(&slot(500)), &unknown, &new), None);
-        assert_eq!(lost_because(Some(&slot(100)), &stopped, &new), None);
-        assert_eq!(lost_because(Some(&slot(90)), &stopped, &new), None);
-        assert!(lost_because(Some(&slot(101)), &stopped, &new).is_some());
+        assert_eq!(judge(Some(&slot(500)), &crashed, &new), Verdict::Ours);
+        assert_eq!(judge(Some(&slot(100)), &stopped, &new), Verdict::Ours);
+        assert_eq!(judge(Some(&slot(90)), &stopped, &new), Verdict::Ours);
+        assert!(is_lost(&judge(Some(&slot(101)), &stopped, &new)));
         // A process knows what it told, unless another has streamed since.
-        let ours = Progress {
-            session: Some("we".to_owned()),
-            ..Progress::default()
-        };
-        let theirs = Progress {
-            session: Some("they".to_owned()),
-            ..Progress::default()
-        };
+        let (ours, theirs) = (noted("we", None), noted("they", None));
         let told = session(Some(300));
-        assert_eq!(lost_because(Some(&slot(300)), &ours, &told), None);
-        assert!(lost_because(Some(&slot(301)), &ours, &told).is_some());
-        assert_eq!(lost_because(Some(&slot(301)), &theirs, &told), None);
-        assert!(lost_because(None, &unknown, &new).is_some());
-        let cut_short = Progress {
-            scan_before: Some("1:1:".to_owned()),
-            ..Progress::default()
-        };
-        assert!(lost_because(Some(&slot(1)), &cut_short, &new).is_some());
+        assert_eq!(judge(Some(&slot(300)), &ours, &told), Verdict::Ours);
+        assert!(is_lost(&judge(Some(&slot(301)), &ours, &told)));
+        assert_eq!(judge(Some(&slot(301)), &theirs, &told), Verdict::Ours);
+        assert!(is_lost(&judge(None, &crashed, &new)));
+        assert!(is_lost(&judge(Some(&slot(10_001)), &crashed, &new)));
         let mut lost = slot(1);
         lost.wal_status = Some("lost".into());
-        assert!(lost_because(Some(&lost), &unknown, &new).is_some());
+        assert!(is_lost(&judge(Some(&lost), &crashed, &new)));
+        // Made by us and never streamed: it stands where it was made.
+        let made = Progress {
+            scan_before: Some("1:1:".to_owned()),
+            scan_upto: Some("2:2:".to_owned()),
+            confirmed: Some(Lsn::new(100)),
+            timeline: Some(1),
+            ..Progress::default()
+        };
+        assert_eq!(judge(Some(&slot(100)), &made, &new), Verdict::Ours);
+        assert!(is_lost(&judge(Some(&slot(101)), &made, &new)));
     }
 
     #[test]
-    fn progress_of_another_cluster_or_time_is_refused_with_every_way_out() {
-        let progress = Progress {
-            system_id: "1".to_owned(),
-            ..Progress::default()
+    fn a_position_of_another_timeline_proves_nothing() {
+        let here = Here {
+            timeline: 2,
+            ..HERE
         };
-        assert!(check_cluster(&progress, "1", "s").is_ok());
-        let ahead = Progress {
-            ahead: true,
-            ..progress.clone()
+        // Told 0/5000 before; the slot on the promoted standby stands at less.
+        let before = noted("we", None);
+        let told = session(Some(0x5000));
+        let judge = |state: &SlotState| judge(Some(state), &before, &told, &here);
+        assert!(is_lost(&judge(&slot(0x2600))));
+        let mut synced = slot(0x2600);
+        synced.synced = true;
+        assert!(is_unknown(&judge(&synced)));
+        synced.wal_status = Some("lost".into());
+        assert!(is_lost(&judge(&synced)));
+    }
+
+    #[test]
+    fn a_slot_of_which_nothing_is_noted_is_unknown() {
+        let new = session(None);
+        let judge = |progress: &Progress| judge(Some(&slot(100)), progress, &new, &HERE);
+        let nothing = Progress::default();
+        assert!(is_unknown(&judge(&nothing)));
+        let claimed = Progress {
+            session: Some("they".to_owned()),
+            timeline: Some(1),
+            ..nothing.clone()
         };
-        for (progress, here) in [(&progress, "2"), (&ahead, "1")] {
-            let said = check_cluster(progress, here, "s").unwrap_err();
-            assert_eq!(said.exit_code(), 69);
-            let said = said.report();
-            for way in [
-                "delivered = pg_current_snapshot(), scan_before = NULL, scan_upto = NULL",
-                "delivered = NULL, scan_before = NULL, scan_upto = pg_current_snapshot()",
-                "after pg_upgrade",
-            ] {
-                assert!(said.contains(way), "{said}");
-            }
-        }
+        assert!(is_unknown(&judge(&claimed)));
+        let cut_short = Progress {
+            scan_before: Some("1:1:".to_owned()),
+            timeline: Some(1),
+            ..nothing.clone()
+        };
+        assert!(is_unknown(&judge(&cut_short)));
+        let polled = Progress {
+            scan_upto: Some("7:7:".to_owned()),
+            ..noted("they", None)
+        };
+        assert!(is_unknown(&judge(&polled)));
+        // Of an earlier version only a good stop, or a slot that was just made, is good enough.
+        let earlier = |confirmed| Progress {
+            timeline: None,
+            ..noted("they", confirmed)
+        };
+        assert_eq!(judge(&earlier(Some(100))), Verdict::Ours);
+        assert!(is_unknown(&judge(&earlier(Some(101)))));
+        assert!(is_unknown(&judge(&earlier(None))));
+        let made = Progress {
+            scan_before: Some("1:1:".to_owned()),
+            scan_upto: Some("2:2:".to_owned()),
+            ..nothing
+        };
+        assert_eq!(judge(&made), Verdict::Ours);
+    }
+
+    #[test]
+    fn a_slot_that_was_changed_before_the_stream_is_noticed() {
+        let known = Lsn::new(100);
+        assert_eq!(changed_since(Some(&slot(100)), known), None);
+        assert_eq!(changed_since(Some(&slot(90)), known), None);
+        assert!(changed_since(Some(&slot(101)), known).is_some());
+        assert!(changed_since(None, known).is_some());
     }
 }

@@ -227,16 +227,16 @@ impl ScanTable {
         Ok(row.get(0))
     }
 
-    /// Ids, as text, and numbers of the rows that are visible in `upto` and not in `except`. For few.
+    /// Ids, as text, and numbers of the rows that are visible in `upto` and not in `except`; `limit` at most.
     pub async fn ids(
         &self,
         client: &Client,
         id_column: &str,
-        upto: &Snapshot,
-        except: &Snapshot,
+        (upto, except): (&Snapshot, &Snapshot),
+        limit: usize,
     ) -> Result<Vec<(String, RowNumber)>> {
         let sql = format!(
-            "SELECT {}::text, {SEQ}::text FROM {} WHERE {}",
+            "SELECT {}::text, {SEQ}::text FROM {} WHERE {} LIMIT {limit}",
             quote_ident(id_column),
             self.name,
             between(upto, Some(except))?

@@ -14,7 +14,14 @@ async fn stored(database: &Database) -> Progress {
 
 async fn claim(database: &Database, session: &str) -> (Claim, Progress) {
     let progress = stored(database).await;
-    let claimed = progress::claim(&database.client, &database.slot, &progress, session, 1).await;
+    let claimed = progress::claim(
+        &database.client,
+        &database.slot,
+        &progress,
+        session,
+        Some(1),
+    )
+    .await;
     (claimed.expect("a claim"), progress)
 }
 
@@ -64,7 +71,7 @@ async fn a_change_that_was_computed_from_what_is_not_stored_any_more_changes_not
             assert!(progress::is_changed(&error), "{}", error.report());
             assert!(error.is_temporary(), "{}", error.report());
         }
-        let claimed = progress::claim(client, slot, &known, "we", 1).await;
+        let claimed = progress::claim(client, slot, &known, "we", Some(1)).await;
         assert!(claimed.is_err(), "{change}");
         assert_eq!(stored(&database).await, now, "{change}");
         assert_eq!(from, known, "{change}");

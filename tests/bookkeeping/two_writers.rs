@@ -1,9 +1,8 @@
 //! `walpost init` and the file `sql/11_slot.sql` beside a running walpost.
 
 use crate::support::{Database, Walpost, eventually};
-use crate::{DEADLINE, NOTED_SOON, arrived, insert, wait_all_sent};
+use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, database_on, insert, wait_all_sent};
 
-const POLL: (&str, &str) = ("WALPOST_MODE", "poll");
 /// Long enough for the steps between two looks.
 const SELDOM: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "8s");
 
@@ -31,23 +30,17 @@ fn make_slot(database: &Database, maker: Maker) -> Walpost {
     }
 }
 
-/// The file that makes the slot makes no publication.
-async fn publish(database: &Database) {
-    let sql = "CREATE PUBLICATION walpost FOR TABLE walpost.outbox WITH (publish = 'insert', publish_via_partition_root = true)";
-    database.sql(sql).await;
-}
-
 async fn slot_exists(database: &Database, what: &str) -> bool {
     let sql = format!("SELECT FROM pg_replication_slots WHERE slot_name = $1 AND {what}");
     !database.rows(&sql, &[&database.slot]).await.is_empty()
 }
 
 /// The interleaving in which a slot's maker that knows nothing of a poller loses a row.
-async fn a_slot_is_made_beside_a_poller(maker: Maker) {
+async fn a_slot_is_made_beside_a_poller(major: Option<i32>, maker: Maker) {
     // GIVEN a poller that looks seldom, and a transaction that is open with a row
-    let database = Database::create("makers").await;
+    let database = database_on(major, "makers").await;
     database.init(&[], &[POLL]).await;
-    publish(&database).await;
+    database.sql(PUBLISH).await;
     let mut poller = database.walpost(&["run"], &[POLL, SELDOM]).spawn();
     poller.wait_for_line("polling", DEADLINE).await;
     let long = database.connect().await;
@@ -91,12 +84,22 @@ async fn a_slot_is_made_beside_a_poller(maker: Maker) {
 
 #[tokio::test]
 async fn init_makes_no_slot_beside_a_running_poller_and_no_row_is_lost() {
-    a_slot_is_made_beside_a_poller(Maker::Init).await;
+    a_slot_is_made_beside_a_poller(None, Maker::Init).await;
 }
 
 #[tokio::test]
 async fn the_file_of_sql_makes_no_slot_beside_a_running_poller_and_no_row_is_lost() {
-    a_slot_is_made_beside_a_poller(Maker::File).await;
+    a_slot_is_made_beside_a_poller(None, Maker::File).await;
+}
+
+#[tokio::test]
+async fn on_postgres_14_no_slot_is_made_beside_a_running_poller() {
+    a_slot_is_made_beside_a_poller(Some(14), Maker::File).await;
+}
+
+#[tokio::test]
+async fn on_postgres_18_no_slot_is_made_beside_a_running_poller() {
+    a_slot_is_made_beside_a_poller(Some(18), Maker::File).await;
 }
 
 #[tokio::test]

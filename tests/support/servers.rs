@@ -42,7 +42,11 @@ pub(crate) fn servers() -> &'static Servers {
 impl Servers {
     /// Runs `deploy/local/up` with these arguments (for instance `["--postgres", "18"]`) and reads what it wrote.
     pub(crate) fn up(args: &[&str]) -> Self {
-        let said = run_script("up", args, None);
+        Self::from_said(&run_script("up", args, None))
+    }
+
+    /// Reads the env file that `deploy/local/up` named.
+    fn from_said(said: &str) -> Self {
         let env_file = said
             .lines()
             .rev()
@@ -69,9 +73,9 @@ impl Servers {
         let dist = dist.to_str().expect("up allows no other characters");
         // Made before `up` runs: what a failing `up` leaves behind is wiped too.
         let folder = OwnFolder(dir.clone());
-        run_script("up", &[&["--dist", dist], args].concat(), Some(&dir));
+        let said = run_script("up", &[&["--dist", dist], args].concat(), Some(&dir));
         OwnServers {
-            servers: Self::from_vars(read_env(&Path::new(&dir).join("env"))),
+            servers: Self::from_said(&said),
             _folder: folder,
         }
     }

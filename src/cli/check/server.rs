@@ -293,6 +293,7 @@ mod tests {
             invalidation_reason: None,
             retained_bytes: Some(retained_bytes),
             failover: false,
+            synced: false,
         }
     }
 

@@ -384,7 +384,8 @@ pub(super) fn check_slot(name: &str, slot: &SlotState, server: &Server) -> Resul
     }
     if let Some(reason) = slot.lost_because() {
         return Err(Error::refused(format!("slot {name} is lost: {reason}")).hint(format!(
-            "SELECT pg_drop_replication_slot({}); then walpost init again; rows committed meanwhile are not streamed",
+            "start walpost run, which makes it anew and publishes the rows in between from tables with txid and seq; to give up those \
+             rows: SELECT pg_drop_replication_slot({}); then walpost init again",
             quote_literal(name)
         )));
     }
@@ -420,6 +421,7 @@ mod tests {
             invalidation_reason: None,
             retained_bytes: None,
             failover: false,
+            synced: false,
         }
     }
 

@@ -14,7 +14,7 @@ use crate::connector::publisher_config;
 use crate::outbox::{OutboxEvent, key_hash};
 use crate::postgres::sql_error;
 use crate::pulsar::{BrokerEvent, Flush, Outgoing, Publisher, PublisherConfig, RowTag};
-use crate::scanner::recovery;
+use crate::scanner::cluster;
 use crate::{Error, Lsn, Result};
 
 /// Without a single receipt for this long a one-shot command gives up.
@@ -33,7 +33,7 @@ pub(super) struct Sender {
 
 impl Sender {
     pub(super) async fn connect(config: &Config, client: &Client) -> Result<Self> {
-        let system_id = recovery::system_id(client).await?;
+        let system_id = cluster::system_id(client).await?;
         let row = client
             .query_one("SELECT timeline_id FROM pg_control_checkpoint()", &[])
             .await

@@ -49,9 +49,9 @@ use crate::config::Config;
 use crate::outbox::{Extractor, Role, Scratch};
 use crate::pgoutput::Column;
 use crate::postgres::{TableName, connect_sql, sql_error, sqlstate};
+use crate::scanner::cluster;
 use crate::scanner::outbox::TXID;
 use crate::scanner::progress as stored;
-use crate::scanner::recovery;
 use crate::scanner::table::{ScanRow, ScanTable};
 use crate::{Error, Result};
 use judge::{Judge, Range};
@@ -225,8 +225,8 @@ pub(super) async fn delivered(client: &Client, slot: &str) -> Result<stored::Sna
         .hint("start walpost run; WALPOST_SCAN_INTERVAL after the first receipt it is noted")
     };
     let progress = progress.ok_or_else(nothing)?;
-    let system_id = recovery::system_id(client).await?;
-    recovery::check_cluster(&progress, &system_id, slot)?;
+    let system_id = cluster::system_id(client).await?;
+    cluster::check_cluster(&progress, &system_id, slot)?;
     progress.delivered.ok_or_else(nothing)
 }
 

@@ -1,0 +1,89 @@
+//! Which cluster answers, and whether what is stored is from it.
+//!
+//! Input: a SQL connection, a row of `walpost.progress`. Output: system id and timeline, or a refusal with the statements for
+//! each case.
+
+use tokio_postgres::Client;
+
+use super::progress::Progress;
+use crate::postgres::{quote_literal, sql_error};
+use crate::{Error, Result};
+
+/// The system id, as text.
+pub(crate) async fn system_id(client: &Client) -> Result<String> {
+    let sql = "SELECT system_identifier::text FROM pg_control_system()";
+    let row = client.query_one(sql, &[]).await;
+    let row = row.map_err(|error| sql_error("ask which cluster this is", error))?;
+    Ok(row.get(0))
+}
+
+/// The timeline that the server writes on. (The one in the control file is the last checkpoint's, which a standby that was just
+/// promoted has not made yet.)
+pub(crate) async fn timeline(client: &Client) -> Result<u32> {
+    let sql = "SELECT CASE WHEN pg_is_in_recovery() THEN (SELECT timeline_id FROM pg_control_checkpoint())
+                      ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int4 END";
+    let row = client.query_one(sql, &[]).await;
+    let row = row.map_err(|error| sql_error("ask for the timeline", error))?;
+    Ok(row.get::<_, i32>(0).cast_unsigned())
+}
+
+/// Refuses snapshots that mean nothing here. One that is [`Progress::ahead`] was not taken from this cluster as it is now, whatever
+/// the row says: the transaction that stores a snapshot is itself beyond it. Transactions still to come would count as delivered.
+pub(crate) fn check_cluster(progress: &Progress, system_id: &str, slot: &str) -> Result<()> {
+    let why = if progress.system_id != system_id {
+        format!(
+            "is from cluster {}, and this is {system_id}: its snapshots mean nothing here",
+            progress.system_id
+        )
+    } else if progress.ahead {
+        "has a snapshot that knows transactions which this cluster has not come to: it was copied or edited, or the cluster \
+         was set back"
+            .to_owned()
+    } else {
+        return Ok(());
+    };
+    let set = |delivered: &str, upto: &str| {
+        format!(
+            "UPDATE walpost.progress SET system_id = '{system_id}', delivered = {delivered}, scan_before = NULL, \
+             scan_upto = {upto}, scan_position = NULL WHERE slot = {}",
+            quote_literal(slot).trim()
+        )
+    };
+    Err(Error::refused(format!("walpost.progress of slot {slot} {why}")).hint(format!(
+        "if this is a copy whose rows the other cluster has published: {}; to publish every row again: {}; after pg_upgrade, \
+         which keeps transaction ids: UPDATE walpost.progress SET system_id = '{system_id}' WHERE slot = {}",
+        set("pg_current_snapshot()", "NULL"),
+        set("NULL", "pg_current_snapshot()"),
+        quote_literal(slot).trim()
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_of_another_cluster_or_time_is_refused_with_every_way_out() {
+        let progress = Progress {
+            system_id: "1".to_owned(),
+            ..Progress::default()
+        };
+        assert!(check_cluster(&progress, "1", "s").is_ok());
+        let ahead = Progress {
+            ahead: true,
+            ..progress.clone()
+        };
+        for (progress, here) in [(&progress, "2"), (&ahead, "1")] {
+            let said = check_cluster(progress, here, "s").unwrap_err();
+            assert_eq!(said.exit_code(), 69);
+            let said = said.report();
+            for way in [
+                "delivered = pg_current_snapshot(), scan_before = NULL, scan_upto = NULL",
+                "delivered = NULL, scan_before = NULL, scan_upto = pg_current_snapshot()",
+                "after pg_upgrade",
+            ] {
+                assert!(said.contains(way), "{said}");
+            }
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Makes a slot with a snapshot before and after it in `walpost.progress`, as `sql/11_slot.sql` does.
+//!
+//! Input: a SQL connection that holds the slot's lock. Output: the slot, and its row.
+//!
+//! # The snapshot after
+//!
+//! `scan_upto` says: rows that are not visible in it are always streamed. A plain snapshot, taken when the slot is there, says so
+//! only where the slot waited for every transaction that ran while it was made. Before Postgres 14.13, 15.8 and 16.4 it may not
+//! have: a slot that finds another slot's stored snapshot takes it for its own, and then streams only the second part of a
+//! transaction that was running. The rows of the first part would be neither streamed nor in the gap.
+//!
+//! So on every version [`settled`] takes a snapshot when the slot is there, waits until each transaction that is running in it has
+//! ended, and then takes the one that is stored. What is not visible in that one began after the slot was there, so it is
+//! streamed whole. What is visible is in the gap. What of that the stream brings as well, in part or whole, is not visible in
+//! `scan_before`, so its ids are remembered and skipped. These are the rows committed while the slot was made and while [`settled`] waited;
+//! there is a limit to how many are remembered ([`super::gap::overlap`]), beyond which rows come twice.
+//!
+//! (The first snapshot with its running transactions called finished would leave fewer. But then a transaction that is visible may have
+//! committed behind one that is not, and a key's rows would come out of order: the scan's before the stream's. Of a plain
+//! snapshot whatever is visible was committed before whatever is not. `tests/gap.rs` has seen it, with 24 writers.)
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tokio_postgres::Client;
+use tracing::warn;
+
+use super::cluster;
+use super::progress::{self, Progress, Snapshot};
+use crate::Result;
+use crate::postgres::slot;
+
+/// Between two looks at the transactions that are waited for, at most.
+const LOOK: Duration = Duration::from_secs(1);
+/// After this long they are named, and again each time it has passed.
+const NAME_AFTER: Duration = Duration::from_secs(5);
+/// Not more of them.
+const NAMED: usize = 5;
+
+/// Makes the slot, with a snapshot before and after in `walpost.progress`. The caller holds the slot's lock.
+///
+/// # Errors
+/// Refused when the progress is from another cluster, and for what [`slot::create_slot`] refuses.
+pub async fn make_slot(client: &Client, slot: &str) -> Result<Progress> {
+    let system_id = cluster::system_id(client).await?;
+    let timeline = cluster::timeline(client).await?;
+    let stored = progress::read(client, slot).await?;
+    if let Some(progress) = &stored {
+        cluster::check_cluster(progress, &system_id, slot)?;
+    }
+    let before = progress::snapshot(client).await?;
+    let identity = (&*system_id, timeline);
+    let mut making =
+        progress::slot_making(client, slot, stored.as_ref(), identity, &before).await?;
+    let stands = slot::create_slot(client, slot).await?;
+    let upto = settled(client).await?;
+    progress::slot_made(client, slot, &mut making, &upto, stands).await?;
+    Ok(making)
+}
+
+/// A snapshot that is taken when every transaction that is running now has ended. Names those that take long.
+pub async fn settled(client: &Client) -> Result<Snapshot> {
+    let now = progress::snapshot(client).await?;
+    let mut named_at = Instant::now();
+    let mut pause = Duration::from_millis(5);
+    loop {
+        let running = slot::still_running(client, &now).await?;
+        if running.is_empty() {
+            break;
+        }
+        if named_at.elapsed() >= NAME_AFTER {
+            named_at = Instant::now();
+            warn!(
+                transactions = running.len(),
+                "waiting for transactions that ran while the slot was made: {}",
+                running[..running.len().min(NAMED)].join("; ")
+            );
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LOOK);
+    }
+    progress::snapshot(client).await
+}

@@ -1,0 +1,127 @@
+//! The snapshot after a slot's making waits for every transaction that ran while it was made.
+
+use std::io::Write as _;
+use std::pin::pin;
+use std::process::Stdio;
+use std::time::Duration;
+
+use walpost::scanner::slot_maker::settled;
+
+use crate::support::{Database, eventually};
+use crate::{DEADLINE, POLL, database_on, insert};
+
+/// An outbox without a slot, and a transaction that is open with a row.
+async fn with_open_transaction(major: Option<i32>) -> (Database, tokio_postgres::Client) {
+    let database = database_on(major, "settled").await;
+    database.init(&[], &[POLL]).await;
+    let open = database.connect().await;
+    open.batch_execute("BEGIN").await.expect("a transaction");
+    insert(&open, "row").await;
+    (database, open)
+}
+
+async fn is_visible(database: &Database, snapshot: &str) -> bool {
+    let sql = "SELECT pg_visible_in_snapshot(txid, $1::text::pg_snapshot) FROM walpost.outbox";
+    database.rows(sql, &[&snapshot]).await[0].get(0)
+}
+
+async fn waits_for_open_transactions(major: Option<i32>) {
+    // GIVEN a transaction that is open
+    let (database, open) = with_open_transaction(major).await;
+
+    // WHEN a snapshot is asked for THEN it is not taken before that has ended
+    let client = database.connect().await;
+    let mut taking = pin!(settled(&client));
+    let early = tokio::time::timeout(Duration::from_millis(300), taking.as_mut()).await;
+    assert!(early.is_err(), "it did not wait");
+
+    // AND then it shows its rows
+    open.batch_execute("COMMIT").await.expect("it commits");
+    let snapshot = tokio::time::timeout(DEADLINE, taking).await;
+    let snapshot = snapshot.expect("an end").expect("a snapshot");
+    assert!(is_visible(&database, &snapshot).await);
+}
+
+#[tokio::test]
+async fn the_snapshot_after_a_slots_making_waits_for_transactions_that_are_open() {
+    waits_for_open_transactions(None).await;
+}
+
+#[tokio::test]
+async fn on_postgres_14_the_snapshot_after_waits_for_transactions_that_are_open() {
+    waits_for_open_transactions(Some(14)).await;
+}
+
+#[tokio::test]
+async fn on_postgres_18_the_snapshot_after_waits_for_transactions_that_are_open() {
+    waits_for_open_transactions(Some(18)).await;
+}
+
+#[tokio::test]
+async fn the_transactions_that_are_waited_for_are_named() {
+    let (database, open) = with_open_transaction(None).await;
+    let now = "SELECT pg_current_snapshot()::text, pg_backend_pid()::text";
+    let row = &open.query(now, &[]).await.expect("a row")[0];
+    let (snapshot, pid): (String, String) = (row.get(0), row.get(1));
+    let client = database.connect().await;
+    let named = walpost::postgres::slot::still_running(&client, &snapshot).await;
+    let named = named.expect("names");
+    let ours = format!("process {pid} (");
+    assert!(
+        named.iter().any(|name| name.starts_with(&ours)),
+        "{named:?}"
+    );
+    open.batch_execute("COMMIT").await.expect("it commits");
+    let named = walpost::postgres::slot::still_running(&client, &snapshot).await;
+    let named = named.expect("names");
+    assert!(
+        !named.iter().any(|name| name.starts_with(&ours)),
+        "{named:?}"
+    );
+}
+
+#[tokio::test]
+async fn the_file_of_sql_waits_as_well() {
+    // GIVEN the file as far as the slot
+    let database = database_on(None, "settled").await;
+    database.init(&[], &[POLL]).await;
+    let sql = include_str!("../../sql/11_slot.sql");
+    let sql = sql.replace("/*:slot*/ 'walpost'", &format!("'{}'", database.slot));
+    let (making, rest) = sql.split_once("-- The snapshot after").expect("the place");
+    let mut psql = std::process::Command::new("psql")
+        .args(["-X", "-q", "-o", "/dev/null", "-v", "ON_ERROR_STOP=1"])
+        .args(["-d", &database.socket_url, "-f", "-"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("psql is installed with Postgres");
+    let mut input = psql.stdin.take().expect("piped");
+    input.write_all(making.as_bytes()).expect("psql reads");
+    eventually(DEADLINE, "the slot", async || {
+        database.confirmed_flush_lsn(&database.slot).await
+    })
+    .await;
+
+    // WHEN a transaction is open when it is there
+    let open = database.connect().await;
+    open.batch_execute("BEGIN").await.expect("a transaction");
+    insert(&open, "row").await;
+    input.write_all(rest.as_bytes()).expect("psql reads");
+    drop(input);
+    eventually(DEADLINE, "the file to wait", async || {
+        let sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'";
+        (!database.rows(sql, &[]).await.is_empty()).then_some(())
+    })
+    .await;
+
+    // THEN it goes on behind its end, and the snapshot shows its row
+    open.batch_execute("COMMIT").await.expect("it commits");
+    eventually(DEADLINE, "psql to end", async || {
+        psql.try_wait()
+            .expect("a child")
+            .map(|status| assert!(status.success()))
+    })
+    .await;
+    let sql = "SELECT scan_upto::text FROM walpost.progress WHERE confirmed_lsn IS NOT NULL";
+    let upto: String = database.rows(sql, &[]).await[0].get(0);
+    assert!(is_visible(&database, &upto).await);
+}

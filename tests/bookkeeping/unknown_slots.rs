@@ -1,0 +1,106 @@
+//! Slots of which `walpost.progress` knows nothing: what the table has is published up to now, and what the slot brings as well is skipped.
+
+use crate::support::{Database, eventually};
+use crate::{
+    DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, database_on, insert, make_slot_by_hand,
+    wait_all_sent,
+};
+
+/// An outbox and a publication, and no slot.
+async fn without_slot(major: Option<i32>) -> Database {
+    let database = database_on(major, "unknown").await;
+    database.init(&[], &[POLL]).await;
+    database.sql(PUBLISH).await;
+    database
+}
+
+async fn first_sight(major: Option<i32>, progress: &str) {
+    // GIVEN rows from before a slot that somebody made, and rows from after it
+    let database = without_slot(major).await;
+    insert(&database.client, "older").await;
+    make_slot_by_hand(&database).await;
+    insert(&database.client, "newer").await;
+    database.sql(progress).await;
+
+    // WHEN walpost runs there for the first time
+    let walpost = database.start(&[NOTED_SOON]).await;
+    insert(&database.client, "streamed").await;
+    wait_all_sent(&database).await;
+    walpost.stop().await;
+
+    // THEN all of them come, each once
+    let rows = arrived(&database, &["older", "newer", "streamed"]).await;
+    assert_eq!(rows.len(), 3, "{rows:?}");
+}
+
+const NO_ROW: &str = "DELETE FROM walpost.progress";
+
+#[tokio::test]
+async fn a_slot_that_was_there_before_walpost_is_read_with_the_table_and_no_older_row_counts_as_delivered()
+ {
+    first_sight(None, NO_ROW).await;
+}
+
+#[tokio::test]
+async fn a_row_without_snapshots_is_no_better_than_none() {
+    let row = "INSERT INTO walpost.progress (slot, system_id, session, timeline)
+               SELECT slot_name, system_identifier::text, 'an earlier one', 1
+               FROM pg_replication_slots, pg_control_system() WHERE database = current_database()";
+    first_sight(None, row).await;
+}
+
+#[tokio::test]
+async fn on_postgres_14_no_row_older_than_a_found_slot_counts_as_delivered() {
+    first_sight(Some(14), NO_ROW).await;
+}
+
+#[tokio::test]
+async fn on_postgres_18_no_row_older_than_a_found_slot_counts_as_delivered() {
+    first_sight(Some(18), NO_ROW).await;
+}
+
+#[tokio::test]
+async fn rows_between_the_last_look_of_poll_mode_and_a_slot_made_by_hand_arrive() {
+    // GIVEN a poller that has delivered a row and stopped
+    let database = without_slot(None).await;
+    let mut poller = database.walpost(&["run"], &[POLL, NOTED_SOON]).spawn();
+    poller.wait_for_line("polling", DEADLINE).await;
+    insert(&database.client, "polled").await;
+    wait_all_sent(&database).await;
+    poller.stop().await;
+
+    // WHEN a row is committed, then somebody makes the slot, then another row is committed
+    insert(&database.client, "between").await;
+    make_slot_by_hand(&database).await;
+    insert(&database.client, "behind").await;
+    let walpost = database.start(&[NOTED_SOON]).await;
+    wait_all_sent(&database).await;
+    walpost.stop().await;
+
+    // THEN each comes once
+    let rows = arrived(&database, &["polled", "between", "behind"]).await;
+    assert_eq!(rows.len(), 3, "{rows:?}");
+}
+
+#[tokio::test]
+async fn a_first_start_that_is_killed_in_its_scan_does_not_take_the_slot_for_known() {
+    // GIVEN a found slot, an older row, and a start whose scan never ends because the broker is away
+    let database = without_slot(None).await;
+    insert(&database.client, "older").await;
+    make_slot_by_hand(&database).await;
+    let away = [NOTED_SOON, ("WALPOST_PULSAR_URL", "pulsar://127.0.0.1:1")];
+    let mut walpost = database.walpost(&["run"], &away).spawn();
+    eventually(DEADLINE, "the slot to be claimed", async || {
+        let sql = "SELECT FROM walpost.progress WHERE session IS NOT NULL";
+        (!database.rows(sql, &[]).await.is_empty()).then_some(())
+    })
+    .await;
+    walpost.sigkill();
+    walpost.wait_exit(DEADLINE).await;
+
+    // WHEN the next one starts THEN the row comes
+    let walpost = database.start(&[NOTED_SOON]).await;
+    wait_all_sent(&database).await;
+    walpost.stop().await;
+    arrived(&database, &["older"]).await;
+}
