@@ -287,6 +287,7 @@ impl Connector {
         )
         .await;
         self.keeper = keeper;
+        let ended = ended.map_err(|error| self.pipe().locate(error));
         // A stream that ended before its first status update has told nothing: what the one before told still holds.
         self.session.told = feedback.told().or(self.session.told);
         self.pipe().streaming(false);

@@ -27,6 +27,7 @@
 //! | a row that the table holds and the stream did not bring is published, and counts as delivered only then | the rows of both are counted by `txid` and compared before a snapshot is noted ([`scanner::reconcile`]) | `tests/reconcile.rs` |
 //! | what keeps rows out of the stream is told, and once mended stops nothing | the catalogue is asked at each start, in each round and when the stream surprises ([`postgres::published`], [`pipe`]) | `tests/catalog.rs` |
 //! | what is noted of delivery holds although others write, and a slot is known by more than a position | compare-and-set under the slot's lock ([`scanner::progress`]); what is not known is read from the table ([`scanner::recovery`]) | `tests/bookkeeping.rs`, `tests/failover.rs` |
+//! | a row gives the same message whichever way it takes | one decoder, one resolved type, the same functions of the server print its values (`scanner::rows`) | `tests/decoder.rs` |
 //! | rows and snapshots from another cluster or time are refused, never passed over | a `txid` that is still to come can be told ([`scanner`], [`scanner::recovery`]) | `tests/elsewhere.rs` |
 //! | no clock decides what is delivered | transaction ids and log positions do; the time of day only delays ([`scanner`]) | `tests/clocks.rs` |
 //! | Postgres 14 to 18 do the same | what is newer is used where it is ([`postgres::slot`]) | `tests/majors.rs` for the oldest and the newest |

@@ -57,7 +57,7 @@ use crate::ack::TxnNo;
 use crate::outbox::{Columns, ENVELOPE_OID, Envelopes, Extractor, RowNumber, TopicTemplate};
 use crate::outlet::{Counts, Event, Origin, Outlet, Source};
 use crate::pgoutput::{self, Message, Relation, RelationCache, Tuple};
-use crate::postgres::{Frame, OutboxRelations, TableName, UnreadableLog};
+use crate::postgres::{self, Frame, OutboxRelations, TableName, UnreadableLog};
 use crate::pulsar::{Publisher, RowTag};
 use crate::scanner::straggler::Stragglers;
 use crate::scanner::streamed::StreamedRuns;
@@ -386,6 +386,35 @@ impl Pipe {
     /// The position to confirm; the only place it comes from is [`AckTracker::flush_lsn`](crate::ack::AckTracker::flush_lsn).
     pub fn flush_lsn(&mut self) -> Lsn {
         self.outlet.tracker().flush_lsn(self.keepalive_wal_end)
+    }
+
+    /// Says of an error of the stream which row it is about, where the server cannot convert the row's text to UTF-8. Nothing
+    /// behind that row can be read: the log keeps the text, also when the row is mended.
+    #[cold]
+    pub fn locate(&self, error: Error) -> Error {
+        if !postgres::is_unconvertible(&error) {
+            return error;
+        }
+        let tables: Vec<String> = self
+            .routing
+            .tables
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        let tables = tables.join(", ");
+        let place = match (self.stream, &self.open) {
+            (Stream::Open { .. }, Some(open)) => format!(
+                "row {} of transaction {}, which commits at {}, of table {tables} or another one of the publication",
+                open.rows + 1,
+                open.xid,
+                open.commit_lsn
+            ),
+            _ => format!("a row behind {} of table {tables}", self.received),
+        };
+        Error::refused(format!(
+            "{place} has text that the server cannot convert to UTF-8"
+        ))
+        .caused_by(UnreadableLog(error.told().0))
     }
 
     /// Takes one frame; true when the server wants a status update at once.

@@ -34,6 +34,7 @@ use crate::config::Config;
 use crate::outbox::{Extractor, OutboxEvent, Scratch};
 use crate::postgres::{connect_sql, quote_ident, sql_error, sqlstate};
 use crate::scanner::outbox::OutboxTable;
+use crate::scanner::rows::printed;
 use crate::scanner::table::{ScanRow, ScanTable};
 use crate::{Error, Result};
 use sender::Sender;
@@ -170,12 +171,13 @@ struct Replay<'a> {
 impl Replay<'_> {
     async fn table(&mut self, client: &Client, config: &Config, number: usize) -> Result<Left> {
         let name = &config.outbox_tables[number];
-        let table = described(client, name).await?;
+        let mut table = described(client, name).await?;
         let facts = OutboxTable::read(client, name, config).await?;
         let mut extractor = Extractor::new(&table.relation, &config.columns, &config.topic)?;
         if self.options.from.is_some() || self.options.to.is_some() {
             check_has_time(&extractor)?;
         }
+        table.read_only_for(&extractor);
         let chosen = self.chosen(config, &facts);
         let (outbox, upto, options) = (name.to_string(), self.upto.clone(), self.options);
         let parameters: [&(dyn ToSql + Sync); 6] = [
@@ -241,17 +243,15 @@ impl Replay<'_> {
             }
             None => "$3::text IS NULL AND $4::text IS NULL".to_owned(),
         };
-        format!("{id} AND ($2::text IS NULL OR o.{key}::text = $2::text) AND {in_time}")
+        let key = printed(&format!("o.{key}"));
+        format!("{id} AND ($2::text IS NULL OR {key} = $2::text) AND {in_time}")
     }
 
     fn straggler(&self, facts: &OutboxTable) -> String {
         if !self.has_stragglers {
             return "false".to_owned();
         }
-        let id = facts.id_column();
-        format!(
-            "EXISTS (SELECT FROM walpost.straggler s WHERE s.outbox = $6::text AND s.id = o.{id}::text)"
-        )
+        facts.is_straggler("$6::text")
     }
 
     async fn rows(

@@ -34,8 +34,10 @@ pub enum Problem {
         /// Values in the row.
         found: usize,
     },
-    /// Text that is not UTF-8.
+    /// Text that is not UTF-8: the database's encoding is `SQL_ASCII`.
     NotUtf8,
+    /// Text that is not ASCII, in a row of which the server cannot convert a text to UTF-8.
+    Unconvertible,
     /// Binary format of a type that walpost reads only as text (see [`super::binary_safe`]).
     BinaryType {
         /// The type's OID.
@@ -143,6 +145,9 @@ impl fmt::Display for Problem {
                 "the row has {found} values, but its table {expected} columns"
             ),
             Self::NotUtf8 => f.write_str("is not UTF-8"),
+            Self::Unconvertible => f.write_str(
+                "is in the database's own encoding, because the server cannot convert the row's text to UTF-8",
+            ),
             Self::BinaryType { oid } => write!(
                 f,
                 "has the type with OID {oid}, which walpost does not read in binary format"
@@ -179,7 +184,13 @@ impl Problem {
             Self::Unchanged | Self::ColumnCount { .. } | Self::BinaryValue { .. } => {
                 "the server broke the replication protocol; please report it with the server's version"
             }
-            Self::NotUtf8 => "the connection must use client_encoding UTF8",
+            Self::NotUtf8 => {
+                "a database of the encoding SQL_ASCII takes any bytes as text, one of ENCODING 'UTF8' does not; in \
+                 walpost.straggler such text stands in the escape format of bytea"
+            }
+            Self::Unconvertible => {
+                "mend the text in the table; in walpost.straggler what is not ASCII stands in the escape format of bytea"
+            }
             Self::BinaryType { .. } => "the stream must be restarted without the binary option",
             Self::NotHex => "the replication connection must use bytea_output hex",
             Self::NotTime => "the replication connection must use DateStyle ISO",

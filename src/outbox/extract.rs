@@ -137,6 +137,12 @@ impl Extractor {
             .filter(|role| self.roles[role.index()].slot == ABSENT)
     }
 
+    /// Whether the column in this place is read.
+    pub fn reads(&self, index: usize) -> bool {
+        let is_planned = self.plan.get(index).is_some_and(|slot| *slot != UNREAD);
+        is_planned || self.router.columns().any(|(place, _)| place == index)
+    }
+
     /// A column that is read, and its type, if that type cannot be read in binary format: then the stream must ask for
     /// text.
     pub fn needs_text(&self) -> Option<(&str, u32)> {
@@ -305,15 +311,14 @@ impl Extractor {
     fn error(&self, slots: &Slots<'_>, column: String, problem: Problem) -> EventError {
         let RoleColumn { slot, type_oid } = self.roles[Role::Id.index()];
         let mut arena = String::new();
+        let shown = |text: &str| {
+            let shown = text.chars().take(ID_SHOWN_CHARS);
+            shown.flat_map(char::escape_debug).collect()
+        };
         let row_id = match value::text(slots[slot], type_oid, &mut arena) {
-            Ok(piece) => {
-                let text = piece.resolve(&arena);
-                text.chars()
-                    .take(ID_SHOWN_CHARS)
-                    .flat_map(char::escape_debug)
-                    .collect()
-            }
+            Ok(piece) => shown(piece.resolve(&arena)),
             Err(Problem::Null) => "NULL".to_owned(),
+            Err(Problem::NotUtf8 | Problem::Unconvertible) => shown(&value::escaped(slots[slot])),
             Err(_) => "(unreadable)".to_owned(),
         };
         EventError::new(self.table.clone(), row_id, column, problem)
@@ -325,7 +330,7 @@ impl Extractor {
 fn xid(value: Column<'_>) -> Option<u64> {
     match value {
         Column::Binary(bytes) => bytes.try_into().ok().map(u64::from_be_bytes),
-        Column::Text(text) => std::str::from_utf8(text).ok()?.parse().ok(),
+        Column::Text(text) | Column::Held(text) => std::str::from_utf8(text).ok()?.parse().ok(),
         Column::Null | Column::Unchanged => None,
     }
 }

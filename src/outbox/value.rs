@@ -80,6 +80,7 @@ pub(super) fn text<'a>(
         Column::Unchanged => Err(Problem::Unchanged),
         Column::Binary(bytes) if !is_text(type_oid) => binary_text(bytes, type_oid, arena),
         Column::Text(bytes) | Column::Binary(bytes) => utf8(bytes).map(Piece::Row),
+        Column::Held(bytes) => held(bytes).map(Piece::Row),
     }
 }
 
@@ -113,6 +114,7 @@ pub(super) fn bytes<'a>(
     Ok(match (column, type_oid) {
         (Column::Null, _) => return Err(Problem::Null),
         (Column::Unchanged, _) => return Err(Problem::Unchanged),
+        (Column::Held(bytes), _) => Bytes::Row(held(bytes)?.as_bytes()),
         (Column::Text(text), BYTEA) => {
             unhex(text, decoded)?;
             Bytes::Decoded
@@ -125,16 +127,45 @@ pub(super) fn bytes<'a>(
     })
 }
 
+/// The value's bytes in the escape format of `bytea`, for what is no UTF-8.
+pub(super) fn escaped(column: Column<'_>) -> String {
+    let (Column::Text(bytes) | Column::Binary(bytes) | Column::Held(bytes)) = column else {
+        return String::new();
+    };
+    let mut out = String::with_capacity(bytes.len());
+    for &byte in bytes {
+        match byte {
+            b'\\' => out.push_str("\\\\"),
+            b'\0'..b'\x80' => out.push(char::from(byte)),
+            _ => {
+                // Writing to a String cannot fail.
+                let _ = write!(out, "\\{byte:03o}");
+            }
+        }
+    }
+    out
+}
+
 /// The value as a point in time.
 pub(super) fn instant(column: Column<'_>, type_oid: u32) -> Result<Instant, Problem> {
     match column {
         Column::Null => Err(Problem::Null),
         Column::Unchanged => Err(Problem::Unchanged),
         Column::Text(text) => Instant::from_text(utf8(text)?),
+        Column::Held(text) => Instant::from_text(held(text)?),
         Column::Binary(bytes) if matches!(type_oid, TIMESTAMPTZ | TIMESTAMP) => {
             Instant::from_pg_us(i64::from_be_bytes(array(bytes, type_oid)?))
         }
         Column::Binary(_) => Err(Problem::BinaryType { oid: type_oid }),
+    }
+}
+
+/// Text in another encoding: of ASCII it is the same in every one that a database can have.
+fn held(bytes: &[u8]) -> Result<&str, Problem> {
+    if bytes.is_ascii() {
+        utf8(bytes)
+    } else {
+        Err(Problem::Unconvertible)
     }
 }
 
@@ -176,12 +207,14 @@ fn binary_text<'a>(bytes: &'a [u8], oid: u32, arena: &mut String) -> Result<Piec
             arena.push_str("\\x");
             append_hex(bytes, arena);
         }
-        TIMESTAMPTZ | TIMESTAMP => {
-            let instant = Instant::from_pg_us(i64::from_be_bytes(array(bytes, oid)?))?;
-            instant
+        TIMESTAMPTZ | TIMESTAMP => match i64::from_be_bytes(array(bytes, oid)?) {
+            // As a text it is as good as any other; as a point in time it is none.
+            i64::MAX => return Ok(Piece::Row("infinity")),
+            i64::MIN => return Ok(Piece::Row("-infinity")),
+            pg_us => Instant::from_pg_us(pg_us)?
                 .write(oid == TIMESTAMPTZ, arena)
-                .map_err(|_| Problem::NotTime)?;
-        }
+                .map_err(|_| Problem::NotTime)?,
+        },
         _ => return Err(Problem::BinaryType { oid }),
     }
     Ok(Piece::Arena(start..arena.len()))

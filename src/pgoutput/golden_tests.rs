@@ -194,3 +194,19 @@ fn debug_output_holds_no_values() {
         "{shown}"
     );
 }
+
+#[test]
+fn names_that_are_no_utf_8_are_no_error_and_no_other_name() {
+    let Ok(Message::Relation(relation)) =
+        parse(b"R\0\0\x40\x13s\0t\xe9\0d\0\x02\0c\xe9\0\0\0\0\x19\xff\xff\xff\xff\0d\0\0\0\0\x19\xff\xff\xff\xff")
+    else {
+        panic!("no Relation message");
+    };
+    assert_eq!(relation.to_string(), "s.t\u{fffd}");
+    assert_eq!(relation.position("d"), Some(1));
+    let message = parse(b"M\x01\0\0\0\0\0\0\0\x07p\xe9\0\0\0\0\x01x");
+    let Ok(Message::Logical(message)) = message else {
+        panic!("no logical message");
+    };
+    assert_eq!(message.prefix, "\u{fffd}");
+}

@@ -25,6 +25,7 @@ pub(crate) mod golden_tests;
 pub use message::{LogicalMessage, Message, parse};
 pub use reader::DecodeError;
 pub use relation::{Relation, RelationCache, RelationColumn};
+pub(crate) use tuple::HELD;
 pub use tuple::{Column, Tuple, TupleColumns};
 
 /// Seconds from the Unix epoch (1970) to Postgres' (2000-01-01 UTC).

@@ -22,8 +22,6 @@ enum Fault {
     Short { needed: usize, left: usize },
     /// A string without its terminating zero byte.
     Unterminated,
-    /// A name that is not UTF-8, although the connection asks for UTF-8.
-    NotUtf8,
     /// A count or a length below zero.
     Negative(i64),
     /// A byte that should be one of a few.
@@ -61,7 +59,6 @@ impl fmt::Display for DecodeError {
                 write!(f, "needs {needed} bytes, only {left} are left")
             }
             Fault::Unterminated => f.write_str("has no terminating zero byte"),
-            Fault::NotUtf8 => f.write_str("is not UTF-8"),
             Fault::Negative(value) => write!(f, "is negative ({value})"),
             Fault::UnexpectedByte(byte) => write!(f, "has the unexpected value 0x{byte:02x}"),
             Fault::Leftover(count) => {
@@ -191,15 +188,27 @@ impl<'a> Reader<'a> {
         Ok(head)
     }
 
-    /// A zero-terminated string, in the client encoding, which the connection sets to UTF-8.
+    /// A zero-terminated string, which is UTF-8 but for names in a database of the encoding `SQL_ASCII`. Such a name cannot be
+    /// in the settings, so nobody asks for it: U+FFFD stands for it.
     pub(super) fn string(&mut self, field: &'static str) -> Result<&'a str, DecodeError> {
+        let bytes = self.terminated(field)?;
+        Ok(std::str::from_utf8(bytes).unwrap_or("\u{fffd}"))
+    }
+
+    /// The same with U+FFFD in place of what is no UTF-8, and the rest as it is.
+    pub(super) fn shown_string(&mut self, field: &'static str) -> Result<String, DecodeError> {
+        let bytes = self.terminated(field)?;
+        Ok(String::from_utf8_lossy(bytes).into_owned())
+    }
+
+    fn terminated(&mut self, field: &'static str) -> Result<&'a [u8], DecodeError> {
         let offset = self.offset();
         let Some(length) = self.rest.iter().position(|&byte| byte == 0) else {
             return Err(self.error_at(offset, field, Fault::Unterminated));
         };
         let bytes = self.bytes(field, length)?;
         self.u8(field)?;
-        std::str::from_utf8(bytes).map_err(|_| self.error_at(offset, field, Fault::NotUtf8))
+        Ok(bytes)
     }
 
     /// Every message ends here: leftovers mean that we misread it, or that it is of a protocol we did not ask for.

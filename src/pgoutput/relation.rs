@@ -45,8 +45,8 @@ pub struct RelationColumn {
 impl Relation {
     pub(super) fn parse(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let id = reader.u32("relation id")?;
-        let namespace = reader.string("namespace")?.to_owned();
-        let name = reader.string("relation name")?.to_owned();
+        let namespace = reader.shown_string("namespace")?;
+        let name = reader.shown_string("relation name")?;
         let replica_identity = reader.u8("replica identity")?;
         let count = reader.count16("column count")?;
         // No capacity from an unchecked count: a lying one must not allocate.
@@ -54,7 +54,7 @@ impl Relation {
         for _ in 0..count {
             columns.push(RelationColumn {
                 flags: reader.u8("column flags")?,
-                name: reader.string("column name")?.to_owned(),
+                name: reader.shown_string("column name")?,
                 type_oid: reader.u32("column type")?,
                 type_modifier: reader.i32("column type modifier")?,
             });
@@ -109,6 +109,7 @@ impl RelationCache {
     /// passed over: their values are read as text.
     pub fn note_type(&mut self, id: u32, namespace: &str, name: &str) {
         let built_in = namespace.is_empty() || namespace == "pg_catalog";
+        // As `types::read_as`, from a name.
         match types::oid_of(name).filter(|_| built_in) {
             Some(base) => self.base_types.insert(id, base),
             None => self.base_types.remove(&id),

@@ -6,6 +6,7 @@
 //!          | 'u'                       unchanged TOASTed value, not sent
 //!          | 't' Int32 length, bytes   in text format
 //!          | 'b' Int32 length, bytes   in binary format
+//!          | 'h' Int32 length, bytes   text as the database holds it; only in rows that were read by SQL
 //! ```
 //! Source: Postgres documentation, "Logical Replication Message Formats", `TupleData`.
 //!
@@ -15,6 +16,9 @@ use std::fmt;
 use std::iter::FusedIterator;
 
 use super::reader::{DecodeError, Reader};
+
+/// The kind of [`Column::Held`].
+pub(crate) const HELD: u8 = b'h';
 
 /// One column's value as it came over the wire.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -27,6 +31,9 @@ pub enum Column<'a> {
     Text(&'a [u8]),
     /// The type's binary send format.
     Binary(&'a [u8]),
+    /// The type's text output in the database's own encoding, because the server cannot convert the row to UTF-8. Never sent by
+    /// a walsender: see [`crate::scanner`]'s `rows`.
+    Held(&'a [u8]),
 }
 
 impl fmt::Debug for Column<'_> {
@@ -37,6 +44,7 @@ impl fmt::Debug for Column<'_> {
             Self::Unchanged => f.write_str("Unchanged"),
             Self::Text(bytes) => write!(f, "Text({} bytes)", bytes.len()),
             Self::Binary(bytes) => write!(f, "Binary({} bytes)", bytes.len()),
+            Self::Held(bytes) => write!(f, "Held({} bytes)", bytes.len()),
         }
     }
 }
@@ -69,7 +77,7 @@ impl<'a> Tuple<'a> {
         for _ in 0..count {
             match reader.u8("column kind")? {
                 b'n' | b'u' => {}
-                b't' | b'b' => {
+                b't' | b'b' | HELD => {
                     let length = reader.count32("column length")?;
                     reader.bytes("column value", length)?;
                 }
@@ -128,10 +136,10 @@ impl<'a> Iterator for TupleColumns<'a> {
         let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
         let (value, rest) = rest.split_at_checked(length)?;
         self.data = rest;
-        Some(if kind == b't' {
-            Column::Text(value)
-        } else {
-            Column::Binary(value)
+        Some(match kind {
+            b't' => Column::Text(value),
+            HELD => Column::Held(value),
+            _ => Column::Binary(value),
         })
     }
 }

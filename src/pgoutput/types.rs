@@ -1,8 +1,9 @@
 //! OIDs of the built-in types that walpost reads by more than their text.
 //!
 //! Built-in types have fixed OIDs (Postgres' `src/include/catalog/pg_type.dat`). A column of a domain carries the
-//! domain's own OID, but Postgres sends a `Type` message ahead of the relation that names the domain's base type; this is
-//! how a domain over `bytea` is recognised as `bytea`.
+//! domain's own OID, but Postgres sends a `Type` message ahead of the relation that names the domain's base type, through any
+//! number of domains; this is how a domain over `bytea` is recognised as `bytea`. What is read from the table follows the
+//! same rule: [`read_as`].
 
 /// `bool`: text `t` or `f`, binary one byte.
 pub const BOOL: u32 = 16;
@@ -77,4 +78,14 @@ pub fn name_of(oid: u32) -> Option<&'static str> {
         .iter()
         .find(|(_, known)| *known == oid)
         .map(|(name, _)| *name)
+}
+
+/// The type that a column of type `own` is read as: the type `base` below all its domains, if that is one of those above.
+pub fn read_as(own: u32, base: u32) -> u32 {
+    if name_of(base).is_some() { base } else { own }
+}
+
+/// True for types whose value is text in the database's encoding, in both formats.
+pub fn is_characters(oid: u32) -> bool {
+    matches!(oid, NAME | TEXT | JSON | BPCHAR | VARCHAR | JSONB)
 }

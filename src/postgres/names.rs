@@ -170,6 +170,14 @@ fn take_bare(text: &str) -> Result<(String, &str), ParseTableNameError> {
     Ok((bare.to_ascii_lowercase(), rest))
 }
 
+/// SQL: a name as bytes that are UTF-8, unless the encoding is `SQL_ASCII` and the name is not.
+pub fn name_bytes(name: &str) -> String {
+    format!(
+        "pg_catalog.convert_to({name}::pg_catalog.text, CASE pg_catalog.getdatabaseencoding() \
+         WHEN 'SQL_ASCII' THEN 'SQL_ASCII' ELSE 'UTF8' END)"
+    )
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

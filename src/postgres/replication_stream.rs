@@ -376,6 +376,7 @@ pub fn is_unreadable(error: &Error) -> bool {
     source.is_some_and(<dyn std::error::Error>::is::<UnreadableLog>)
 }
 
+/// What the server says when it ends the stream, and where it was in the log.
 fn server_says(error: ServerError) -> Error {
     // A stream that has begun has its slot: what is missing is the publication, when the change that is being decoded was made.
     if error.code() == UNDEFINED_OBJECT {
@@ -384,7 +385,11 @@ fn server_says(error: ServerError) -> Error {
         )
         .caused_by(UnreadableLog(error.to_string()));
     }
-    error.into_error("go on streaming")
+    let doing = match error.position() {
+        Some(at) => format!("go on streaming at {at}"),
+        None => "go on streaming".to_owned(),
+    };
+    error.into_error(&doing)
 }
 
 fn unreadable(error: FrameError) -> Error {

@@ -8,7 +8,7 @@
 
 use std::fmt;
 
-use crate::Error;
+use crate::{Error, Lsn};
 
 /// An `ErrorResponse` or `NoticeResponse`, as far as walpost cares.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub struct ServerError {
     message: String,
     detail: Option<String>,
     hint: Option<String>,
+    /// What the server was doing.
+    context: Option<String>,
 }
 
 impl ServerError {
@@ -37,6 +39,7 @@ impl ServerError {
                 b'M' => error.message = value,
                 b'D' => error.detail = Some(value),
                 b'H' => error.hint = Some(value),
+                b'W' => error.context = Some(value),
                 _ => {}
             }
         }
@@ -50,12 +53,19 @@ impl ServerError {
             message: error.message().to_owned(),
             detail: error.detail().map(ToOwned::to_owned),
             hint: error.hint().map(ToOwned::to_owned),
+            context: error.where_().map(ToOwned::to_owned),
         }
     }
 
     /// The SQLSTATE, five characters; empty when the server sent none.
     pub fn code(&self) -> &str {
         &self.code
+    }
+
+    /// Where in the log a walsender was: its context ends in `associated LSN 0/1537F00`, in every language.
+    pub fn position(&self) -> Option<Lsn> {
+        let mut words = self.context.as_deref()?.split_whitespace().rev();
+        words.find_map(|word| word.parse().ok())
     }
 
     /// True when the text may quote rows or parameters.
@@ -179,6 +189,12 @@ pub fn is_about_rows(error: &Error) -> bool {
     }
 }
 
+/// Whether a server refused to send text because it cannot be converted: `character_not_in_repertoire`,
+/// `untranslatable_character`.
+pub fn is_unconvertible(error: &Error) -> bool {
+    matches!(sqlstate(error), Some("22021" | "22P05"))
+}
+
 /// Turns an error of `tokio_postgres` into ours; `doing` completes "cannot …".
 ///
 /// Use it for every statement: it keeps row data out of the message, and knows which refusals pass with time.
@@ -219,6 +235,18 @@ mod tests {
 
     fn response(code: &str, message: &str, detail: &str) -> Vec<u8> {
         format!("SERROR\0VERROR\0C{code}\0M{message}\0D{detail}\0Fx.c\0L1\0\0").into_bytes()
+    }
+
+    #[test]
+    fn a_walsenders_context_says_where_in_the_log_it_was() {
+        let parsed = |context: &str| {
+            let body = format!("SERROR\0C22P05\0Mm\0W{context}\0\0");
+            ServerError::parse(body.as_bytes()).position()
+        };
+        let context = "slot \"a/b\", output plugin \"pgoutput\", in the change callback, associated LSN 0/1537F00";
+        assert_eq!(parsed(context), Some(Lsn::new(0x0153_7F00)));
+        assert_eq!(parsed("something else"), None);
+        assert_eq!(ServerError::default().position(), None);
     }
 
     #[test]

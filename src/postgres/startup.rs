@@ -73,10 +73,38 @@ impl Session {
     pub(super) async fn set_up(&mut self) -> Result<()> {
         self.doing("set up the replication session");
         for statement in session::statements() {
-            self.query(&statement).await?;
-            while !matches!(self.read().await?, Message::ReadyForQuery(_)) {}
+            self.statement(&statement).await?;
         }
+        self.take_text_as_it_is().await
+    }
+
+    async fn statement(&mut self, sql: &str) -> Result<()> {
+        self.query(sql).await?;
+        while !matches!(self.read().await?, Message::ReadyForQuery(_)) {}
         Ok(())
+    }
+
+    /// A database of the encoding `SQL_ASCII` holds any bytes as text, and refuses to send what is no UTF-8 to a client of
+    /// UTF-8. There the client takes bytes as they are, and looks at them itself.
+    ///
+    /// # Errors
+    /// Refused where text would come in another encoding: it would be published as it came.
+    async fn take_text_as_it_is(&mut self) -> Result<()> {
+        const ANY_BYTES: &str = "SQL_ASCII";
+        let is_any_bytes = |encoding: Option<&str>| encoding == Some(ANY_BYTES);
+        if is_any_bytes(self.parameter("server_encoding")) {
+            self.statement("SET client_encoding TO 'SQL_ASCII'").await?;
+            if is_any_bytes(self.parameter("client_encoding")) {
+                return Ok(());
+            }
+        } else if self.parameter("client_encoding") == Some("UTF8") {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "cannot {}: the server does not send UTF-8",
+            self.doing
+        ))
+        .hint("connect to Postgres itself; a pooler may change client_encoding"))
     }
 
     /// A setting that the server reports, such as `server_version`.

@@ -73,6 +73,13 @@ pub struct Gap<'a> {
     pub left_out: &'a [TableName],
 }
 
+impl Gap<'_> {
+    fn extractor(&self, table: &ScanTable) -> Result<Extractor> {
+        let routing = self.routing;
+        Extractor::new(&table.relation, &routing.columns, &routing.template)
+    }
+}
+
 /// Closes the gap; does nothing where there is none. Gives the stragglers back, which the caller lets be retried meanwhile.
 /// What is in the air when it is dropped is published again by the next one.
 ///
@@ -95,13 +102,14 @@ pub async fn close(
     let uncovered = cover(gap, progress).await?;
     let mut tables = Vec::with_capacity(gap.routing.tables.len());
     for (place, name) in (0..).zip(&gap.routing.tables) {
-        let Some(table) = ScanTable::describe(gap.rows, name).await? else {
+        let Some(mut table) = ScanTable::describe(gap.rows, name).await? else {
             if gap.left_out.contains(name) {
                 warn!(table = %name, "the table has no columns txid and seq: rows that the slot does not bring are not looked for");
                 continue;
             }
             return Err(unreadable(name));
         };
+        table.read_only_for(&gap.extractor(&table)?);
         // Of all tables, before the first is scanned: nothing is half done when it is refused.
         let slot = gap.claim.slot();
         let Some(rows) = rows_of(progress, &upto, name, &uncovered)? else {
@@ -227,11 +235,7 @@ impl<'a> Scan<'a> {
         Ok(Self {
             table,
             place,
-            extractor: Extractor::new(
-                &table.relation,
-                &gap.routing.columns,
-                &gap.routing.template,
-            )?,
+            extractor: gap.extractor(table)?,
             outlet: Outlet::new(
                 publisher,
                 stragglers,
@@ -392,7 +396,8 @@ pub async fn overlap(
     let mut found = Vec::new();
     for name in &routing.tables {
         if let Some(table) = ScanTable::describe(client, name).boxed().await? {
-            let id = &routing.columns.id;
+            let extractor = Extractor::new(&table.relation, &routing.columns, &routing.template)?;
+            let id = (routing.columns.id.as_str(), &extractor);
             let left = MAX_OVERLAP - found.len();
             // One more than there is room for tells that there are more.
             let ids = table.ids(client, id, (upto, before), left + 1).await?;

@@ -3,7 +3,8 @@
 //! | module | is |
 //! |---|---|
 //! | `progress` | the slot's row in `walpost.progress` |
-//! | `table` | an outbox table read by SQL, row by row, as the stream would bring it |
+//! | `rows` | how SQL is asked for a row, so that it is read as the stream's is |
+//! | `table`, `cursor` | an outbox table read by SQL, row by row |
 //! | `gap` | publishes what was committed before the slot, or while there was none; stores what cannot be |
 //! | `delivered` | notes every few seconds which transactions are delivered, and has it compared |
 //! | `reconcile` | compares the table with what the stream brought: finds rows that it left out |
@@ -79,6 +80,7 @@
 
 pub mod after_publish;
 pub(crate) mod cluster;
+pub mod cursor;
 pub mod delivered;
 pub mod gap;
 mod left_note;
@@ -94,6 +96,7 @@ pub mod progress;
 pub mod reconcile;
 pub mod recovery;
 pub mod retention;
+pub(crate) mod rows;
 pub mod slot_maker;
 pub mod snapshot;
 pub mod straggler;

@@ -3,11 +3,12 @@
 //!
 //! Input: a SQL connection and the settings. Output: one [`OutboxTable`] for each table. Nothing is changed.
 
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Row};
 
+use super::rows::{held, printed};
 use crate::config::{AfterPublish, Config};
 pub use crate::outbox::{SEQ, TXID};
-use crate::postgres::{TableName, quote_ident, sql_error};
+use crate::postgres::{TableName, name_bytes, quote_ident, sql_error};
 use crate::{Error, Result};
 
 /// The column that marking sets.
@@ -60,6 +61,8 @@ pub struct OutboxTable {
     may_update: bool,
     may_delete: bool,
     may_select: bool,
+    /// The database's encoding is `SQL_ASCII`.
+    takes_any_bytes: bool,
 }
 
 impl OutboxTable {
@@ -73,12 +76,10 @@ impl OutboxTable {
                    CASE WHEN EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'sent_at')
                         THEN has_column_privilege(c.oid, 'sent_at', 'UPDATE') ELSE false END,
                    has_table_privilege(c.oid, 'DELETE'), has_table_privilege(c.oid, 'SELECT'),
-                   pg_has_role(c.relowner, 'USAGE'), pg_get_userbyid(c.relowner)::text
+                   pg_has_role(c.relowner, 'USAGE'), pg_get_userbyid(c.relowner)::text,
+                   getdatabaseencoding() = 'SQL_ASCII'
             FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
             WHERE n.nspname = $1 AND c.relname = $2";
-        const COLUMNS: &str = "
-            SELECT attname::text, format_type(atttypid, atttypmod), attnum FROM pg_attribute
-            WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
         const INDEXES: &str = "
             SELECT coalesce(bool_or(indkey[0] = $2 AND indpred IS NULL), false),
                    coalesce(bool_or(indkey[0] = $3 AND pg_get_expr(indpred, indrelid) = '(sent_at IS NULL)'), false)
@@ -99,6 +100,16 @@ impl OutboxTable {
                                        AND p.amoplefttype = c.opcintype AND p.amoprighttype = c.opcintype
                         JOIN pg_operator o ON o.oid = p.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
                         WHERE a.attrelid = $1 AND a.attname = $2 AND c.opcdefault LIMIT 1), '=')";
+        // A name that is no UTF-8 must not be an error: no setting can mean that column.
+        let columns_sql = format!(
+            "SELECT {}, {}, attnum FROM pg_attribute
+             WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
+            name_bytes("attname"),
+            name_bytes("format_type(atttypid, atttypmod)")
+        );
+        let text = |row: &Row, column: usize| {
+            String::from_utf8_lossy(row.get::<_, &[u8]>(column)).into_owned()
+        };
         let failed = |error| sql_error(&format!("look at table {name}"), error);
         let row = client
             .query_opt(TABLE, &[&name.schema, &name.name])
@@ -106,12 +117,12 @@ impl OutboxTable {
             .map_err(failed)?
             .ok_or_else(|| Error::refused(format!("table {name} does not exist")))?;
         let oid: u32 = row.get(0);
-        let found = client.query(COLUMNS, &[&oid]).await.map_err(failed)?;
+        let found = client.query(&columns_sql, &[&oid]).await.map_err(failed)?;
         let columns: Vec<Column> = found
             .iter()
             .map(|column| Column {
-                name: column.get(0),
-                sql_type: column.get(1),
+                name: text(column, 0),
+                sql_type: text(column, 1),
             })
             .collect();
         let find = |name: &str| columns.iter().find(|column| column.name == name).cloned();
@@ -121,8 +132,8 @@ impl OutboxTable {
                 .hint("set WALPOST_COLUMN_ID")
         })?;
         let number = |name: &str| -> Option<i16> {
-            let column = found.iter().find(|column| column.get::<_, &str>(0) == name);
-            column.map(|column| column.get(2))
+            let column = columns.iter().position(|column| column.name == name)?;
+            found.get(column).map(|column| column.get(2))
         };
         let indexed = client
             .query_one(
@@ -154,6 +165,7 @@ impl OutboxTable {
             may_select: row.get(5),
             owned: row.get(6),
             owner: row.get(7),
+            takes_any_bytes: row.get(8),
         })
     }
 
@@ -169,6 +181,36 @@ impl OutboxTable {
     /// The id column, quoted.
     pub fn id_column(&self) -> String {
         quote_ident(&self.id.name)
+    }
+
+    /// SQL: whether row `o` is a straggler. `outbox` is SQL for the table's name, as it stands in `walpost.straggler`.
+    ///
+    /// The id there is the event's: what the output function prints, which a cast to text need not give.
+    pub fn is_straggler(&self, outbox: &str) -> String {
+        let id = format!("o.{}", self.id_column());
+        let printed = match self.id.sql_type.as_str() {
+            "uuid" | "text" | "bigint" | "integer" | "numeric" => format!("{id}::pg_catalog.text"),
+            _ => printed(&id),
+        };
+        let same = if self.takes_any_bytes {
+            // An id that is no UTF-8 stands there escaped.
+            format!(
+                "s.id IN ({printed}, pg_catalog.encode({}, 'escape'))",
+                held(&id)
+            )
+        } else {
+            format!("s.id = {printed}")
+        };
+        format!("EXISTS (SELECT FROM walpost.straggler s WHERE s.outbox = {outbox} AND {same})")
+    }
+
+    /// SQL: whether the id of row `o` is UTF-8; `None` where it must be.
+    pub fn id_is_utf8(&self) -> Option<String> {
+        // Here a character is a byte. Table 3-7 of the Unicode standard, without NUL.
+        const UTF_8: &str = r"'^([\x01-\x7f]|[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2})*$'";
+        let id = printed(&format!("o.{}", self.id_column()));
+        self.takes_any_bytes
+            .then(|| format!("({id}) COLLATE \"C\" ~ {UTF_8}"))
     }
 
     /// SQL for "this long ago", comparable with `created_at`: a timestamp without time zone is UTC, as everywhere in walpost.

@@ -208,9 +208,8 @@ impl Retention {
         if has_stragglers {
             let _infallible = write!(
                 sql,
-                " AND NOT EXISTS (SELECT FROM walpost.straggler s WHERE s.outbox = {} AND s.id = o.{}::text)",
-                quote_literal(&table.name.to_string()),
-                table.id_column()
+                " AND NOT {}",
+                table.is_straggler(&quote_literal(&table.name.to_string()))
             );
         }
         sql

@@ -1,22 +1,22 @@
 //! An outbox table read by SQL, its rows in the form in which the stream would bring them.
 //!
 //! Input: a SQL connection of its own and snapshots. Output: a [`Relation`] as pgoutput describes it, and rows as
-//! [`Tuple`]s of text, so that one extractor reads both. Memory is bounded: rows come one by one, as fast as they are asked
-//! for; the server keeps the list of what is to come (a cursor WITH HOLD, so that a long scan holds back no vacuum).
+//! [`Tuple`]s ([`super::rows`]), so that one extractor reads both. Memory is bounded: rows come one by one, as fast as they are
+//! asked for; the server keeps the list of what is to come (a cursor WITH HOLD, so that a long scan holds back no vacuum).
 
-use futures::{StreamExt as _, pin_mut};
-use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Row, SimpleQueryMessage, SimpleQueryRow};
+use tokio_postgres::{Client, Row};
 
 use super::outbox::{SEQ, TXID};
 use super::progress::Snapshot;
-use crate::outbox::RowNumber;
-use crate::pgoutput::{Relation, RelationColumn, Tuple};
-use crate::postgres::{TableName, quote_ident, quote_literal, sql_error};
+use super::rows::{Raw, RowReader, TextAs, decode, is_unconvertible, printed};
+use crate::outbox::{Extractor, RowNumber};
+use crate::pgoutput::types::{INT2, INT4, INT8};
+use crate::pgoutput::{Relation, Tuple};
+use crate::postgres::{TableName, quote_literal, sql_error};
 use crate::{Error, Result};
 
-/// Rows that one FETCH asks for; between two of them the connection can be used for something else.
-const FETCH_ROWS: u32 = 1_000;
+/// Columns in front of those of the [`RowReader`].
+const HEAD_COLUMNS: usize = 2;
 /// SQL: rows that a scan would not see; see [`ScanTable::refuse_unscannable`].
 const WITHOUT_TXID: &str = "txid IS NULL";
 const WITHOUT_SEQ: &str = "seq IS NULL OR seq < 1";
@@ -55,7 +55,9 @@ pub struct ScanTable {
     pub name: TableName,
     /// Its columns, as pgoutput would describe them.
     pub relation: Relation,
-    seq: usize,
+    reader: RowReader,
+    /// SQL: the row's `seq`, as `bigint` or, where it is of another type, as text; and its `txid`.
+    head: String,
     /// Whether the catalog leaves a `seq` possible that is NULL or below 1; an identity column's is neither.
     may_lack_seq: bool,
     /// Whether it leaves a `txid` possible that is NULL.
@@ -67,6 +69,8 @@ pub struct ScanTable {
 pub struct ScanRow {
     /// Its place in the order of insertion.
     pub seq: i64,
+    /// The transaction that inserted it.
+    pub txid: Option<u64>,
     data: Vec<u8>,
 }
 
@@ -80,12 +84,17 @@ impl ScanRow {
 impl ScanTable {
     /// Looks at a table; `None` when it does not exist, or lacks `txid` or `seq`, so that it cannot be scanned.
     pub async fn describe(client: &Client, name: &TableName) -> Result<Option<Self>> {
-        let Some(relation) = describe(client, name).await? else {
+        let Some((relation, reader)) = RowReader::describe(client, name).await? else {
             return Ok(None);
         };
         let (Some(seq), Some(_)) = (relation.position(SEQ), relation.position(TXID)) else {
             return Ok(None);
         };
+        let seq = match relation.columns[seq].type_oid {
+            INT8 | INT4 | INT2 => format!("o.{SEQ}::pg_catalog.int8"),
+            _ => printed(&format!("o.{SEQ}")),
+        };
+        let head = format!("{seq}, o.{TXID}");
         let sql = "SELECT coalesce(bool_or(attname = $2 AND attidentity <> 'a'), false),
                           coalesce(bool_or(attname = $3 AND NOT attnotnull), false)
                    FROM pg_attribute WHERE attrelid = $1 AND attname IN ($2, $3)";
@@ -94,32 +103,38 @@ impl ScanTable {
         Ok(Some(Self {
             name: name.clone(),
             relation,
-            seq,
+            reader,
+            head,
             may_lack_seq: row.get(0),
             may_lack_txid: row.get(1),
         }))
     }
 
-    /// Prepares to read the rows of a gap ([`gap_condition`](super::reconcile::gap_condition)), behind `after`, in the order of `seq`.
-    ///
-    /// The server makes the list now: this takes as long as one walk over the table's part that the gap's snapshots leave.
-    pub async fn open<'a>(&'a self, client: &'a Client, gap: &str, after: i64) -> Result<Rows<'a>> {
-        let columns = self.relation.columns.iter();
-        let columns: Vec<String> = columns.map(|column| quote_ident(&column.name)).collect();
-        let sql = format!(
-            "BEGIN;
-             DECLARE walpost_rows NO SCROLL CURSOR WITH HOLD FOR
-             SELECT {} FROM {} WHERE seq > {after} AND {gap} ORDER BY seq;
-             COMMIT",
-            columns.join(", "),
-            self.name,
-        );
-        let opened = client.batch_execute(&sql).await;
-        opened.map_err(|error| sql_error(&format!("scan table {}", self.name), error))?;
-        Ok(Rows {
-            table: self,
-            client,
-        })
+    /// Leaves out what `extractor`, which must be one for this table, does not read.
+    pub fn read_only_for(&mut self, extractor: &Extractor) {
+        self.reader.read_only_for(extractor);
+    }
+
+    /// SQL: makes the list of the rows that `clause` chooses of the table under the name `o`.
+    pub(super) fn declare(&self, clause: &str) -> String {
+        // What is fetched and could not be sent is passed over by going back: see `Rows::isolate`.
+        let scroll = if self.reader.converts() {
+            "SCROLL"
+        } else {
+            "NO SCROLL"
+        };
+        let columns = self.columns(TextAs::Utf8);
+        let name = &self.name;
+        format!(
+            "DECLARE walpost_rows {scroll} CURSOR WITH HOLD FOR SELECT {columns} FROM {name} o {clause}"
+        )
+    }
+
+    /// SQL: the rows' columns, of the table under the name `o`.
+    pub(super) fn columns(&self, text: TextAs) -> String {
+        let columns = self.reader.select_list("o", text);
+        let comma = if columns.is_empty() { "" } else { ", " };
+        format!("{}{comma}{columns}", self.head)
     }
 
     /// Refuses rows that no snapshot of this cluster can tell anything of: a scan would pass them over in silence.
@@ -182,30 +197,6 @@ impl ScanTable {
         Ok(())
     }
 
-    /// Prepares to read the rows that `clause` (`WHERE …`, `ORDER BY …`) chooses, with its parameters.
-    pub async fn open_chosen<'a>(
-        &'a self,
-        client: &'a Client,
-        clause: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Rows<'a>> {
-        let columns = self.relation.columns.iter();
-        let columns: Vec<String> = columns
-            .map(|column| format!("o.{}", quote_ident(&column.name)))
-            .collect();
-        let sql = format!(
-            "DECLARE walpost_rows NO SCROLL CURSOR WITH HOLD FOR SELECT {} FROM {} o {clause}",
-            columns.join(", "),
-            self.name,
-        );
-        let opened = client.execute(&sql, parameters).await;
-        opened.map_err(|error| sql_error(&format!("read table {}", self.name), error))?;
-        Ok(Rows {
-            table: self,
-            client,
-        })
-    }
-
     /// Whether there is a row that is visible in `upto` and not in `except`, or one that [`Self::refuse_from_elsewhere`] or
     /// [`Self::refuse_unscannable`] refuses.
     pub async fn any(
@@ -227,96 +218,71 @@ impl ScanTable {
         Ok(row.get(0))
     }
 
-    /// Ids, as text, and numbers of the rows that are visible in `upto` and not in `except`; `limit` at most.
+    /// Ids, as events have them, and numbers of the rows that are visible in `upto` and not in `except`; `limit` at most.
     pub async fn ids(
         &self,
         client: &Client,
-        id_column: &str,
+        (id_column, extractor): (&str, &Extractor),
         (upto, except): (&Snapshot, &Snapshot),
         limit: usize,
     ) -> Result<Vec<(String, RowNumber)>> {
-        let sql = format!(
-            "SELECT {}::text, {SEQ}::text FROM {} WHERE {} LIMIT {limit}",
-            quote_ident(id_column),
-            self.name,
-            between(upto, Some(except))?
-        );
-        let rows = client.query(&sql, &[]).await;
-        let rows = rows.map_err(|error| sql_error(&format!("look into {}", self.name), error))?;
-        let found = rows.iter().filter_map(|row| {
-            let id: Option<String> = row.get(0);
-            Some((id?, RowNumber::parse(SEQ, row.get(1))))
-        });
-        Ok(found.collect())
+        let mut reader = self.reader.clone();
+        let id = self.relation.position(id_column);
+        reader.read_only(|index| Some(index) == id);
+        let rows = between(upto, Some(except))?;
+        let read = async |text| {
+            let columns = reader.select_list("o", text);
+            let sql = format!(
+                "SELECT o.{SEQ}::pg_catalog.text, {columns} FROM {} o WHERE {rows} LIMIT {limit}",
+                self.name
+            );
+            client.query(&sql, &[]).await
+        };
+        let mut text = TextAs::Utf8;
+        let mut found = read(text).await;
+        if found.as_ref().is_err_and(is_unconvertible) {
+            // Ids in ASCII are the same; a row with another one may come twice.
+            text = TextAs::Held;
+            found = read(text).await;
+        }
+        let found = found.map_err(|error| sql_error(&format!("look into {}", self.name), error))?;
+        let mut ids = Vec::with_capacity(found.len());
+        for row in &found {
+            let data = reader.encode(row, 1, text)?;
+            if let Some(id) = extractor.id(&decode(&data)?) {
+                ids.push((id, RowNumber::parse(SEQ, row.get(0))));
+            }
+        }
+        Ok(ids)
     }
 
-    fn row(&self, row: &SimpleQueryRow) -> Result<ScanRow> {
-        let seq = row.get(self.seq).and_then(|seq| seq.parse().ok());
+    pub(super) fn row(&self, row: &Row, text: TextAs) -> Result<ScanRow> {
+        let seq = match row.try_get(0) {
+            Ok(seq) => seq,
+            Err(_) => row
+                .try_get::<_, Option<&str>>(0)
+                .ok()
+                .flatten()
+                .and_then(|seq| seq.parse().ok()),
+        };
         let seq = seq.ok_or_else(|| {
             Error::refused(format!("a row of {} has no whole number as seq", self.name))
                 .hint("rows that were there before the column was added need a value, and NOT NULL")
         })?;
+        let txid: Option<Raw<'_>> = row.try_get(1).ok().flatten();
+        let txid = txid.and_then(|Raw(bytes)| bytes.try_into().ok());
         Ok(ScanRow {
             seq,
-            data: encode(row),
+            txid: txid.map(u64::from_be_bytes),
+            data: self.reader.encode(row, HEAD_COLUMNS, text)?,
         })
     }
 }
 
 /// A table as pgoutput would describe it; `None` when it does not exist.
 pub(crate) async fn describe(client: &Client, name: &TableName) -> Result<Option<Relation>> {
-    // A domain counts as what it is made of, as in the stream.
-    let sql = "SELECT c.oid, a.attname::text, CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, a.atttypmod
-               FROM pg_attribute a
-               JOIN pg_class c ON c.oid = a.attrelid
-               JOIN pg_namespace n ON n.oid = c.relnamespace
-               JOIN pg_type t ON t.oid = a.atttypid
-               WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped
-               ORDER BY a.attnum";
-    let rows = client
-        .query(sql, &[&name.schema, &name.name])
-        .await
-        .map_err(|error| sql_error("look at the outbox table", error))?;
-    let Some(first) = rows.first() else {
-        return Ok(None);
-    };
-    let column = |row: &Row| RelationColumn {
-        flags: 0,
-        name: row.get(1),
-        type_oid: row.get(2),
-        type_modifier: row.get(3),
-    };
-    Ok(Some(Relation {
-        id: first.get(0),
-        namespace: name.schema.clone(),
-        name: name.name.clone(),
-        replica_identity: b'n',
-        columns: rows.iter().map(column).collect(),
-    }))
-}
-
-/// `TupleData`, every value as text.
-pub(super) fn encode(row: &SimpleQueryRow) -> Vec<u8> {
-    let count = u16::try_from(row.len()).unwrap_or(u16::MAX);
-    let mut data = count.to_be_bytes().to_vec();
-    for column in 0..row.len() {
-        match row.get(column) {
-            None => data.push(b'n'),
-            Some(text) => {
-                data.push(b't');
-                let length = u32::try_from(text.len()).unwrap_or(u32::MAX);
-                data.extend(length.to_be_bytes());
-                data.extend(text.as_bytes());
-            }
-        }
-    }
-    data
-}
-
-/// What [`encode`] made.
-pub(super) fn decode(data: &[u8]) -> Result<Tuple<'_>> {
-    Tuple::decode(data)
-        .map_err(|error| Error::bug("a row read by SQL cannot be read").caused_by(error))
+    let described = RowReader::describe(client, name).await?;
+    Ok(described.map(|(relation, _)| relation))
 }
 
 /// "Visible in the one and not in the other", with a bound that the index over `txid` understands.
@@ -345,37 +311,6 @@ fn literal(snapshot: &Snapshot) -> Result<String> {
         return Err(Error::bug("a snapshot is not of the form xmin:xmax:xip"));
     }
     Ok(format!("'{snapshot}'::pg_snapshot"))
-}
-
-/// What [`ScanTable::open`] prepared.
-pub struct Rows<'a> {
-    table: &'a ScanTable,
-    client: &'a Client,
-}
-
-impl Rows<'_> {
-    /// Gives the next rows to `take`, one by one; false when there were none left. `take` may wait as long as it likes:
-    /// nothing is read ahead of it beyond the sockets' buffers.
-    pub async fn next(&mut self, mut take: impl AsyncFnMut(ScanRow) -> Result<()>) -> Result<bool> {
-        let failed = |error| sql_error(&format!("scan table {}", self.table.name), error);
-        let fetch = format!("FETCH {FETCH_ROWS} FROM walpost_rows");
-        let stream = self.client.simple_query_raw(&fetch).await.map_err(failed)?;
-        pin_mut!(stream);
-        let mut any = false;
-        while let Some(message) = stream.next().await {
-            if let SimpleQueryMessage::Row(row) = message.map_err(failed)? {
-                any = true;
-                take(self.table.row(&row)?).await?;
-            }
-        }
-        Ok(any)
-    }
-
-    /// Forgets what the server still keeps.
-    pub async fn close(self) -> Result<()> {
-        let closed = self.client.batch_execute("CLOSE walpost_rows").await;
-        closed.map_err(|error| sql_error("end the scan", error))
-    }
 }
 
 #[cfg(test)]

@@ -30,16 +30,15 @@ use std::time::Duration;
 use futures::{StreamExt as _, pin_mut};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
+use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, SimpleQueryMessage};
 use tracing::{info, warn};
 
 use super::outbox::OutboxTable;
-use super::table::{decode, describe, encode};
+use super::rows::{RowReader, TextAs, decode, is_unconvertible};
 use crate::feedback::Progress;
 use crate::outbox::{Extractor, RowNumber};
 use crate::outlet::{Outlet, Source};
-use crate::pgoutput::Relation;
 use crate::pipe::Routing;
 use crate::postgres::{PostgresConfig, connect_sql, quote_ident, quote_literal, sql_error};
 use crate::pulsar::{Flush, Publisher, PublisherConfig, RowQueue, RowTag};
@@ -284,21 +283,54 @@ impl Unmarked {
             return Ok(0);
         }
         let table = &self.tables[number];
-        let Some(relation) = describe(client, &table.name).await? else {
+        let Some((relation, mut reader)) = RowReader::describe(client, &table.name).await? else {
             return Ok(0);
         };
-        let failed = |error| sql_error(&format!("read rows of table {}", table.name), error);
-        let sql = still_lost(client, table, &relation, page).await?;
         let mut extractor =
             Extractor::new(&relation, &self.routing.columns, &self.routing.template)?;
+        reader.read_only_for(&extractor);
+        // Where the server may refuse to send a row, each is asked for by itself.
+        let at_once = if reader.converts() { 1 } else { page.len() };
+        let mut published = 0;
+        for page in page.chunks(at_once) {
+            let rows = still_lost(client, table, &reader, page).await?;
+            let source = (&reader, &mut extractor, number);
+            published += self.publish_rows(client, &rows, source, round).await?;
+        }
+        if let Some(again) = &mut round.again {
+            again.receipts().await?;
+        }
+        Ok(published)
+    }
+
+    /// Publishes the rows that a query gives.
+    async fn publish_rows(
+        &self,
+        client: &Client,
+        sql: &str,
+        (reader, extractor, number): (&RowReader, &mut Extractor, usize),
+        round: &mut Round,
+    ) -> Result<usize> {
+        let name = &self.tables[number].name;
+        let failed = |error| sql_error(&format!("read rows of table {name}"), error);
         let place = u16::try_from(number).unwrap_or(u16::MAX);
         let mut published = 0;
         // While a row waits for room the server waits with the next.
-        let rows = client.simple_query_raw(&sql).await.map_err(failed)?;
+        let rows = client.query_raw::<_, i64, _>(sql, []).await;
+        let rows = rows.map_err(failed)?;
         pin_mut!(rows);
-        while let Some(message) = rows.next().await {
-            let SimpleQueryMessage::Row(row) = message.map_err(failed)? else {
-                continue;
+        while let Some(row) = rows.next().await {
+            let row = match row {
+                Err(error) if is_unconvertible(&error) => {
+                    let error = failed(error);
+                    warn!(
+                        "a row that was never marked stays as it is: {}",
+                        error.report()
+                    );
+                    round.undone.add(&name.to_string(), &error);
+                    continue;
+                }
+                row => reader.encode(&row.map_err(failed)?, 0, TextAs::Utf8)?,
             };
             if round.again.is_none() {
                 round.again = Some(Again::connect(&self.publisher, &self.queue).await?);
@@ -306,7 +338,7 @@ impl Unmarked {
             let Some(again) = &mut round.again else {
                 return Err(Error::bug("a publisher was just made"));
             };
-            match again.publish(place, &mut extractor, &encode(&row)).await {
+            match again.publish(place, extractor, &row).await {
                 Ok(()) => published += 1,
                 Err(error) if error.is_temporary() => return Err(error),
                 // The others need not wait for it.
@@ -315,12 +347,9 @@ impl Unmarked {
                         "a row that was never marked stays as it is: {}",
                         error.report()
                     );
-                    round.undone.add(&table.name.to_string(), &error);
+                    round.undone.add(&name.to_string(), &error);
                 }
             }
-        }
-        if let Some(again) = &mut round.again {
-            again.receipts().await?;
         }
         Ok(published)
     }
@@ -432,17 +461,21 @@ async fn is_lost(client: &Client, table: &OutboxTable) -> Result<String> {
     } else {
         "true"
     };
+    // A row without a readable id can be no event, and the server would not send the id.
+    let not_marked = match table.id_is_utf8() {
+        Some(is_utf8) => format!("{not_marked} AND {is_utf8}"),
+        None => not_marked.to_owned(),
+    };
     let row = client
         .query_one("SELECT to_regclass('walpost.straggler') IS NOT NULL", &[])
         .await
         .map_err(|error| sql_error("look for walpost.straggler", error))?;
     if !row.get::<_, bool>(0) {
-        return Ok(not_marked.to_owned());
+        return Ok(not_marked);
     }
     Ok(format!(
-        "{not_marked} AND NOT EXISTS (SELECT FROM walpost.straggler s WHERE s.outbox = {} AND s.id = o.{}::text)",
-        quote_literal(&table.name.to_string()),
-        table.id_column()
+        "{not_marked} AND NOT {}",
+        table.is_straggler(&quote_literal(&table.name.to_string()))
     ))
 }
 
@@ -450,13 +483,9 @@ async fn is_lost(client: &Client, table: &OutboxTable) -> Result<String> {
 async fn still_lost(
     client: &Client,
     table: &OutboxTable,
-    relation: &Relation,
+    reader: &RowReader,
     page: &[Place],
 ) -> Result<String> {
-    let columns = relation.columns.iter();
-    let columns: Vec<String> = columns
-        .map(|column| format!("o.{}", quote_ident(&column.name)))
-        .collect();
     let ids: Vec<String> = page.iter().map(|place| quote_literal(&place.id)).collect();
     let number = |place: &Place| place.number.as_deref().map(quote_literal);
     let numbers: Vec<String> = page
@@ -477,7 +506,7 @@ async fn still_lost(
          ORDER BY o.{time}, o.{id}, {number}",
         ids.join(", "),
         numbers.join(", "),
-        columns.join(", "),
+        reader.select_list("o", TextAs::Utf8),
         table.name,
         table.id_equals,
         is_lost(client, table).await?,

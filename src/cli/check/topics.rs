@@ -156,7 +156,7 @@ async fn of_rows(
              ORDER BY {columns}
              LIMIT {MAX_TOPICS})"
     );
-    let mut rows = table.open_chosen(client, &clause, &[]).await?;
+    let mut rows = table.open_unordered(client, &clause, &[]).await?;
     let mut scratch = Scratch::new();
     let take = async |row: crate::scanner::table::ScanRow| {
         let tuple = row.tuple()?;

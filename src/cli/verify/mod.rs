@@ -47,10 +47,8 @@ use tokio_postgres::Client;
 use super::{print, switch};
 use crate::config::Config;
 use crate::outbox::{Extractor, Role, Scratch};
-use crate::pgoutput::Column;
 use crate::postgres::{TableName, connect_sql, sql_error, sqlstate};
 use crate::scanner::cluster;
-use crate::scanner::outbox::TXID;
 use crate::scanner::progress as stored;
 use crate::scanner::table::{ScanRow, ScanTable};
 use crate::{Error, Result};
@@ -320,16 +318,16 @@ impl Look {
         number: u16,
         name: &TableName,
     ) -> Result<()> {
-        let table = described(client, name).await?;
+        let mut table = described(client, name).await?;
         let mut extractor = Extractor::new(&table.relation, &config.columns, &config.topic)?;
         if self.range != Range::default() {
             check_has_time(&extractor)?;
         }
-        let txid = table.relation.position(TXID).unwrap_or_default();
+        table.read_only_for(&extractor);
         let mut scratch = Scratch::new();
-        let mut rows = table.open_chosen(client, "", &[]).await?;
+        let mut rows = table.open_unordered(client, "", &[]).await?;
         while rows
-            .next(async |row| self.row(&mut extractor, (number, txid), &row, &mut scratch))
+            .next(async |row| self.row(&mut extractor, number, &row, &mut scratch))
             .await?
         {}
         rows.close().await
@@ -338,19 +336,13 @@ impl Look {
     fn row(
         &mut self,
         extractor: &mut Extractor,
-        (table, txid): (u16, usize),
+        table: u16,
         row: &ScanRow,
         scratch: &mut Scratch,
     ) -> Result<()> {
         self.progress.row();
         let tuple = row.tuple()?;
-        let txid = match tuple.columns().nth(txid) {
-            Some(Column::Text(text)) => std::str::from_utf8(text)
-                .ok()
-                .and_then(|text| text.parse().ok()),
-            _ => None,
-        };
-        let is_delivered = txid.is_some_and(|txid| self.delivered.contains(txid));
+        let is_delivered = row.txid.is_some_and(|txid| self.delivered.contains(txid));
         let mut noted = Row {
             table,
             seq: row.seq,

@@ -1,7 +1,7 @@
 //! What each column of a row does, and what each kind of bad row or table gets.
 
 use super::support::{at, extractor, full_table, plain_row, relation, row, template};
-use crate::outbox::{Columns, EventError, Extractor, OutboxEvent, Problem, Scratch};
+use crate::outbox::{Columns, EventError, Extractor, OutboxEvent, Problem, Salvaged, Scratch};
 use crate::pgoutput::types::{BYTEA, INT8, JSON, JSONB, TEXT, TIMESTAMPTZ, UUID};
 use crate::pgoutput::{Column, Tuple};
 
@@ -238,6 +238,92 @@ fn a_null_where_a_value_is_needed_names_the_row() {
             Problem::Unchanged
         );
     }
+}
+
+#[test]
+fn an_infinite_time_is_the_same_text_in_both_formats() {
+    let table = relation(&[
+        ("id", TIMESTAMPTZ),
+        ("aggregateid", TIMESTAMPTZ),
+        ("payload", TIMESTAMPTZ),
+    ]);
+    let extractor =
+        Extractor::new(&table, &Columns::default(), &template("t")).expect("all that is needed");
+    for (binary, text) in [(i64::MAX, "infinity"), (i64::MIN, "-infinity")] {
+        let binary = binary.to_be_bytes();
+        for column in [Column::Binary(&binary), Column::Text(text.as_bytes())] {
+            let bytes = row(&[column; 3]);
+            let tuple = Tuple::decode(&bytes).expect("well encoded");
+            let mut scratch = Scratch::new();
+            let event = extractor.extract(&tuple, &mut scratch).expect("a good row");
+            assert_eq!((event.id, event.aggregateid), (text, text));
+            assert_eq!(event.payload, Some(text.as_bytes()));
+        }
+    }
+}
+
+/// What is kept of a row with these values of key, type and payload; the id is `1`.
+fn kept(values: [Column<'static>; 3]) -> (EventError, Salvaged) {
+    let [key, event_type, payload] = values;
+    let table = relation(&[
+        ("id", TEXT),
+        ("aggregateid", TEXT),
+        ("type", TEXT),
+        ("payload", TEXT),
+    ]);
+    let mut extractor =
+        Extractor::new(&table, &Columns::default(), &template("t")).expect("all that is needed");
+    let bytes = row(&[Column::Text(b"1"), key, event_type, payload]);
+    let tuple = Tuple::decode(&bytes).expect("well encoded");
+    let mut scratch = Scratch::new();
+    let error = extractor.extract(&tuple, &mut scratch);
+    let error = error.expect_err("no event");
+    (error, extractor.salvage(&tuple))
+}
+
+#[test]
+fn text_that_is_no_utf_8_is_kept_whole_and_without_a_topic() {
+    let (error, salvaged) = kept([
+        Column::Text(b"a\\b\xe9"),
+        Column::Binary(b"\xff"),
+        Column::Text(b"\xe9"),
+    ]);
+    assert_eq!(
+        (error.column(), error.problem()),
+        ("aggregateid", &Problem::NotUtf8)
+    );
+    assert!(error.problem().is_of_the_row());
+    assert_eq!(salvaged.key.as_deref(), Some(r"a\\b\351"));
+    assert_eq!(salvaged.payload.as_deref(), Some(&b"\xe9"[..]));
+    assert_eq!(salvaged.topic, None);
+    let kind = ("type".to_owned(), r"\377".to_owned());
+    assert!(salvaged.properties.contains(&kind));
+}
+
+#[test]
+fn text_in_the_databases_own_encoding_is_read_only_where_it_is_ascii() {
+    let (error, salvaged) = kept([
+        Column::Held(b"key"),
+        Column::Held(b"t\x81"),
+        Column::Held(b"\x81"),
+    ]);
+    assert_eq!(
+        (error.column(), error.problem()),
+        ("type", &Problem::Unconvertible)
+    );
+    assert!(error.problem().is_of_the_row());
+    assert_eq!(salvaged.key.as_deref(), Some("key"));
+    assert_eq!(salvaged.payload.as_deref(), Some(&b"\x81"[..]));
+    assert_eq!(salvaged.topic, None);
+    // Valid UTF-8 by chance is not what it means.
+    let (error, salvaged) = kept([
+        Column::Held("é".as_bytes()),
+        Column::Null,
+        Column::Held("é".as_bytes()),
+    ]);
+    assert_eq!(error.problem(), &Problem::Unconvertible);
+    assert_eq!(salvaged.key.as_deref(), Some(r"\303\251"));
+    assert_eq!(salvaged.payload.as_deref(), Some("é".as_bytes()));
 }
 
 #[test]

@@ -62,6 +62,7 @@ pub(super) fn row(columns: &[Column<'_>]) -> Vec<u8> {
             Column::Unchanged => (b'u', None),
             Column::Text(value) => (b't', Some(value)),
             Column::Binary(value) => (b'b', Some(value)),
+            Column::Held(value) => (b'h', Some(value)),
         };
         out.push(kind);
         if let Some(value) = value {

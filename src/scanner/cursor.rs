@@ -1,0 +1,181 @@
+//! Rows on their way from the server, a batch at a time, and past those that the server cannot send.
+//!
+//! Input: a cursor WITH HOLD that [`ScanTable`] has declared on a session. Output: [`ScanRow`]s. The server keeps the list of what is
+//! to come; here is one row at a time.
+
+use futures::{StreamExt as _, pin_mut};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Statement};
+
+use super::rows::{TextAs, is_unconvertible};
+use super::table::{ScanRow, ScanTable};
+use crate::postgres::sql_error;
+use crate::{Error, Result};
+
+/// Rows that one FETCH asks for; between two of them the connection can be used for something else.
+const FETCH_ROWS: u32 = 1_000;
+
+impl ScanTable {
+    /// Prepares to read the rows of a gap ([`gap_condition`](super::reconcile::gap_condition)), behind `after`, in the order of `seq`.
+    ///
+    /// The server makes the list now: this takes as long as one walk over the table's part that the gap's snapshots leave.
+    pub async fn open<'a>(&'a self, client: &'a Client, gap: &str, after: i64) -> Result<Rows<'a>> {
+        let clause = format!("WHERE o.seq > {after} AND {gap} ORDER BY o.seq");
+        let sql = format!("BEGIN; {}; COMMIT", self.declare(&clause));
+        let opened = client.batch_execute(&sql).await;
+        opened.map_err(|error| sql_error(&format!("scan table {}", self.name), error))?;
+        Ok(Rows::new(self, client, Some((clause, Vec::new()))))
+    }
+
+    /// Prepares to read the rows that `clause` (`WHERE … ORDER BY o.seq`) chooses, with its parameters.
+    pub async fn open_chosen<'a>(
+        &'a self,
+        client: &'a Client,
+        clause: &str,
+        parameters: &[&'a (dyn ToSql + Sync)],
+    ) -> Result<Rows<'a>> {
+        self.make_list(client, clause, parameters).await?;
+        let again = (clause.to_owned(), parameters.to_vec());
+        Ok(Rows::new(self, client, Some(again)))
+    }
+
+    /// The same in any order. A row that the server cannot convert to UTF-8 is an error then.
+    pub async fn open_unordered<'a>(
+        &'a self,
+        client: &'a Client,
+        clause: &str,
+        parameters: &[&'a (dyn ToSql + Sync)],
+    ) -> Result<Rows<'a>> {
+        self.make_list(client, clause, parameters).await?;
+        Ok(Rows::new(self, client, None))
+    }
+
+    async fn make_list(
+        &self,
+        client: &Client,
+        clause: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<()> {
+        let made = client.execute(&self.declare(clause), parameters).await;
+        made.map_err(|error| sql_error(&format!("read table {}", self.name), error))?;
+        Ok(())
+    }
+}
+
+/// What [`ScanTable::open`] prepared.
+pub struct Rows<'a> {
+    table: &'a ScanTable,
+    client: &'a Client,
+    /// The FETCH.
+    fetch: Option<Statement>,
+    /// How rows of the list are found again, if they are in the order of `seq`: the clause, and its parameters.
+    again: Option<(String, Vec<&'a (dyn ToSql + Sync)>)>,
+    /// How many rows of the list are done.
+    done: u64,
+    /// The last row's `seq`.
+    last: i64,
+}
+
+impl<'a> Rows<'a> {
+    pub(super) fn new(
+        table: &'a ScanTable,
+        client: &'a Client,
+        again: Option<(String, Vec<&'a (dyn ToSql + Sync)>)>,
+    ) -> Self {
+        Self {
+            table,
+            client,
+            fetch: None,
+            again,
+            done: 0,
+            last: i64::MIN,
+        }
+    }
+
+    /// Gives the next rows to `take`, one by one; false when there were none left. `take` may wait as long as it likes:
+    /// nothing is read ahead of it beyond the sockets' buffers.
+    pub async fn next(&mut self, mut take: impl AsyncFnMut(ScanRow) -> Result<()>) -> Result<bool> {
+        let table = self.table;
+        let failed = |error| sql_error(&format!("scan table {}", table.name), error);
+        let fetch = if let Some(fetch) = &self.fetch {
+            fetch
+        } else {
+            // Prepared: a simple query would bring text.
+            let sql = format!("FETCH {FETCH_ROWS} FROM walpost_rows");
+            let prepared = self.client.prepare(&sql).await.map_err(failed)?;
+            self.fetch.insert(prepared)
+        };
+        let rows = self.client.query_raw::<_, i64, _>(fetch, []).await;
+        let rows = rows.map_err(failed)?;
+        let mut any = false;
+        let refused = {
+            pin_mut!(rows);
+            loop {
+                match rows.next().await {
+                    None => break None,
+                    Some(Ok(row)) => {
+                        any = true;
+                        let row = table.row(&row, TextAs::Utf8)?;
+                        self.done += 1;
+                        self.last = row.seq;
+                        take(row).await?;
+                    }
+                    Some(Err(error)) => break Some(error),
+                }
+            }
+        };
+        match refused {
+            None => Ok(any),
+            Some(error) if is_unconvertible(&error) && self.again.is_some() => {
+                if let Some(row) = self.isolate(failed(error)).await? {
+                    take(row).await?;
+                }
+                Ok(true)
+            }
+            Some(error) => Err(failed(error)),
+        }
+    }
+
+    /// The server cannot convert the row behind the last one to UTF-8: goes on behind it, and gives it as it is held. `None`: it
+    /// is gone meanwhile.
+    ///
+    /// A FETCH that fails has moved the cursor to its own end. But rows arrive in order up to the one that fails, so their number
+    /// says which it is.
+    async fn isolate(&mut self, why: Error) -> Result<Option<ScanRow>> {
+        let table = self.table;
+        let failed = |error| sql_error(&format!("scan table {}", table.name), error);
+        self.done += 1;
+        let go_on = format!("MOVE ABSOLUTE {} FROM walpost_rows", self.done);
+        self.client.batch_execute(&go_on).await.map_err(failed)?;
+        let Some((clause, parameters)) = &self.again else {
+            return Err(why);
+        };
+        let first = async |text| {
+            let sql = format!(
+                "SELECT {} FROM (SELECT o.* FROM {} o {clause}) o WHERE o.seq > {} ORDER BY o.seq LIMIT 1",
+                table.columns(text),
+                table.name,
+                self.last,
+            );
+            self.client.query_opt(&sql, parameters).await
+        };
+        match first(TextAs::Utf8).await {
+            Err(error) if is_unconvertible(&error) => {}
+            Err(error) => return Err(failed(error)),
+            // That is the next one: it comes by itself.
+            Ok(_) => return Ok(None),
+        }
+        let row = first(TextAs::Held).await.map_err(failed)?;
+        let row = row.map(|row| table.row(&row, TextAs::Held)).transpose()?;
+        if let Some(row) = &row {
+            self.last = row.seq;
+        }
+        Ok(row)
+    }
+
+    /// Forgets what the server still keeps.
+    pub async fn close(self) -> Result<()> {
+        let closed = self.client.batch_execute("CLOSE walpost_rows").await;
+        closed.map_err(|error| sql_error("end the scan", error))
+    }
+}

@@ -1,0 +1,160 @@
+//! Text that the server itself cannot convert to UTF-8: byte 0x81 in a database of the encoding `WIN1252`.
+
+use crate::support::{Database, consume, eventually, servers};
+use crate::{DEADLINE, QUICK, wait_for_stragglers};
+
+const SETTINGS: [(&str, &str); 1] = [("WALPOST_OUTBOX_TABLE", "events")];
+const DROP_SLOT: &str = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = current_database()";
+
+async fn database() -> Database {
+    let database = Database::create_in("WIN1252", "win").await;
+    database
+        .sql(
+            "CREATE TABLE events (
+                 id text NOT NULL, aggregatetype text, aggregateid text, type text, payload text, note text,
+                 txid xid8 NOT NULL DEFAULT pg_current_xact_id(), seq bigint GENERATED ALWAYS AS IDENTITY)",
+        )
+        .await;
+    database.init(&[], &SETTINGS).await;
+    database
+}
+
+/// SQL: a row whose texts are given as hexadecimal bytes of the database's encoding.
+fn row(id: &str, key: &str, payload: &str, note: &str) -> String {
+    let text = |hex: &str| format!("convert_from('\\x{hex}', 'WIN1252')");
+    format!(
+        "INSERT INTO events (id, aggregatetype, aggregateid, type, payload, note)
+         VALUES ('{id}', 't', {}, 't', {}, {});",
+        text(key),
+        text(payload),
+        text(note)
+    )
+}
+
+/// SQL: good rows, with and without what is not ASCII, and among them some that cannot be converted: in the key, in the payload,
+/// two in a row, and in a column that nobody reads.
+fn rows() -> String {
+    [
+        row("1", "6be9", "e9", "e9"),
+        row("payload", "6be9", "6181", "61"),
+        row("2", "6be9", "62", "61"),
+        row("key", "6b81", "63", "61"),
+        row("both", "6b81", "6181", "61"),
+        row("3", "6be9", "64", "81"),
+        row("4", "6be9", "65", "61"),
+    ]
+    .concat()
+}
+
+#[tokio::test]
+async fn what_the_server_cannot_convert_to_utf_8_is_isolated_by_a_scan() {
+    // GIVEN such text in rows from before the slot
+    let database = database().await;
+    database.sql(DROP_SLOT).await;
+    database.sql(&rows()).await;
+
+    for poll in [false, true] {
+        // WHEN the gap is scanned, or the table polled
+        let settings = [&QUICK[..], &SETTINGS].concat();
+        let poller = [&settings[..], &[("WALPOST_MODE", "poll")]].concat();
+        let (settings, says) = if poll {
+            (poller, "polling")
+        } else {
+            (settings, "streaming")
+        };
+        let mut walpost = database.walpost(&["run"], &settings).spawn();
+        walpost.wait_for_line(says, DEADLINE).await;
+        wait_for_stragglers(&database, "dead", 3).await;
+
+        // THEN the other rows come, in order
+        let received = consume(&servers().pulsar_url, &database.topic("t"), 4, DEADLINE).await;
+        let ids: Vec<&str> = received
+            .iter()
+            .map(|message| message.property("id"))
+            .collect();
+        let expected = ["1", "2", "3", "4"].repeat(1 + usize::from(poll));
+        assert_eq!(ids, expected);
+        assert_eq!(received[0].key.as_deref(), Some("ké"));
+        assert_eq!(received[0].payload, "é".as_bytes());
+
+        // AND these are stored whole
+        let query = "SELECT id, key, payload, topic, reason FROM walpost.straggler ORDER BY number";
+        let stored: Vec<(String, String, Vec<u8>)> = database
+            .rows(query, &[])
+            .await
+            .iter()
+            .map(|row| {
+                assert_eq!(row.get::<_, Option<&str>>(3), None);
+                assert!(row.get::<_, &str>(4).contains("cannot convert"));
+                (row.get(0), row.get(1), row.get(2))
+            })
+            .collect();
+        let whole =
+            |id: &str, key: &str, payload: &[u8]| (id.to_owned(), key.to_owned(), payload.to_vec());
+        assert_eq!(
+            stored,
+            [
+                whole("payload", "k\\351", b"a\x81"),
+                whole("key", "k\\201", b"c"),
+                whole("both", "k\\201", b"a\x81"),
+            ]
+        );
+        walpost.stop().await;
+        if !poll {
+            // The same once more, by polling.
+            database
+                .sql("DELETE FROM walpost.straggler; UPDATE walpost.progress SET delivered = NULL, scan_upto = NULL, scan_position = NULL")
+                .await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_cannot_go_on_says_at_which_row_and_a_new_slot_gets_past_it() {
+    // GIVEN such text in a row that is streamed, and a slot that must not be made anew
+    let database = database().await;
+    let settings = [&QUICK[..], &SETTINGS].concat();
+    let fail = [&settings[..], &[("WALPOST_SLOT_LOST", "fail")]].concat();
+    let mut walpost = database.start(&fail).await;
+    database.sql(&row("before", "6b", "62", "61")).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    let bad = [
+        row("good", "6b", "62", "61"),
+        row("bad", "6b", "6181", "61"),
+    ]
+    .concat();
+    database.sql(&format!("BEGIN; {bad} COMMIT")).await;
+
+    // WHEN the walsender ends, THEN walpost says where, and what to do
+    let code = walpost.wait_exit(DEADLINE).await;
+    let said = walpost.output();
+    assert_eq!(code, 69, "{said}");
+    let xid: String = database
+        .rows("SELECT txid::text FROM events WHERE id = 'bad'", &[])
+        .await[0]
+        .get(0);
+    for part in [
+        &format!("row 2 of transaction {xid}, which commits at "),
+        "public.events",
+        "go on streaming at ",
+        "22P05",
+        "WALPOST_SLOT_LOST=recover",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+
+    // AND where it may make the slot anew, it gets past it, and the row is a straggler
+    database.sql(&row("behind", "6b", "62", "61")).await;
+    let walpost = database.start(&settings).await;
+    wait_for_stragglers(&database, "dead", 1).await;
+    eventually(DEADLINE, "what is behind it", async || {
+        let received = consume(&servers().pulsar_url, &database.topic("t"), 0, DEADLINE).await;
+        let ids: Vec<&str> = received
+            .iter()
+            .map(|message| message.property("id"))
+            .collect();
+        ids.contains(&"behind").then_some(())
+    })
+    .await;
+    walpost.stop().await;
+}
