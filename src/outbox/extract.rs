@@ -140,7 +140,8 @@ impl Extractor {
     /// Whether the column in this place is read.
     pub fn reads(&self, index: usize) -> bool {
         let is_planned = self.plan.get(index).is_some_and(|slot| *slot != UNREAD);
-        is_planned || self.router.columns().any(|(place, _)| place == index)
+        let is_number = self.number.is_some_and(|number| number.index() == index);
+        is_planned || is_number || self.router.columns().any(|(place, _)| place == index)
     }
 
     /// A column that is read, and its type, if that type cannot be read in binary format: then the stream must ask for

@@ -52,6 +52,11 @@ pub struct NumberColumn {
 }
 
 impl NumberColumn {
+    /// Its place among the columns.
+    pub(super) fn index(&self) -> usize {
+        self.index
+    }
+
     /// Looks for it among a table's columns.
     pub fn find(relation: &Relation) -> Option<Self> {
         [SEQ, TXID].into_iter().find_map(|name| {
