@@ -8,3 +8,12 @@ create table if not exists walpost.left_undone (
     what     jsonb not null,                  -- {"count": n, "listed": [{"work", "table", "id", "reason", ...}, ...]}
     noted_at timestamptz not null default clock_timestamp()
 );
+
+do $walpost$
+begin
+    -- 12_roles.sql may have been applied before this.
+    if exists (select from pg_roles where rolname = 'walpost_connector') then
+        grant select, insert, update on walpost.left_undone to walpost_connector;
+    end if;
+end
+$walpost$;

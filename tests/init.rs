@@ -521,7 +521,7 @@ async fn the_files_of_sql_can_be_applied_by_psql_in_their_order_while_others_wri
         .map(|entry| entry.expect("a file").path())
         .collect();
     files.sort();
-    assert_eq!(files.len(), 13);
+    assert_eq!(files.len(), 14);
     for _ in 0..2 {
         for file in &files {
             psql(&database, file).await;

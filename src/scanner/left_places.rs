@@ -16,7 +16,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
 use crate::outbox::RowNumber;
-use crate::postgres::{TableName, is_about_rows, quote_literal, sql_error, sqlstate};
+use crate::postgres::{TableName, is_about_rows, sql_error, sqlstate};
 use crate::upkeep::{Left, Undone, now_ms, pause, reason};
 use crate::{Error, Result};
 
@@ -335,19 +335,6 @@ impl Deletion<'_> {
 /// As a `tid` is written.
 fn text((block, row): (i64, u32)) -> String {
     format!("({block},{row})")
-}
-
-/// Whether a trigger or a rule may keep a row of this table from being deleted without an error.
-pub(super) async fn has_triggers(client: &Client, table: &TableName) -> Result<bool> {
-    let sql = format!(
-        "SELECT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal)
-             OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class = c.oid)
-         FROM pg_class c WHERE c.oid = {}::regclass",
-        quote_literal(&table.to_string())
-    );
-    let row = client.query_one(&sql, &[]).await;
-    let row = row.map_err(|error| sql_error(&format!("look at table {table}"), error))?;
-    Ok(row.get(0))
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ use tokio::time::sleep;
 use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
-use super::left_places::{Deletion, LeftPlaces, Stretch, has_triggers};
+use super::left_places::{Deletion, LeftPlaces, Stretch};
 use super::outbox::OutboxTable;
 use crate::config::AfterPublish;
 use crate::meter::Meter;
@@ -88,6 +88,8 @@ struct Leaf {
     blocks: i64,
     /// All its rows are older than the retention, by its bound.
     is_past: bool,
+    /// A trigger or a rule may keep a row from being deleted without an error.
+    may_keep_rows: bool,
 }
 
 /// What became of a partition.
@@ -233,7 +235,9 @@ impl Retention {
                    CASE WHEN i.inhparent IN (SELECT partrelid FROM by_time)
                         THEN coalesce((regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \\(''([^'']+)''\\)'))[1]::timestamptz
                                       < clock_timestamp() - make_interval(secs => $4), false)
-                        ELSE false END
+                        ELSE false END,
+                   EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal)
+                       OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class = c.oid)
             FROM leaf JOIN pg_class c ON c.oid = leaf.oid JOIN pg_namespace n ON n.oid = c.relnamespace
             LEFT JOIN pg_inherits i ON i.inhrelid = c.oid
             ORDER BY c.relname";
@@ -250,6 +254,7 @@ impl Retention {
             name: TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)),
             blocks: row.get(2),
             is_past: row.get::<_, Option<bool>>(3).unwrap_or(false),
+            may_keep_rows: row.get(4),
         };
         Ok(rows.iter().map(leaf).collect())
     }
@@ -276,7 +281,7 @@ impl Retention {
             id: table.id_column(),
             chosen,
             age: self.age.as_secs_f64(),
-            may_be_kept: has_triggers(client, &leaf.name).await?,
+            may_be_kept: leaf.may_keep_rows,
         };
         let mut deleted = 0;
         let mut from = 0;
