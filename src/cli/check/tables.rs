@@ -17,12 +17,8 @@ pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
         match OutboxTable::read(client, name, config).await {
             Ok(table) => {
                 findings.push(finding(&table, config));
-<<<<<<< HEAD
-                findings.extend(catalog::check(client, &table).await);
-                findings.extend(ids(&table));
-=======
                 findings.extend(catalog::check(client, &table, config).await);
->>>>>>> catalog
+                findings.extend(ids(&table));
             }
             Err(error) => findings.push(Finding::fail(CHECK, &error)),
         }
