@@ -54,7 +54,7 @@ pub struct Prepared {
 }
 
 /// This process, and what it knows of the slot.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Session {
     /// A name that no other process has.
     pub name: String,
