@@ -37,39 +37,43 @@ end
 $walpost$;
 
 -- An event is an INSERT. An update of a row, also by INSERT ... ON CONFLICT DO UPDATE, sends nothing, and the row would count as
--- sent: so the columns that make the event are not updated. One trigger for each statement: inserts, COPY and the marks of
--- sent_at do not pay for it. Columns that an application adds are its own. A person who mends rows says so in that session:
--- SET walpost.mend = on. (An UPDATE that names a partition, not walpost.outbox, is not seen.)
+-- sent: so a change of what makes the event is refused. Inserts do not pay for it; a mark of sent_at pays for one comparison. The
+-- trigger names columns as texts, so that they can be altered and dropped. Columns that an application adds are its own. A person
+-- who mends rows says so in that session: SET walpost.mend = on.
 create or replace function walpost.refuse_update() returns trigger
     language plpgsql set search_path = pg_catalog, pg_temp
 as $walpost$
+declare
+    before constant json := to_json(old);
+    after constant json := to_json(new);
+    one text;
 begin
     if current_setting('walpost.mend', true) = 'on' then
         return null;
     end if;
-    raise exception 'an update of %.% sends no event', tg_table_schema, tg_table_name
-        using errcode = 'feature_not_supported',
-              detail = 'Only inserts are events; also INSERT ... ON CONFLICT DO UPDATE changes a row without sending it.',
-              hint = 'Insert a new row; ON CONFLICT DO NOTHING is allowed. To mend rows by hand: SET walpost.mend = on.';
+    foreach one in array tg_argv loop
+        if (before -> one)::text is distinct from (after -> one)::text then
+            raise exception 'an update of %.% sends no event', tg_table_schema, tg_table_name
+                using errcode = 'feature_not_supported', column = one,
+                      detail = format('It changes column %I. Only inserts are events, and ON CONFLICT DO UPDATE is an update.', one),
+                      hint = 'Insert a new row; ON CONFLICT DO NOTHING is allowed. To mend rows by hand: SET walpost.mend = on.';
+        end if;
+    end loop;
+    return null;
 end
 $walpost$;
 
 do $walpost$
 declare
-    columns text;
+    marked constant boolean := exists (
+        select from pg_attribute where attrelid = 'walpost.outbox'::regclass and attname = 'sent_at' and not attisdropped
+    );
 begin
-    select string_agg(quote_ident(attname), ', ' order by attnum) into columns
-        from pg_attribute
-        where attrelid = 'walpost.outbox'::regclass and not attisdropped
-          and attname in ('id', 'aggregatetype', 'aggregateid', 'type', 'payload', 'topic', 'headers', 'deliver_at', 'created_at',
-                          'seq', 'txid');
-    if columns is null then
-        return;
-    end if;
     execute format(
-        'create or replace trigger walpost_refuse_update before update of %s on walpost.outbox
-         for each statement execute function walpost.refuse_update()',
-        columns
+        'create or replace trigger walpost_refuse_update after update on walpost.outbox for each row %s
+         execute function walpost.refuse_update(''id'', ''aggregatetype'', ''aggregateid'', ''type'', ''payload'', ''topic'', ''headers'',
+                                                ''deliver_at'', ''created_at'', ''seq'', ''txid'')',
+        case when marked then 'when (old.sent_at is not distinct from new.sent_at)' end
     );
 end
 $walpost$;

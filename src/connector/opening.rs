@@ -45,11 +45,7 @@ impl Connector {
         let config = self.config.clone();
         let held = self.scanner.take();
         self.claimed = None;
-        let session = Session {
-            name: self.session.name.clone(),
-            unreadable: self.session.unreadable.clone(),
-            ..self.session
-        };
+        let session = self.session.clone();
         let checking = async {
             // Waited for: were it held a moment longer, we would take ourselves for another instance.
             if let Some(client) = held {

@@ -110,7 +110,7 @@ pub struct Unknown {
 }
 
 /// This process, and what it knows of the slot.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Session {
     /// A name that no other process has.
     pub name: String,

@@ -6,7 +6,7 @@ use super::Finding;
 use crate::cli::ddl::own_table;
 use crate::config::Config;
 use crate::connector::subscription;
-use crate::postgres::{TableName, quote_ident, sql_error};
+use crate::postgres::{TableName, quote_ident, quote_literal, sql_error};
 use crate::scanner::outbox::OutboxTable;
 use crate::{Error, Result};
 
@@ -145,17 +145,22 @@ fn grantee(role: &str) -> String {
     }
 }
 
-/// What refuses updates of the columns that are read.
+/// What refuses changes of the columns that are read.
 fn trigger(table: &OutboxTable, config: &Config) -> String {
     let read = subscription(config).columns;
     let columns = table.columns.iter().map(|column| &column.name);
     let columns: Vec<String> = columns
         .filter(|name| read.contains(name))
-        .map(|name| quote_ident(name))
+        .map(|name| quote_literal(name).trim().to_owned())
         .collect();
+    let unless_marked = if table.has_sent_at {
+        " WHEN (old.sent_at IS NOT DISTINCT FROM new.sent_at)"
+    } else {
+        ""
+    };
     format!(
-        "CREATE TRIGGER walpost_refuse_update BEFORE UPDATE OF {} ON {} FOR EACH STATEMENT EXECUTE FUNCTION walpost.refuse_update();",
-        columns.join(", "),
-        table.name
+        "CREATE TRIGGER walpost_refuse_update AFTER UPDATE ON {} FOR EACH ROW{unless_marked} EXECUTE FUNCTION walpost.refuse_update({});",
+        table.name,
+        columns.join(", ")
     )
 }
