@@ -1,5 +1,6 @@
 -- walpost 6/13: stragglers: events that could not be published when their turn came, whole, until they can.
--- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again. Whoever runs walpost needs SELECT, INSERT, UPDATE and DELETE on it.
+-- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again. Whoever runs walpost needs SELECT, INSERT, UPDATE and DELETE
+-- on it, and SELECT, INSERT and DELETE on walpost.discarded.
 --
 -- A row is written before the replication slot (or the scan of the table) moves past its event, and deleted when the broker has
 -- the message.
@@ -43,3 +44,32 @@ create index if not exists straggler_due on walpost.straggler (slot, next_attemp
 create index if not exists straggler_key on walpost.straggler (slot, hashtextextended(key, 0), number);
 -- By message, for walpost.outbox_status and retention.
 create index if not exists straggler_id on walpost.straggler using hash (id);
+
+-- What walpost stragglers discard has deleted, as long as the log or a scan may bring it again: it is then left out. walpost deletes
+-- a row when its delivery is noted in walpost.progress, an hour after it was written or later.
+create table if not exists walpost.discarded (
+    number        bigint generated always as identity primary key,
+    slot          text not null,
+    outbox        text not null,              -- from here on as in walpost.straggler
+    id            text,
+    commit_lsn    pg_lsn not null,
+    ordinal       bigint not null,
+    seq           bigint,                     -- of the outbox row, by which a scan knows it
+    txid          xid8 not null default pg_current_xact_id(),   -- who sees this transaction sees the straggler's
+    discarded_at  timestamptz not null default clock_timestamp()
+);
+create index if not exists discarded_place on walpost.discarded (slot, outbox, commit_lsn, ordinal);
+-- To whom walpost.straggler was granted by an earlier version.
+do $walpost$
+declare
+    who text;
+begin
+    for who in
+        select distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end
+        from pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) a
+        where c.oid = 'walpost.straggler'::regclass and a.privilege_type = 'DELETE' and a.grantee <> c.relowner
+    loop
+        execute format('grant select, insert, delete on walpost.discarded to %s', who);
+    end loop;
+end
+$walpost$;

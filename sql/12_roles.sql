@@ -47,6 +47,9 @@ begin
     if to_regclass('walpost.left_undone') is not null then
         grant select, insert, update on walpost.left_undone to walpost_connector;
     end if;
+    if to_regclass('walpost.discarded') is not null then
+        grant select, insert, delete on walpost.discarded to walpost_connector;
+    end if;
     if to_regclass('walpost.after_publish') is not null then
         grant select, insert, update on walpost.after_publish to walpost_connector;
     end if;

@@ -7,9 +7,15 @@
 -- transaction as the work:
 --
 --   begin;
---   select walpost.inbox_claim('stock', '0198...');   -- false: handled before, or given up: leave the work out
+--   select walpost.inbox_claim('stock', '0198...', '');  -- false: handled before, or given up: leave the work out
 --   update stock ...;                                  -- the work
 --   commit;                                          -- and only now acknowledge to the broker
+--
+-- The third argument is where the id is unique: '' for UUIDs, the topic (without -partition-N) for numbers and other ids, which two
+-- tables may both have. A claim whose source is '' counts for every source, and one with a source counts for a call without: so
+-- what an earlier version of this file has claimed, which knew no source, still counts, and so do calls with two arguments. Once
+-- it is known where all such claims come from, name it; or delete them once their messages cannot come again:
+--   update walpost.inbox set source = 'persistent://public/default/outbox.order' where consumer = 'stock' and source = '';
 --
 -- A second consumer with the same message waits in inbox_claim for the first one's end, and is told then.
 -- Postgres answers the COMMIT of an aborted transaction by ROLLBACK and no error, which a driver may report as success: work that
@@ -31,7 +37,8 @@ create table if not exists walpost.inbox (
     consumer   text not null,                 -- which application, or which part of it
     id         text not null,                 -- message id: the property "id"
     handled_at timestamptz not null default now(),
-    primary key (consumer, id)
+    source     text not null default '',      -- where the id is unique: '' everywhere, else the topic
+    primary key (consumer, id, source)
 );
 -- Retention goes by time.
 create index if not exists inbox_handled_at on walpost.inbox (consumer, handled_at, id);
@@ -49,14 +56,43 @@ create table if not exists walpost.inbox_poison (
     reason        text not null,              -- why the last attempt failed
     set_aside_at  timestamptz,                -- null: it is still tried; its row goes when it succeeds
     first_at      timestamptz not null default now(),
-    primary key (consumer, id)
+    source        text not null default '',
+    primary key (consumer, id, source)
 );
 
--- What an earlier version made: functions with other arguments, of which one depends on the column; and jsonb.
+-- What an earlier version made: functions with other arguments, of which one depends on the column; jsonb; and tables without a
+-- source, whose new primary keys take a moment in which nobody else can use them (some seconds for each ten million rows).
 drop function if exists walpost.inbox_failed(text, text, text);
 drop function if exists walpost.inbox_give_up(text, text, text, text, text, text, bytea, jsonb);
 do $walpost$
+declare
+    old text;
+    granted text := '';
+    one record;
 begin
+    -- Who may call a function is kept for the one that takes its place.
+    foreach old in array array['inbox_claim(text, text)', 'inbox_failed(text, text, text, boolean)',
+                               'inbox_give_up(text, text, text, text, text, text, bytea, json)'] loop
+        for one in
+            select p.proname, a.grantee, a.is_grantable from pg_catalog.pg_proc p, pg_catalog.aclexplode(p.proacl) a
+            where p.oid = to_regprocedure('walpost.' || old) and p.proacl is not null and a.privilege_type = 'EXECUTE'
+        loop
+            granted := granted || case when position(one.proname || ' from' in granted) = 0
+                                       then format('revoke execute on function walpost.%s from public; ', one.proname) else '' end
+                || format('grant execute on function walpost.%s to %s%s; ', one.proname,
+                          case one.grantee when 0 then 'public' else one.grantee::regrole::text end,
+                          case when one.is_grantable then ' with grant option' else '' end);
+        end loop;
+        execute 'drop function if exists walpost.' || old;
+    end loop;
+    perform set_config('walpost.inbox_granted', granted, false);
+    foreach old in array array['inbox', 'inbox_poison'] loop
+        if not exists (select from pg_catalog.pg_attribute
+                       where attrelid = ('walpost.' || old)::regclass and attname = 'source' and not attisdropped) then
+            execute format('alter table walpost.%1$I add column source text not null default %2$L,
+                                drop constraint %3$I, add constraint %3$I primary key (consumer, id, source)', old, '', old || '_pkey');
+        end if;
+    end loop;
     if 'jsonb'::regtype = (select atttypid from pg_attribute
                            where attrelid = 'walpost.inbox_poison'::regclass and attname = 'properties') then
         alter table walpost.inbox_poison alter column properties type json;
@@ -65,7 +101,7 @@ end
 $walpost$;
 
 -- True for a message that is new to the consumer: its work is to be done in this transaction.
-create or replace function walpost.inbox_claim(consumer text, id text) returns boolean
+create or replace function walpost.inbox_claim(consumer text, id text, source text default '') returns boolean
     language plpgsql volatile
 as $walpost$
 begin
@@ -75,20 +111,33 @@ begin
     elsif coalesce(id, '') = '' then
         raise exception 'walpost.inbox_claim: id is null or empty'
             using errcode = 'invalid_parameter_value', column = 'id', hint = 'it is the message''s property "id"';
+    elsif source is null then
+        raise exception 'walpost.inbox_claim: source is null'
+            using errcode = 'invalid_parameter_value', column = 'source', hint = 'it is the message''s topic, or empty where ids are UUIDs';
     end if;
-    insert into walpost.inbox as i (consumer, id) values (inbox_claim.consumer, inbox_claim.id) on conflict do nothing;
+    if exists (
+        select from walpost.inbox i
+        where i.consumer = inbox_claim.consumer and i.id = inbox_claim.id
+              and (i.source = '' or inbox_claim.source = '') and i.source <> inbox_claim.source
+    ) then
+        return false;
+    end if;
+    insert into walpost.inbox as i (consumer, id, source) values (inbox_claim.consumer, inbox_claim.id, inbox_claim.source)
+        on conflict do nothing;
     return found;
 end
 $walpost$;
 
 -- Notes a failed attempt and gives back how many there were. In a transaction of its own, after the failed one; or before the
 -- attempt, so that one which its process does not outlive counts, and then again with counted => true, for its reason.
-create or replace function walpost.inbox_failed(consumer text, id text, reason text, counted boolean default false) returns integer
+create or replace function walpost.inbox_failed(
+    consumer text, id text, reason text, counted boolean default false, source text default ''
+) returns integer
     language sql volatile
 begin atomic
-    insert into walpost.inbox_poison as p (consumer, id, attempts, reason)
-        values (inbox_failed.consumer, inbox_failed.id, 1, coalesce(inbox_failed.reason, 'unknown'))
-        on conflict (consumer, id) do update
+    insert into walpost.inbox_poison as p (consumer, id, source, attempts, reason)
+        values (inbox_failed.consumer, inbox_failed.id, inbox_failed.source, 1, coalesce(inbox_failed.reason, 'unknown'))
+        on conflict (consumer, id, source) do update
         -- Set aside, and claimed anew: somebody has deleted its id to have it tried again.
         set attempts = case when p.set_aside_at is not null then 1
                             else p.attempts + case when inbox_failed.counted then 0 else 1 end end,
@@ -105,21 +154,30 @@ create or replace function walpost.inbox_give_up(
     message_id text default '',
     key        text default null,
     payload    bytea default null,
-    properties json default '{}'
+    properties json default '{}',
+    source     text default ''
 ) returns boolean
     language plpgsql volatile
 as $walpost$
 begin
-    if not walpost.inbox_claim(consumer, id) then
+    if not walpost.inbox_claim(consumer, id, source) then
         return false;
     end if;
-    insert into walpost.inbox_poison as p (consumer, id, topic, message_id, key, payload, properties, reason, set_aside_at)
-        values (inbox_give_up.consumer, inbox_give_up.id, coalesce(inbox_give_up.topic, ''), coalesce(inbox_give_up.message_id, ''),
+    insert into walpost.inbox_poison as p (consumer, id, source, topic, message_id, key, payload, properties, reason, set_aside_at)
+        values (inbox_give_up.consumer, inbox_give_up.id, inbox_give_up.source, coalesce(inbox_give_up.topic, ''), coalesce(inbox_give_up.message_id, ''),
                 inbox_give_up.key, inbox_give_up.payload, coalesce(inbox_give_up.properties, '{}'),
                 coalesce(inbox_give_up.reason, 'unknown'), now())
         on conflict on constraint inbox_poison_pkey do update
         set topic = excluded.topic, message_id = excluded.message_id, key = excluded.key, payload = excluded.payload,
             properties = excluded.properties, reason = excluded.reason, set_aside_at = excluded.set_aside_at;
     return true;
+end
+$walpost$;
+
+-- The grants that the functions had under their earlier arguments.
+do $walpost$
+begin
+    execute coalesce(current_setting('walpost.inbox_granted', true), '');
+    perform set_config('walpost.inbox_granted', '', false);
 end
 $walpost$;

@@ -5,9 +5,9 @@
 //! acknowledgement to the broker, after that commit; of a batch, after its last message's (see [`ends_its_entry`]).
 //!
 //! ```text
-//! Pulsar ─► begin; inbox_claim(consumer, id) ─ new ──► Handler, in the same transaction ─► commit ─► acknowledge
-//!                       │                                  │ fails
-//!                       └─ handled before ─► acknowledge   └─► rollback; inbox_failed; again, or set aside after n attempts
+//! Pulsar ─► begin; inbox_claim(consumer, id, source) ─ new ──► Handler, in the same transaction ─► commit ─► acknowledge
+//!                       │                                         │ fails
+//!                       └─ handled before ─► acknowledge          └─► rollback; inbox_failed; again, or set aside after n attempts
 //! ```
 //!
 //! # Why once
@@ -16,6 +16,9 @@
 //! and one that dies after it, before the acknowledgement, gets the message again and finds the id. Two processes with the
 //! same message: the second waits in the unique index for the first one's end. What the handler does outside of that
 //! transaction (a mail, a call) is not covered.
+//!
+//! Two messages are the same when their ids are, and, for ids that are no UUIDs, their topics too ([`Message::source`]): tables and
+//! databases that count from 1 each are not confused, as long as they do not share a topic.
 //!
 //! # Order, and messages that fail
 //!
@@ -34,8 +37,13 @@
 //!   it). With `Shared` and `Key_Shared` it may come to a process in the middle of its work, and such a death does not count.
 //!   (The broker's redelivery count would not tell: it counts for those two only, and the pulsar crate does not hand it on.)
 //!
-//! A run that is dropped takes such a count back, as far as its connection still goes out: a stop is no death. What is not the
-//! message's fault (the database is away, a deadlock, a serialization failure) is tried again for ever and is no attempt.
+//! A run that is dropped takes such a count back, as far as its connection still goes out: a stop is no death.
+//!
+//! What is not the message's fault is tried again for ever and is no attempt: the connection breaks; a conflict with another
+//! transaction (serialization failure, deadlock, lock timeout); a statement is cancelled, by `statement_timeout` or by an operator;
+//! the server stops, is read-only, or has no memory, disk or connections left. That is told by the SQLSTATE of the error that the
+//! handler returns, or of one of its sources: a handler that makes a text of it hides whose fault it was. (A message whose work
+//! exceeds `statement_timeout` every time holds up its successors, and the log says why.)
 //!
 //! # What is stored
 //!
@@ -51,6 +59,7 @@ mod message;
 mod session;
 
 use std::any::Any;
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
@@ -65,7 +74,7 @@ use tracing::{info, warn};
 
 pub use message::{Message, ends_its_entry};
 
-use crate::postgres::{PostgresConfig, connect_application, sql_error};
+use crate::postgres::{PostgresConfig, connect_application, sql_error, sqlstate};
 use crate::retry::Backoff;
 use crate::{Error, Result};
 use message::{ID_BYTES, storable};
@@ -205,9 +214,9 @@ impl Inbox {
         handler: &mut impl Handler,
     ) -> Result<Outcome> {
         let failed = |error| sql_error("handle a message", error);
-        let id = message.inbox_id();
+        let name = Name::of(message);
         let mut transaction = client.transaction().await.map_err(failed)?;
-        let mut claim = self.claim(&transaction, &id).await?;
+        let mut claim = self.claim(&transaction, &name).await?;
         if claim.is_new && trial.counted.is_none() {
             let is_last_one_over = claim.attempts >= Some(self.settings.max_attempts);
             let is_suspect = trial.counts_ahead && (trial.is_first || claim.attempts.is_some());
@@ -218,14 +227,14 @@ impl Inbox {
                     let reason = claim.reason.unwrap_or_default().into();
                     return self.failed(client, message, reason, true).await;
                 }
-                self.count(client, trial, &id).await?;
+                self.count(client, trial, &name).await?;
                 transaction = client.transaction().await.map_err(failed)?;
-                claim = self.claim(&transaction, &id).await?;
+                claim = self.claim(&transaction, &name).await?;
             }
         }
         if !claim.is_new {
             // With the row of attempts that another process, which handled the message, has left behind.
-            let ended = if claim.attempts.is_some() {
+            let ended = if claim.is_left {
                 transaction.commit().await
             } else {
                 transaction.rollback().await
@@ -256,38 +265,51 @@ impl Inbox {
     }
 
     /// Claims a message, and deletes its row of attempts for the case that the transaction commits.
-    async fn claim(&self, transaction: &Transaction<'_>, id: &str) -> Result<Claim> {
+    async fn claim(&self, transaction: &Transaction<'_>, name: &Name<'_>) -> Result<Claim> {
         // The row first and then the claim, as `failed` does it: two processes with one message do not block each other.
         const SQL: &str = "
             WITH tried AS (
-                DELETE FROM walpost.inbox_poison WHERE consumer = $1 AND id = $2
-                RETURNING attempts, reason, set_aside_at
+                DELETE FROM walpost.inbox_poison
+                -- With what an earlier version, which knew no source, had counted of it.
+                WHERE consumer = $1 AND id = $2 AND (source = $3 OR source = '' AND set_aside_at IS NULL)
+                RETURNING attempts, reason, set_aside_at, source
             )
-            SELECT walpost.inbox_claim($1, $2), t.attempts, t.reason
-            FROM (SELECT max(attempts) AS attempts, max(reason) AS reason FROM tried WHERE set_aside_at IS NULL) t";
+            SELECT walpost.inbox_claim($1, $2, $3), t.attempts, t.reason, t.is_left
+            FROM (SELECT max(attempts) FILTER (WHERE source = $3) AS attempts, max(reason) FILTER (WHERE source = $3) AS reason,
+                         count(*) > 0 AS is_left
+                  FROM tried WHERE set_aside_at IS NULL AND NOT EXISTS (SELECT FROM tried WHERE set_aside_at IS NOT NULL)) t";
         let row = transaction
-            .query_typed_one(SQL, &[(&self.consumer, Type::TEXT), (&id, Type::TEXT)])
+            .query_typed_one(
+                SQL,
+                &[
+                    (&self.consumer, Type::TEXT),
+                    (&name.id, Type::TEXT),
+                    (&name.source, Type::TEXT),
+                ],
+            )
             .await
-            .map_err(|error| sql_error("claim a message", error))?;
+            .map_err(|error| failed_to("claim a message", error))?;
         let attempts: Option<i32> = row.get(1);
         Ok(Claim {
             is_new: row.get(0),
             attempts: attempts.map(|count| u32::try_from(count).unwrap_or(0)),
             reason: row.get(2),
+            is_left: row.get(3),
         })
     }
 
     /// Counts an attempt before it begins.
-    async fn count(&self, client: &Client, trial: &mut Trial, id: &str) -> Result<()> {
-        const SQL: &str = "SELECT walpost.inbox_failed($1, $2, $3)";
-        trial.count(&self.consumer, id);
+    async fn count(&self, client: &Client, trial: &mut Trial, name: &Name<'_>) -> Result<()> {
+        const SQL: &str = "SELECT walpost.inbox_failed($1, $2, $3, source => $4)";
+        trial.count(&self.consumer, name);
         let arguments: &[(&(dyn ToSql + Sync), Type)] = &[
             (&self.consumer, Type::TEXT),
-            (&id, Type::TEXT),
+            (&name.id, Type::TEXT),
             (&PROCESS_ENDED, Type::TEXT),
+            (&name.source, Type::TEXT),
         ];
         let counted = client.query_typed(SQL, arguments).await;
-        counted.map_err(|error| sql_error("count an attempt", error))?;
+        counted.map_err(|error| failed_to("count an attempt", error))?;
         Ok(())
     }
 
@@ -299,12 +321,12 @@ impl Inbox {
         error: HandlerError,
         is_counted: bool,
     ) -> Result<Outcome> {
-        let lost = |error| sql_error("note a message that failed", error);
-        let (id, reason) = (message.inbox_id(), reason(error.as_ref()));
+        let lost = |error| failed_to("note a message that failed", error);
+        let (Name { id, source }, reason) = (Name::of(message), reason(error.as_ref()));
         let transaction = client.transaction().await.map_err(lost)?;
-        let note = "SELECT walpost.inbox_failed($1, $2, $3, $4)";
+        let note = "SELECT walpost.inbox_failed($1, $2, $3, $4, $5)";
         let row = transaction
-            .query_one(note, &[&self.consumer, &id, &reason, &is_counted])
+            .query_one(note, &[&self.consumer, &id, &reason, &is_counted, &source])
             .await
             .map_err(lost)?;
         let attempts: i32 = row.get(0);
@@ -313,7 +335,8 @@ impl Inbox {
             transaction.commit().await.map_err(lost)?;
             return Ok(Outcome::Failed(attempts));
         }
-        let set_aside = "SELECT walpost.inbox_give_up($1, $2, $3, $4, $5, $6, $7, $8::text::json)";
+        let set_aside =
+            "SELECT walpost.inbox_give_up($1, $2, $3, $4, $5, $6, $7, $8::text::json, $9)";
         let row = transaction
             .query_one(
                 set_aside,
@@ -326,6 +349,7 @@ impl Inbox {
                     &message.key.as_deref().map(storable),
                     &message.payload,
                     &message.properties_json(),
+                    &source,
                 ],
             )
             .await
@@ -352,29 +376,37 @@ impl Inbox {
     pub async fn prune(&self, client: &Client, age: Duration) -> Result<u64> {
         const SQL: &str = "
             WITH old AS MATERIALIZED (
-                SELECT handled_at, id FROM walpost.inbox
+                SELECT handled_at, id, source FROM walpost.inbox
                 WHERE consumer = $1 AND handled_at < now() - make_interval(secs => $2)
-                  AND (handled_at, id) > ($3::text::timestamptz, $4)
-                ORDER BY handled_at, id LIMIT $5
+                  AND (handled_at, id) >= ($3::text::timestamptz, $4) AND (handled_at, id, source) > ($3::text::timestamptz, $4, $6)
+                ORDER BY handled_at, id, source LIMIT $5
             ), gone AS (
-                DELETE FROM walpost.inbox i USING old WHERE i.consumer = $1 AND i.id = old.id
+                DELETE FROM walpost.inbox i USING old WHERE i.consumer = $1 AND i.id = old.id AND i.source = old.source
             )
-            SELECT handled_at::text, id, (SELECT count(*) FROM old) FROM old ORDER BY handled_at DESC, id DESC LIMIT 1";
-        let (mut upto, mut id) = ("-infinity".to_owned(), String::new());
+            SELECT handled_at::text, id, source, (SELECT count(*) FROM old) FROM old
+            ORDER BY handled_at DESC, id DESC, source DESC LIMIT 1";
+        let (mut upto, mut id, mut source) = ("-infinity".to_owned(), String::new(), String::new());
         let mut deleted = 0;
         loop {
             let row = client
                 .query_opt(
                     SQL,
-                    &[&self.consumer, &age.as_secs_f64(), &upto, &id, &PRUNE_ROWS],
+                    &[
+                        &self.consumer,
+                        &age.as_secs_f64(),
+                        &upto,
+                        &id,
+                        &PRUNE_ROWS,
+                        &source,
+                    ],
                 )
                 .await
-                .map_err(|error| sql_error("delete old ids from walpost.inbox", error))?;
+                .map_err(|error| failed_to("delete old ids from walpost.inbox", error))?;
             let Some(row) = row else {
                 return Ok(deleted);
             };
-            (upto, id) = (row.get(0), row.get(1));
-            let count: i64 = row.get(2);
+            (upto, id, source) = (row.get(0), row.get(1), row.get(2));
+            let count: i64 = row.get(3);
             deleted += count.unsigned_abs();
             if count < PRUNE_ROWS {
                 return Ok(deleted);
@@ -496,6 +528,21 @@ impl Inbox {
     }
 }
 
+/// A message's name in the tables.
+struct Name<'a> {
+    id: Cow<'a, str>,
+    source: Cow<'a, str>,
+}
+
+impl<'a> Name<'a> {
+    fn of(message: &'a Message) -> Self {
+        Self {
+            id: message.inbox_id(),
+            source: message.source(),
+        }
+    }
+}
+
 /// What the database says of a message.
 struct Claim {
     /// Its work is to be done.
@@ -504,6 +551,8 @@ struct Claim {
     attempts: Option<u32>,
     /// Why the last of these failed.
     reason: Option<String>,
+    /// There was a row of attempts, and none of a message that is set aside.
+    is_left: bool,
 }
 
 /// Calls the handler, and makes sure that its transaction can be committed.
@@ -531,30 +580,48 @@ fn said_in(panic: &(dyn Any + Send)) -> HandlerError {
     format!("the handler panicked: {}", said.unwrap_or("without a text")).into()
 }
 
-/// Whether an error is the database's own: the same work may succeed in a while.
+/// Whether an error is the database's own: the same work may succeed in a while. See the module's documentation.
 fn is_of_the_database(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(error) = error.downcast_ref::<tokio_postgres::Error>() {
             return error.is_closed()
-                || error.code().is_some_and(|code| {
-                    let of_conflicts = [
-                        SqlState::T_R_SERIALIZATION_FAILURE,
-                        SqlState::T_R_DEADLOCK_DETECTED,
-                        SqlState::LOCK_NOT_AVAILABLE,
-                    ];
-                    // Classes: connection, resources, operator intervention; but a statement that takes too long is the work's.
-                    let of_servers = ["08", "53", "57"];
-                    of_conflicts.contains(code)
-                        || *code != SqlState::QUERY_CANCELED
-                            && of_servers
-                                .iter()
-                                .any(|class| code.code().starts_with(class))
-                });
+                || error
+                    .code()
+                    .is_some_and(|code| passes_with_time(code.code()));
+        }
+        if let Some(error) = error.downcast_ref::<Error>()
+            && let Some(code) = sqlstate(error)
+        {
+            return passes_with_time(code);
         }
         cause = error.source();
     }
     false
+}
+
+/// SQLSTATEs that say nothing of the work. (Appendix A of the Postgres documentation.)
+fn passes_with_time(code: &str) -> bool {
+    // Classes: connection, resources, operator intervention (a cancelled statement is one), system error.
+    let of_servers = ["08", "53", "57", "58"];
+    // Conflicts with others, and a server that became a standby or was made read-only.
+    let of_others = ["40001", "40003", "40P01", "55P03", "25006"];
+    of_others.contains(&code) || of_servers.iter().any(|class| code.starts_with(class))
+}
+
+/// An error of a statement on the inbox' tables.
+fn failed_to(doing: &str, error: tokio_postgres::Error) -> Error {
+    // A column or a function that an earlier version has not.
+    let is_older = [SqlState::UNDEFINED_COLUMN, SqlState::UNDEFINED_FUNCTION]
+        .iter()
+        .any(|code| error.code() == Some(code));
+    let error = sql_error(doing, error);
+    if is_older {
+        return error.hint(
+            "schema walpost of the consumer's database is of an earlier version: walpost sql --inbox | psql <that database>, as the owner of its tables",
+        );
+    }
+    error
 }
 
 /// The error and its causes, without what Postgres' text cannot hold.
@@ -605,5 +672,15 @@ mod tests {
     fn only_errors_of_the_database_are_no_attempt() {
         assert!(!is_of_the_database(&std::io::Error::other("x")));
         assert!(!is_of_the_database(&Error::refused("x")));
+        for code in [
+            "08006", "25006", "40001", "40P01", "53100", "53200", "55P03", "57014", "57P01",
+        ] {
+            assert!(passes_with_time(code), "{code}");
+        }
+        for code in [
+            "22012", "23505", "25P02", "40002", "42P01", "P0001", "XX000",
+        ] {
+            assert!(!passes_with_time(code), "{code}");
+        }
     }
 }

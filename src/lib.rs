@@ -39,12 +39,14 @@
 //! | an idle outbox pins no WAL | the keepalive's WAL end counts while nothing is in flight ([`ack`]) | `tests/idle_slot.rs` |
 //! | a rolled-back transaction is never published | Postgres sends only committed ones ([`pgoutput`]) | `tests/delivery.rs` |
 //! | an event that cannot be published is not lost | it is stored before the LSN, or the scan, passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`outlet`]) | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs` |
+//! | what somebody has discarded stays away, whatever is killed | it is noted with the deletion, and left out until nothing can bring it again ([`scanner::discarded`]) | `tests/stragglers/discard.rs` |
+//! | a row whose `seq` a scan cannot use is refused, and what mends it loses no row | every scan looks for such rows first; new numbers lie above all others ([`scanner`]) | `tests/numbering.rs` |
 //! | a row is marked or deleted only behind its receipt, and every such row in the end | ids come from receipts alone; what was lost is found ([`scanner::after_publish`], [`scanner::unmarked`]) | `tests/after_publish.rs`, `tests/poll/modes.rs` |
 //! | one row, table or partition that cannot be marked, deleted, dropped or made holds up no other, is told, and is not published again | it is found by halving, left with its reason, and tried again later ([`scanner::after_publish`], [`scanner::retention`], [`upkeep`]) | `tests/isolation/marks.rs`, `tests/isolation/retention.rs` |
 //! | what happens to a row never happens to another of its id | a row is known by table, id and `seq` or `txid` ([`outbox::RowNumber`]) | `tests/isolation/identity.rs` |
 //! | an event without a table takes the same route, in its transaction's place | its envelope is read as a row ([`outbox::Envelopes`]) and counted as one ([`pipe`]) | `tests/ends/transient.rs` |
 //! | a wrong argument fails the business transaction, not the message | `walpost.emit` checks what the route will ask for (`sql/09_emit.sql`) | `tests/ends/emit.rs` |
-//! | System B does a message's work once | its id is committed with the work, and acknowledged afterwards ([`inbox`]) | `tests/ends/inbox.rs`, `tests/ends/demo.rs` |
+//! | System B does a message's work once, and takes no two messages for one | its id, and for numbers its topic, is committed with the work, and acknowledged afterwards ([`inbox`]) | `tests/ends/inbox.rs`, `tests/ends/demo.rs` |
 //! | each end has the rights it needs and no others | `sql/12_roles.sql` | `tests/roles.rs` |
 //! | what is claimed of the topics can be proven | table and topics are compared, id by id and key by key, in bounded memory ([`cli::verify`]) | `tests/verify.rs` |
 //! | a replay changes nothing but the topic | dry first, names of its own, the row's message as it was ([`cli::replay`]) | `tests/replay.rs` |

@@ -33,17 +33,21 @@ fn main() -> ExitCode {
 }
 
 fn start(invocation: Invocation) -> Result<u8> {
-    let warnings = logging::init(&invocation.config)?;
-    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-    for name in config::unknown_env_vars(names) {
-        tracing::warn!("the env var {name} means nothing to this version of walpost");
-    }
     // One thread: the data's path has one owner, and what it waits for are two sockets.
-    tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| Error::temporary("cannot start the runtime").caused_by(error))?
-        .block_on(cli::dispatch(invocation, warnings))
+        .map_err(|error| Error::temporary("cannot start the runtime").caused_by(error))?;
+    runtime.block_on(async {
+        // Before the first line is printed: whoever has read a line of `walpost run` may send SIGTERM, and it drains.
+        let shutdown = cli::listen_for_signals(&invocation.command)?;
+        let warnings = logging::init(&invocation.config)?;
+        let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+        for name in config::unknown_env_vars(names) {
+            tracing::warn!("the env var {name} means nothing to this version of walpost");
+        }
+        cli::dispatch(invocation, warnings, shutdown).await
+    })
 }
 
 /// Says what went wrong, a line for each of several wrong settings.

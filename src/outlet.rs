@@ -12,12 +12,14 @@
 //! ([`crate::scanner::straggler`]); they are acknowledged when they are in their table. Where there is no such table the
 //! first of them is an error, and nothing passes it.
 //!
+//! What somebody has discarded of them is left out when it comes again ([`crate::scanner::discarded`]).
+//!
 //! # One after the other
 //!
 //! A scan has producers, and so a publisher, of its own. When nothing is unfinished the stragglers are taken out of one
 //! outlet and go into the next: the same task goes on, and what is parked stays parked.
 
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::ack::{AckTracker, TxnNo};
 use crate::meter::Meter;
@@ -63,7 +65,7 @@ pub enum Event {
 /// What became of a row.
 #[derive(Clone, Copy, Debug)]
 pub struct Taken {
-    /// False for a row that is in its topic already.
+    /// False for a row that is in its topic already, or was discarded.
     pub is_new: bool,
     /// Its `txid`, where it has one.
     pub txid: Option<u64>,
@@ -169,7 +171,8 @@ impl Outlet {
         self.publisher.in_flight().0 + waiting
     }
 
-    /// Takes a row of the open transaction, unless `is_known` says of its id that it is in its topic already.
+    /// Takes a row of the open transaction, unless `is_known` says of its id that it is in its topic already, or somebody has
+    /// discarded it.
     ///
     /// # Errors
     /// Refused for a row that can be neither published nor stored.
@@ -181,6 +184,16 @@ impl Outlet {
         is_known: impl FnOnce(&str) -> bool,
     ) -> Result<Taken> {
         let number = extractor.number_column();
+        let stragglers = self.stragglers.as_ref();
+        let known_by = self.source.known_by(origin.commit_lsn);
+        let is_discarded = |id| {
+            let is_discarded =
+                stragglers.is_some_and(|them| them.is_discarded(origin.row, known_by, id));
+            if is_discarded {
+                info!(commit_lsn = %known_by, ordinal = origin.row.ordinal(), "a discarded event came again, and is left out");
+            }
+            is_discarded
+        };
         let event = extractor.extract(tuple, &mut self.scratch);
         let routed = event.and_then(|event| {
             let topic = extractor.topic(tuple, &event)?;
@@ -191,7 +204,8 @@ impl Outlet {
             Err(error) => {
                 let salvaged = extractor.salvage(tuple);
                 let txid = extractor.txid(tuple);
-                let is_new = !salvaged.id.as_deref().is_some_and(is_known);
+                let id = salvaged.id.as_deref();
+                let is_new = !is_discarded(id) && !id.is_some_and(is_known);
                 if is_new {
                     self.unusable(error, salvaged, origin)?;
                 }
@@ -199,7 +213,7 @@ impl Outlet {
             }
         };
         let txid = event.txid;
-        if is_known(event.id) {
+        if is_discarded(Some(event.id)) || is_known(event.id) {
             return Ok(Taken {
                 is_new: false,
                 txid,
@@ -374,6 +388,11 @@ impl Outlet {
             Report::Parked(changes) => {
                 for (topic, key, count) in changes {
                     self.publisher.park(&topic, &key, count);
+                }
+            }
+            Report::Discarded(discarded) => {
+                if let Some(stragglers) = &mut self.stragglers {
+                    stragglers.set_discarded(discarded);
                 }
             }
             Report::Healed(topic) => self.publisher.healed(&topic),

@@ -164,6 +164,8 @@ async fn a_table_of_stragglers_from_an_older_version_is_brought_up_to_date_with_
                DROP INDEX walpost.straggler_row, walpost.straggler_key, walpost.straggler_id;
                CREATE UNIQUE INDEX straggler_once ON walpost.straggler (slot, commit_lsn, ordinal);
                CREATE INDEX straggler_order ON walpost.straggler (slot, topic, key, number);
+               DROP TABLE walpost.discarded;
+               GRANT SELECT, INSERT, UPDATE, DELETE ON walpost.straggler TO pg_monitor;
                INSERT INTO walpost.straggler (slot, outbox, id, properties, commit_lsn, ordinal, state, reason)
                VALUES ('s', 'o', 'i', '[["a", "b"]]', '0/1', 1, 'dead', 'r')"#,
         )
@@ -185,6 +187,9 @@ async fn a_table_of_stragglers_from_an_older_version_is_brought_up_to_date_with_
     let query = "SELECT pg_typeof(properties)::text || ' ' || (properties #>> '{0,1}') FROM walpost.straggler";
     let row: String = database.rows(query, &[]).await[0].get(0);
     assert_eq!(row, "json b");
+    let query = "SELECT has_table_privilege('pg_monitor', 'walpost.discarded', 'SELECT')
+                    AND has_table_privilege('pg_monitor', 'walpost.discarded', 'DELETE')";
+    assert!(database.rows(query, &[]).await[0].get::<_, bool>(0));
     let query = "SELECT indexname::text FROM pg_indexes WHERE schemaname = 'walpost' AND tablename = 'straggler' ORDER BY 1";
     let found = database.rows(query, &[]).await;
     let indexes: Vec<&str> = found.iter().map(|row| row.get(0)).collect();

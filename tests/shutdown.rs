@@ -161,6 +161,7 @@ async fn a_server_that_is_away_is_tried_again_until_sigterm() {
         ("WALPOST_POSTGRES_URL", &postgres),
     ] {
         let mut walpost = database.walpost(&["run"], &[(variable, url)]).spawn();
+        walpost.wait_for_line("retry_in_ms", DEADLINE).await;
         eventually(DEADLINE, "three attempts", async || {
             (walpost.output().matches("retry_in_ms").count() >= 3).then_some(())
         })

@@ -310,6 +310,13 @@ async fn a_child_is_heard_signalled_and_measured() {
 }
 
 #[tokio::test]
+#[should_panic(expected = "no line was waited for")]
+async fn a_child_that_has_said_nothing_yet_gets_no_signal_that_it_may_handle() {
+    let child = Command::program("sh", ["-c", "trap 'exit 7' TERM; echo ready; sleep 60"]).spawn();
+    child.sigterm();
+}
+
+#[tokio::test]
 async fn a_child_inherits_no_setting_of_the_tests_own() {
     // Not vacuous: servers() has found WALPOST_* variables, or tests/run has set them; PATH must stay.
     let print = "env | grep -c '^WALPOST_' ; test -n \"$PATH\"";

@@ -153,12 +153,29 @@ pub fn parse(
     Ok(Invocation { command, config })
 }
 
-/// Runs the command to its end and gives its exit code. `warnings` are what is logged meanwhile.
-pub async fn dispatch(invocation: Invocation, warnings: Warnings) -> Result<u8> {
+/// Begins to listen for the signals that `command` ends with in good order; `None` where the default (to die) is right, or the
+/// command sees to it itself. To be called within the runtime, before anything is printed.
+pub fn listen_for_signals(command: &Command) -> Result<Option<run::Shutdown>> {
+    Ok(match command {
+        Command::Run => Some(Box::pin(run::shutdown_signal()?)),
+        _ => None,
+    })
+}
+
+/// Runs the command to its end and gives its exit code. `warnings` are what is logged meanwhile; `shutdown` is from
+/// [`listen_for_signals`].
+pub async fn dispatch(
+    invocation: Invocation,
+    warnings: Warnings,
+    shutdown: Option<run::Shutdown>,
+) -> Result<u8> {
     let Invocation { command, config } = invocation;
     let out = &mut io::stdout();
     match command {
-        Command::Run => run::run(config, warnings).await?,
+        Command::Run => {
+            let shutdown = shutdown.ok_or_else(|| Error::bug("nobody listens for signals"))?;
+            run::run(config, warnings, shutdown).await?;
+        }
         Command::Init {
             payload,
             partition_by,

@@ -1,6 +1,7 @@
 //! `walpost run`: the connector, until a signal ends it.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,8 +21,11 @@ const EXIT_UNFINISHED: i32 = 75;
 /// How often the connector's thread shows that it lives.
 const BEAT: Duration = Duration::from_secs(1);
 
-/// Streams until SIGTERM or SIGINT, then drains. `warnings` are for the status page.
-pub async fn run(config: Config, warnings: Warnings) -> Result<()> {
+/// Completes when the process is told to stop.
+pub type Shutdown = Pin<Box<dyn Future<Output = ()>>>;
+
+/// Streams until `shutdown`, then drains. `warnings` are for the status page.
+pub async fn run(config: Config, warnings: Warnings, shutdown: Shutdown) -> Result<()> {
     let meter = Arc::new(Meter::new());
     // Before anything else is touched: who cannot be watched does not start.
     let _admin = Admin::start(&config, &meter, warnings)?;
@@ -37,7 +41,7 @@ pub async fn run(config: Config, warnings: Warnings) -> Result<()> {
         config,
         watch::Sender::default(),
         meter,
-        shutdown_signal()?,
+        shutdown,
     ))
     .await
 }
@@ -64,7 +68,7 @@ pub(crate) fn shutdown_signal() -> Result<impl Future<Output = ()>> {
     })
 }
 
-fn listen(kind: SignalKind) -> Result<Signal> {
+pub(crate) fn listen(kind: SignalKind) -> Result<Signal> {
     signal(kind).map_err(|error| Error::bug("cannot listen for signals").caused_by(error))
 }
 

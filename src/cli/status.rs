@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use hyper::{Method, StatusCode};
 use serde_json::Value;
+use tokio::signal::unix::SignalKind;
 use tokio::time::sleep;
 
-use super::print;
+use super::{print, run::listen};
 use crate::config::{Config, settings};
 use crate::http::{self, HttpUrl, Request};
 use crate::{Error, Result};
@@ -51,8 +52,11 @@ pub async fn run(config: &Config, options: Options, out: &mut dyn Write) -> Resu
         ""
     };
     let status = ask(&url).await?;
+    // Before the first line: whoever has read it may send SIGINT.
+    let interrupt = options.watch.then(|| listen(SignalKind::interrupt()));
+    let interrupt = interrupt.transpose()?;
     print(out, &format!("{wipe}{}", show(&status, options.json)))?;
-    if !options.watch {
+    let Some(mut interrupt) = interrupt else {
         if status["alive"] == false {
             return Err(
                 Error::temporary("walpost answers, but its connector is stuck")
@@ -60,7 +64,7 @@ pub async fn run(config: &Config, options: Options, out: &mut dyn Write) -> Resu
             );
         }
         return Ok(());
-    }
+    };
     let again = async {
         loop {
             sleep(INTERVAL).await;
@@ -74,7 +78,7 @@ pub async fn run(config: &Config, options: Options, out: &mut dyn Write) -> Resu
     };
     tokio::select! {
         biased;
-        _ended = tokio::signal::ctrl_c() => Ok(()),
+        _ended = interrupt.recv() => Ok(()),
         failed = again => failed,
     }
 }

@@ -4,6 +4,9 @@
 //! them due now, dead ones too; `discard` deletes them for good, after a question. Works while walpost runs, which notices
 //! within seconds, and while it does not.
 //!
+//! What `discard` deletes it notes in `walpost.discarded`, in the same statement: the log, or a scan, may bring the event again
+//! ([`crate::scanner::discarded`]). A straggler that is deleted by SQL is not noted, and may come back.
+//!
 //! In the modes mark and delete a row that is not marked, or still there, is taken for lost and published again. So `discard`
 //! marks or deletes the outbox rows of what it deletes, in the same transaction. The mode is the one that `walpost run` has
 //! noted in `walpost.after_publish`; where there is no note, that of the settings.
@@ -174,15 +177,23 @@ impl Table<'_> {
             .get(0))
     }
 
-    /// Deletes them, and marks or deletes their rows: one statement, so all of it or nothing.
+    /// Deletes them, notes that, and marks or deletes their rows: one statement, so all of it or nothing.
     async fn discard(&self, config: &Config) -> Result<i64> {
         let doing = "discard stragglers, and mark or delete their rows";
-        let mut parts = vec![format!(
-            "gone as (delete from walpost.straggler where {WHERE} returning outbox, id)"
-        )];
         let mode = self.mode(config).await?;
+        let tables = self.tables(config, mode).await?;
+        let mut parts = vec![
+            format!(
+                "gone as (delete from walpost.straggler where {WHERE} returning slot, outbox, id, commit_lsn, ordinal)"
+            ),
+            format!(
+                "noted as (insert into walpost.discarded (slot, outbox, id, commit_lsn, ordinal, seq)
+                           select slot, outbox, id, commit_lsn, ordinal, {} from gone)",
+                seq_of(&tables)
+            ),
+        ];
         if mode != AfterPublish::Keep {
-            for (number, table) in self.tables(config).await?.iter().enumerate() {
+            for (number, table) in tables.iter().enumerate() {
                 let (name, id) = (&table.name, table.id_column());
                 let ids = format!(
                     "(select gone.id::{} from gone where gone.outbox = {} and gone.id is not null)",
@@ -218,7 +229,7 @@ impl Table<'_> {
     }
 
     /// The tables of the settings that these stragglers are rows of.
-    async fn tables(&self, config: &Config) -> Result<Vec<OutboxTable>> {
+    async fn tables(&self, config: &Config, mode: AfterPublish) -> Result<Vec<OutboxTable>> {
         let sql = format!("select distinct outbox from walpost.straggler where {WHERE}");
         let rows = self.client.query(&sql, &self.parameters()).await;
         let rows = rows.map_err(|error| failed("look for the stragglers' tables", error))?;
@@ -227,7 +238,12 @@ impl Table<'_> {
             let outbox: &str = row.get(0);
             let mut names = config.outbox_tables.iter();
             match names.find(|name| name.to_string() == outbox) {
-                Some(name) => tables.push(OutboxTable::read(&self.client, name, config).await?),
+                Some(name) => match OutboxTable::read(&self.client, name, config).await {
+                    Ok(table) => tables.push(table),
+                    // Nothing of it is needed then.
+                    Err(error) if mode == AfterPublish::Keep => warn!("{}", error.report()),
+                    Err(error) => return Err(error),
+                },
                 None if outbox == ENVELOPE_TABLE => {}
                 None => warn!(
                     "table {outbox} is not in WALPOST_OUTBOX_TABLE: its rows are neither marked nor deleted"
@@ -262,6 +278,26 @@ impl Table<'_> {
     }
 }
 
+/// SQL: the `seq` of the outbox row of a row of `gone`, where that can be told quickly and for certain: the table has the column
+/// and an index over the id, and one row with that id.
+fn seq_of(tables: &[OutboxTable]) -> String {
+    let tables = tables.iter().filter(|table| table.tells_seq());
+    let cases = tables.map(|table| {
+        format!(
+            "when {} then (select case when count(*) = 1 then max(o.seq) end from {} o where o.{} = gone.id::{})",
+            quote_literal(&table.name.to_string()),
+            table.name,
+            table.id_column(),
+            table.id.sql_type,
+        )
+    });
+    let cases: Vec<String> = cases.collect();
+    if cases.is_empty() {
+        return "null::bigint".to_owned();
+    }
+    format!("case outbox {} end", cases.join(" "))
+}
+
 /// One straggler as a line; without payload and properties, which belong to the application.
 fn line(row: &Row, as_json: bool) -> String {
     let text = |index: usize| row.get::<_, Option<String>>(index);
@@ -290,7 +326,7 @@ fn failed(doing: &str, error: tokio_postgres::Error) -> Error {
     let error = sql_error(doing, error);
     match sqlstate(&error) {
         Some(code) if MISSING.contains(&code) => error.hint(
-            "run walpost init, which makes the table walpost.straggler, or ask its owner for SELECT, UPDATE and DELETE on it",
+            "run walpost init, which makes the tables walpost.straggler and walpost.discarded, or ask their owner for SELECT, UPDATE and DELETE on the one, and INSERT on the other",
         ),
         _ => error,
     }

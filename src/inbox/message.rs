@@ -1,14 +1,28 @@
 //! A message as handlers and the inbox's tables have it.
 //!
 //! Owns nothing. Input: a message of the pulsar crate's consumer. Output: a [`Message`], and what the tables can hold of it.
+//!
+//! # Which messages are the same
+//!
+//! Those with the same id and the same source ([`Message::source`]). An id that is a UUID is unique wherever it was made: it has no
+//! source. Any other id (a number, mostly) is unique in its own table only, and another table, or the same one of another
+//! database, counts from 1 too. So its source is the topic it comes in.
+//!
+//! * A partitioned topic counts as one: how many partitions it has may change, and with that the partition of a key.
+//! * A message that is resent, retried or replayed comes in the same topic. A replay into another topic, and the copy in a
+//!   dead-letter topic, are messages of their own: who consumes both topics under one name does the work for each.
+//!
+//! Earlier versions knew no source. A claim of theirs counts for every source (see `sql/13_inbox.sql`).
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
 use ring::digest::{SHA256, digest};
 
-/// The longest id that is stored as it is: with the consumer's name it fits into an index entry (some 2.7 kB).
+/// The longest id that is stored as it is, and the longest source: with the consumer's name they fit into an index entry (some
+/// 2.7 kB).
 pub(super) const ID_BYTES: usize = 1000;
+const SOURCE_BYTES: usize = 500;
 /// What begins the substitute of an id that the tables cannot hold.
 const SUBSTITUTE: &str = "walpost-sha256:";
 
@@ -40,19 +54,23 @@ impl Message {
     /// empty id it is topic and place, as for a message without one.
     pub fn inbox_id(&self) -> Cow<'_, str> {
         let id = if self.id.is_empty() {
-            Cow::Owned(topic_and_place(&self.topic, &self.message_id))
+            Cow::Owned(self.place())
         } else {
             Cow::Borrowed(self.id.as_str())
         };
-        if id.len() <= ID_BYTES && !id.contains('\0') && !id.starts_with(SUBSTITUTE) {
-            return id;
+        held(id, ID_BYTES)
+    }
+
+    /// Where the id is unique: see the module's documentation. Empty: everywhere.
+    pub fn source(&self) -> Cow<'_, str> {
+        if self.id.is_empty() || is_uuid(&self.id) || self.id == self.place() {
+            return Cow::Borrowed("");
         }
-        let mut substitute = SUBSTITUTE.to_owned();
-        for byte in digest(&SHA256, id.as_bytes()).as_ref() {
-            // Writing to a String cannot fail.
-            let _ = write!(substitute, "{byte:02x}");
-        }
-        Cow::Owned(substitute)
+        held(whole_topic(&self.topic), SOURCE_BYTES)
+    }
+
+    fn place(&self) -> String {
+        topic_and_place(&self.topic, &self.message_id)
     }
 
     /// All properties as JSON.
@@ -64,6 +82,43 @@ impl Message {
             .collect();
         serde_json::Value::Object(properties).to_string()
     }
+}
+
+/// In its usual form, 8-4-4-4-12 hexadecimal digits, as Postgres prints it.
+fn is_uuid(id: &str) -> bool {
+    id.len() == 36
+        && id.bytes().enumerate().all(|(at, byte)| match at {
+            8 | 13 | 18 | 23 => byte == b'-',
+            _ => byte.is_ascii_hexdigit(),
+        })
+}
+
+/// The full name of the topic of which this is a partition, or of the topic itself.
+fn whole_topic(topic: &str) -> Cow<'_, str> {
+    let whole = topic.rsplit_once("-partition-").filter(|(_, number)| {
+        !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+    });
+    let topic = whole.map_or(topic, |(topic, _)| topic);
+    if topic.contains("://") {
+        Cow::Borrowed(topic)
+    } else if topic.contains('/') {
+        Cow::Owned(format!("persistent://{topic}"))
+    } else {
+        Cow::Owned(format!("persistent://public/default/{topic}"))
+    }
+}
+
+/// The text itself, or what stands for it where the tables cannot hold it.
+fn held(text: Cow<'_, str>, longest: usize) -> Cow<'_, str> {
+    if text.len() <= longest && !text.contains('\0') && !text.starts_with(SUBSTITUTE) {
+        return text;
+    }
+    let mut substitute = SUBSTITUTE.to_owned();
+    for byte in digest(&SHA256, text.as_bytes()).as_ref() {
+        // Writing to a String cannot fail.
+        let _ = write!(substitute, "{byte:02x}");
+    }
+    Cow::Owned(substitute)
 }
 
 fn topic_and_place(topic: &str, message_id: &str) -> String {
@@ -153,6 +208,52 @@ mod tests {
         for id in ["\0", "\0\0", "a\0", nul, longer.as_str(), "\\0"] {
             assert_eq!(inbox_id(id), inbox_id(id));
             assert!(seen.insert(inbox_id(id)), "{id:?}");
+        }
+    }
+
+    #[test]
+    fn only_ids_that_are_no_uuids_have_a_source_and_a_topic_is_one_however_it_is_written() {
+        let source = |id: &str, topic: &str| {
+            let message = Message {
+                id: id.to_owned(),
+                topic: topic.to_owned(),
+                message_id: "1:2:3".to_owned(),
+                ..Message::default()
+            };
+            message.source().into_owned()
+        };
+        let full = "persistent://public/default/outbox.order";
+        for uuid in [
+            "0198f6c2-7a11-7000-8000-0123456789ab",
+            "0198F6C2-7A11-7000-8000-0123456789AB",
+        ] {
+            assert_eq!(source(uuid, full), "");
+        }
+        // Topic and place are unique by themselves.
+        for id in ["", "persistent://public/default/outbox.order 1:2:3"] {
+            assert_eq!(source(id, full), "");
+        }
+        let ids = [
+            "1",
+            "-1",
+            "order-1",
+            "0198f6c27a11700080000123456789ab",
+            "0198f6c2-7a11-7000-8000-0123456789ag",
+        ];
+        for id in ids {
+            for topic in [
+                full,
+                "outbox.order",
+                "public/default/outbox.order",
+                "persistent://public/default/outbox.order-partition-0",
+                "outbox.order-partition-12",
+            ] {
+                assert_eq!(source(id, topic), full, "{id} {topic}");
+            }
+            let other = "persistent://public/default/outbox.order-partition-x";
+            assert_eq!(source(id, other), other);
+            let long = "x".repeat(SOURCE_BYTES + 1);
+            assert!(source(id, &long).starts_with(SUBSTITUTE));
         }
     }
 

@@ -6,6 +6,7 @@
 use futures::FutureExt as _;
 use tokio_postgres::Client;
 
+use super::Name;
 use crate::postgres::quote_literal;
 
 /// What is known of the attempts at the message in hand.
@@ -22,11 +23,12 @@ pub(super) struct Trial {
 
 impl Trial {
     /// To be called before the attempt is counted.
-    pub(super) fn count(&mut self, consumer: &str, id: &str) {
+    pub(super) fn count(&mut self, consumer: &str, name: &Name<'_>) {
         let this = format!(
-            "consumer = {} AND id = {} AND set_aside_at IS NULL",
+            "consumer = {} AND id = {} AND source = {} AND set_aside_at IS NULL",
             quote_literal(consumer),
-            quote_literal(id)
+            quote_literal(&name.id),
+            quote_literal(&name.source)
         );
         self.counted = Some(format!(
             "UPDATE walpost.inbox_poison SET attempts = attempts - 1 WHERE {this};

@@ -37,6 +37,7 @@ use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
 use super::missing::{Leaves, leaves_since, uncovered};
+use super::numbering::SEQ_END;
 use super::progress::{self, Claim, Progress, Snapshot};
 use super::reconcile::{self, gap_condition};
 use super::straggler::Stragglers;
@@ -206,6 +207,8 @@ struct Scan<'a> {
     after: i64,
     /// The last row's `seq`.
     last: i64,
+    /// There are no more rows.
+    is_read: bool,
     stored_at: Instant,
     told_at: Instant,
 }
@@ -245,6 +248,7 @@ impl<'a> Scan<'a> {
             ),
             after,
             last: after,
+            is_read: false,
             stored_at: now,
             told_at: now,
         })
@@ -266,6 +270,7 @@ impl<'a> Scan<'a> {
             }
         }
         rows.close().await?;
+        self.is_read = true;
         while self.outlet.unfinished() > 0 {
             self.outlet.publisher().flush(Flush::All);
             self.wait(gap, progress).await?;
@@ -348,6 +353,12 @@ impl<'a> Scan<'a> {
     async fn store(&mut self, gap: &Gap<'_>, progress: &mut Progress) -> Result<()> {
         let seq = self.outlet.tracker().flush_lsn(Lsn::ZERO).as_u64() >> 3;
         let seq = i64::try_from(seq).unwrap_or(i64::MAX);
+        // Another row may have the last one's number, against all rules: it is refused, and must not count as done before.
+        let seq = if self.is_read {
+            seq
+        } else {
+            seq.min(self.last - 1).max(self.after)
+        };
         let table = self.table.name.to_string();
         if progress.position.tables.insert(table, seq) == Some(seq) {
             return Ok(());
@@ -357,11 +368,7 @@ impl<'a> Scan<'a> {
 
     fn take(&mut self, row: &ScanRow) -> Result<()> {
         if row.seq <= self.last {
-            return Err(Error::refused(format!(
-                "two rows of table {} have the seq {}, by which a scan knows where it is",
-                self.table.name, row.seq
-            ))
-            .hint("give one of them a seq that no other row has"));
+            return Err(self.table.told_twice(row.seq));
         }
         self.last = row.seq;
         let position = position(row.seq)?;
@@ -373,10 +380,12 @@ impl<'a> Scan<'a> {
 
 /// A `seq` as a position whose sequence ids are its own: see `lane`.
 fn position(seq: i64) -> Result<Lsn> {
-    let seq = u64::try_from(seq).ok().filter(|seq| *seq < 1 << 47);
+    let seq = u64::try_from(seq)
+        .ok()
+        .filter(|seq| *seq < SEQ_END.unsigned_abs());
     seq.map(|seq| Lsn::new(seq << 3)).ok_or_else(|| {
-        Error::refused("a row has a seq that is negative, or larger than 2^47")
-            .hint("seq must be a sequence that rises from 1")
+        // Such rows are counted, and refused with the statement that mends them, before a scan begins.
+        Error::bug("a row with a seq that no scan can use was read")
     })
 }
 

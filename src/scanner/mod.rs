@@ -5,12 +5,14 @@
 //! | `progress` | the slot's row in `walpost.progress` |
 //! | `rows` | how SQL is asked for a row, so that it is read as the stream's is |
 //! | `table`, `cursor` | an outbox table read by SQL, row by row |
+//! | `numbering` | rows whose `seq` a scan cannot use, and the statements that mend them |
 //! | `gap` | publishes what was committed before the slot, or while there was none; stores what cannot be |
 //! | `delivered` | notes every few seconds which transactions are delivered, and has it compared |
 //! | `reconcile` | compares the table with what the stream brought: finds rows that it left out |
 //! | `streamed`, `missing`, `snapshot` | the counts of the stream, what a comparison found, a snapshot taken apart; pure |
 //! | `poll` | the gap scan on a timer, where there is no logical replication; everything below works beside it too |
 //! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_pages`, `straggler_store` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, how they are read for that, the SQL |
+//! | `discarded` | stragglers that somebody has discarded, until nothing can bring them again |
 //! | `outbox` | what a table has and what the role may do: which modes it can have |
 //! | `after_publish` | marks or deletes rows whose receipt has come |
 //! | `marking` | its statements, and how the row that one fails for is found |
@@ -82,6 +84,7 @@ pub mod after_publish;
 pub(crate) mod cluster;
 pub mod cursor;
 pub mod delivered;
+pub mod discarded;
 pub mod gap;
 mod left_note;
 mod left_places;
@@ -89,6 +92,7 @@ mod left_rows;
 mod marking;
 pub mod missing;
 pub mod modes;
+mod numbering;
 pub mod outbox;
 pub mod partitions;
 pub mod poll;

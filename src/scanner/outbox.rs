@@ -178,6 +178,11 @@ impl OutboxTable {
         Ok(tables)
     }
 
+    /// Whether the role can look up the `seq` of a row by its id, by an index.
+    pub fn tells_seq(&self) -> bool {
+        self.has_seq && self.has_id_index && self.may_select
+    }
+
     /// The id column, quoted.
     pub fn id_column(&self) -> String {
         quote_ident(&self.id.name)
@@ -283,7 +288,8 @@ impl OutboxTable {
                 "table {name} has no column {what}, so it cannot be told which rows WALPOST_RETENTION may delete"
             ))
             .hint(format!(
-                "ALTER TABLE {name} ADD COLUMN {column}; or set WALPOST_RETENTION to none"
+                "ALTER TABLE {name} ADD COLUMN {column}; its rows may count as delivered then: send those that were never published \
+                 (from before the slot) with walpost replay --execute before WALPOST_RETENTION is set; or set WALPOST_RETENTION to none"
             )));
         }
         if !self.may_delete || !self.may_select {

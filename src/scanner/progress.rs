@@ -529,7 +529,8 @@ fn show(position: &Position) -> String {
 fn parse(text: &str) -> Result<Position> {
     let wrong = || {
         Error::refused("walpost.progress.scan_position is not what walpost wrote").hint(
-            "UPDATE walpost.progress SET scan_position = NULL: the gap is then published again from its beginning",
+            "UPDATE walpost.progress SET scan_position = NULL WHERE slot = '<this slot>' (of another slot it would open a gap that is closed): \
+             the gap is then published again from its beginning",
         )
     };
     let value: serde_json::Value = serde_json::from_str(text).map_err(|_| wrong())?;

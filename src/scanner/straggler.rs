@@ -9,7 +9,7 @@
 //! is acknowledged in one place only, where the pipe books [`Report::Stored`], and the task sends that after the COMMIT of
 //! the transaction that has inserted the row (or has found it there, from an earlier time). A process that dies in between
 //! has confirmed nothing of it, and Postgres sends the transaction again; what was stored is then found by its
-//! (slot, commit LSN, ordinal) and not stored twice.
+//! (slot, commit LSN, ordinal) and not stored twice. What somebody has discarded meanwhile is known too: see [`super::discarded`].
 //!
 //! # Order
 //!
@@ -34,6 +34,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tracing::warn;
 
+use super::discarded::Discarded;
 use super::straggler_store::Store;
 use super::straggler_task;
 use crate::ack::TxnNo;
@@ -102,6 +103,8 @@ pub enum Report {
     },
     /// Topic, key, and by how much the number of its events in the table differs from what was known.
     Parked(Vec<(String, String, i64)>),
+    /// What was discarded by now: it is not to be published any more. Comes before the [`Report::Parked`] that lets its key go.
+    Discarded(Discarded),
     /// This many rows are in the table.
     Rows(u64),
     /// A message was published to a topic that had been refused.
@@ -118,6 +121,7 @@ pub struct Stragglers {
     may_retry: watch::Sender<bool>,
     /// While no publisher keeps it.
     parked: Parked,
+    discarded: Discarded,
     task: JoinHandle<()>,
     /// The tables, in the order of the settings, and behind them what stands for events without one.
     outboxes: Vec<String>,
@@ -144,23 +148,27 @@ impl Stragglers {
             );
             return Ok(None);
         }
+        let outboxes: Vec<String> = config
+            .outbox_tables
+            .iter()
+            .map(ToString::to_string)
+            .chain([ENVELOPE_TABLE.to_owned()])
+            .collect();
         let (known, rows) = store.reload().await?;
+        let known_discarded = store.discarded(&outboxes).await?;
         let (queue, inbox) = mpsc::unbounded_channel();
         let (outbox, reports) = mpsc::unbounded_channel();
         let (may_retry, retrying) = watch::channel(false);
+        let store = (store, outboxes.clone());
         let work = straggler_task::run(config, publisher, store, inbox, outbox, retrying);
         let mut stragglers = Self {
             queue,
             reports,
             may_retry,
             parked: Parked::default(),
+            discarded: known_discarded.unwrap_or_default(),
             task: tokio::spawn(work),
-            outboxes: config
-                .outbox_tables
-                .iter()
-                .map(ToString::to_string)
-                .chain([ENVELOPE_TABLE.to_owned()])
-                .collect(),
+            outboxes,
             messages: 0,
             bytes: 0,
             max_messages: config.max_in_flight_messages,
@@ -189,6 +197,7 @@ impl Stragglers {
     pub fn idle(&mut self, report: Report) -> Result<()> {
         self.book(&report);
         match report {
+            Report::Discarded(discarded) => self.set_discarded(discarded),
             Report::Parked(changes) => {
                 for (topic, key, count) in changes {
                     self.parked.change(&topic, &key, count);
@@ -198,6 +207,16 @@ impl Stragglers {
             Report::Stored { .. } | Report::Rows(_) | Report::Healed(_) => {}
         }
         Ok(())
+    }
+
+    /// Whether somebody has discarded this row, which comes again; read from the table, its LSN is `0/0`.
+    pub fn is_discarded(&self, row: RowTag, commit_lsn: Lsn, id: Option<&str>) -> bool {
+        !self.discarded.is_empty() && self.discarded.contains(row, commit_lsn, id)
+    }
+
+    /// To be told of [`Report::Discarded`].
+    pub fn set_discarded(&mut self, discarded: Discarded) {
+        self.discarded = discarded;
     }
 
     /// What is parked, for a publisher to keep.
@@ -343,7 +362,7 @@ impl Stragglers {
                 }
                 self.told_full = is_full;
             }
-            Report::Parked(_) | Report::Healed(_) | Report::Failed(_) => {}
+            Report::Parked(_) | Report::Discarded(_) | Report::Healed(_) | Report::Failed(_) => {}
         }
     }
 }

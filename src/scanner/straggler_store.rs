@@ -16,6 +16,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, GenericClient, Row};
 use tracing::warn;
 
+use super::discarded::{self, Discarded};
 use super::straggler::Straggler;
 use crate::config::Config;
 use crate::postgres::{self, PostgresConfig, sql_error};
@@ -24,7 +25,8 @@ use crate::{Error, Result};
 /// `application_name` of the session.
 const APPLICATION_NAME: &str = "walpost stragglers";
 /// Stores events: $1 slot, $2 to $13 their columns, $14 whether keys keep their order, $15 whether a dead one blocks, $16 the
-/// first pause in seconds. (Where dead ones do not block, hopeless ones are nobody's predecessors.)
+/// first pause in seconds. (Where dead ones do not block, hopeless ones are nobody's predecessors.) What was discarded meanwhile is left
+/// out: see [`Insert::sql`].
 const INSERT: &str = "
     with event as (
         select * from unnest(
@@ -50,7 +52,7 @@ const INSERT: &str = "
                else 'retrying'
            end,
            now() + $16::float8 * interval '1 second'
-    from event order by place
+    from event where not {IS_DISCARDED} order by place
     on conflict do nothing
     returning topic, key, state";
 
@@ -78,6 +80,10 @@ pub(crate) struct Store {
     /// Events of each key that hold back later ones, as last seen.
     keys: HashMap<Key, i64>,
     rows: i64,
+    /// There is a `walpost.discarded`, and a `walpost.progress` by which it is pruned.
+    discards: (bool, bool),
+    /// How many rows of it, and the last one's number, were there when it was read.
+    discarded: (i64, i64),
 }
 
 impl Store {
@@ -91,6 +97,8 @@ impl Store {
             client: None,
             keys: HashMap::new(),
             rows: 0,
+            discards: (false, false),
+            discarded: (0, 0),
         }
     }
 
@@ -121,6 +129,9 @@ impl Store {
             (_, false) => Some("there is no table walpost.straggler".to_owned()),
             _ => Some("walpost may not use the table walpost.straggler".to_owned()),
         };
+        if why.is_none() {
+            self.discards = may_read_discarded(&client).await?;
+        }
         self.client = Some(client);
         Ok(why)
     }
@@ -187,6 +198,31 @@ impl Store {
         Ok((listed(changes), self.rows()))
     }
 
+    /// What was discarded, if that has changed since it was last asked for. To be called behind [`Self::reload`]: a straggler that is not counted
+    /// any more because somebody has discarded it is then among these.
+    pub(crate) async fn discarded(&mut self, outboxes: &[String]) -> Result<Option<Discarded>> {
+        let (is_there, can_prune) = self.discards;
+        if !is_there {
+            return Ok(None);
+        }
+        let slot = self.slot.clone();
+        if can_prune && self.discarded.0 > 0 {
+            self.rows_of("prune walpost.discarded", discarded::PRUNE, &[&slot])
+                .await?;
+        }
+        let doing = "look for discarded events";
+        let sql =
+            "SELECT count(*), coalesce(max(number), 0) FROM walpost.discarded WHERE slot = $1";
+        let now = self.rows_of(doing, sql, &[&slot]).await?;
+        let now = now.first().map_or((0, 0), |row| (row.get(0), row.get(1)));
+        if now == self.discarded {
+            return Ok(None);
+        }
+        let rows = self.rows_of(doing, discarded::SELECT, &[&slot]).await?;
+        self.discarded = now;
+        Ok(Some(Discarded::read(&rows, outboxes)))
+    }
+
     pub(crate) fn rows(&self) -> u64 {
         u64::try_from(self.rows).unwrap_or(0)
     }
@@ -202,6 +238,7 @@ impl Store {
             order,
             block,
             retry_initial: self.retry_initial.as_secs_f64(),
+            discards: self.discards.0,
         };
         let client = self.client()?;
         let rows = match insert.all(client, events).await {
@@ -321,15 +358,48 @@ impl Store {
     }
 }
 
+/// Whether there is a `walpost.discarded` that may be read, and a `walpost.progress` by which it is pruned.
+async fn may_read_discarded(client: &Client) -> Result<(bool, bool)> {
+    let sql = "
+        select count(*) filter (where c.relname = 'discarded') > 0,
+               coalesce(bool_and(has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'delete'))
+                        filter (where c.relname = 'discarded'), false),
+               coalesce(bool_and(has_table_privilege(c.oid, 'select')) filter (where c.relname = 'progress'), false)
+        from pg_class c where c.relname in ('discarded', 'progress') and c.relnamespace = to_regnamespace('walpost')";
+    let row = client
+        .query_one(sql, &[])
+        .await
+        .map_err(|error| sql_error("look for walpost.discarded", error))?;
+    let (is_there, may_use): (bool, bool) = (row.get(0), row.get(1));
+    if is_there && !may_use {
+        warn!(
+            "walpost may not use the table walpost.discarded: what walpost stragglers discard has deleted may come again after a crash \
+             (hint: let the tables' owner GRANT SELECT, DELETE ON walpost.discarded)"
+        );
+    }
+    Ok((is_there && may_use, row.get(2)))
+}
+
 /// The settings that [`INSERT`] takes with the events.
 struct Insert {
     slot: String,
     order: bool,
     block: bool,
     retry_initial: f64,
+    /// There is a `walpost.discarded`.
+    discards: bool,
 }
 
 impl Insert {
+    fn sql(&self) -> String {
+        let is_discarded = if self.discards {
+            discarded::IS_DISCARDED
+        } else {
+            "false"
+        };
+        INSERT.replace("{IS_DISCARDED}", is_discarded)
+    }
+
     async fn all(
         &self,
         client: &impl GenericClient,
@@ -357,7 +427,7 @@ impl Insert {
             &self.block,
             &self.retry_initial,
         ];
-        client.query(INSERT, &with).await
+        client.query(&self.sql(), &with).await
     }
 
     /// Where one event cannot be stored as it is, it is stored as well as it can be, and the others as ever. All or nothing.

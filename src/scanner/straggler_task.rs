@@ -84,6 +84,8 @@ pub(super) struct Task {
     pub(super) dead_letter_topic: Option<String>,
     /// The tables, in the order of the settings; none where receipts tell nobody of their rows.
     pub(super) outboxes: Vec<String>,
+    /// The tables, and what stands for events without one: by place, as rows are tagged.
+    pub(super) all_outboxes: Vec<String>,
     /// By number; the publisher knows them as transactions.
     pub(super) sent: HashMap<i64, Sent>,
     /// How many of these are of each key, copies left out.
@@ -155,7 +157,7 @@ async fn run_task(
 pub(super) fn run(
     config: &Config,
     publisher: &PublisherConfig,
-    store: Store,
+    (store, all_outboxes): (Store, Vec<String>),
     inbox: mpsc::UnboundedReceiver<Item>,
     reports: mpsc::UnboundedSender<Report>,
     may_retry: watch::Receiver<bool>,
@@ -192,6 +194,7 @@ pub(super) fn run(
     let task = Task {
         store,
         outboxes,
+        all_outboxes,
         publisher,
         reports,
         reconnect: Backoff::new(config.reconnect_initial, config.reconnect_max),
@@ -281,6 +284,10 @@ impl Task {
 
     async fn reload(&mut self) -> Result<()> {
         let (changes, rows) = self.store.reload().await?;
+        // Told first: a key is let go only by somebody who knows what is not to come of it.
+        if let Some(discarded) = self.store.discarded(&self.all_outboxes).await? {
+            self.report(Report::Discarded(discarded));
+        }
         self.parked(changes);
         self.report(Report::Rows(rows));
         Ok(())

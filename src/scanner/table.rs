@@ -6,6 +6,7 @@
 
 use tokio_postgres::{Client, Row};
 
+use super::numbering::{SEQ_END, number_anew, tell_apart, without_place};
 use super::outbox::{SEQ, TXID};
 use super::progress::Snapshot;
 use super::rows::{Raw, RowReader, TextAs, decode, is_unconvertible, printed};
@@ -19,7 +20,6 @@ use crate::{Error, Result};
 const HEAD_COLUMNS: usize = 2;
 /// SQL: rows that a scan would not see; see [`ScanTable::refuse_unscannable`].
 const WITHOUT_TXID: &str = "txid IS NULL";
-const WITHOUT_SEQ: &str = "seq IS NULL OR seq < 1";
 
 /// SQL: whether a row's `txid` is one that this cluster has not come to. What a statement sees was committed before its own
 /// snapshot ends, so such a row was not inserted here with this `txid`. In the form that the index over `txid` serves.
@@ -58,8 +58,8 @@ pub struct ScanTable {
     reader: RowReader,
     /// SQL: the row's `seq`, as `bigint` or, where it is of another type, as text; and its `txid`.
     head: String,
-    /// Whether the catalog leaves a `seq` possible that is NULL or below 1; an identity column's is neither.
-    may_lack_seq: bool,
+    /// Whether `seq` is GENERATED ALWAYS AS IDENTITY.
+    is_always_identity: bool,
     /// Whether it leaves a `txid` possible that is NULL.
     may_lack_txid: bool,
 }
@@ -95,7 +95,7 @@ impl ScanTable {
             _ => printed(&format!("o.{SEQ}")),
         };
         let head = format!("{seq}, o.{TXID}");
-        let sql = "SELECT coalesce(bool_or(attname = $2 AND attidentity <> 'a'), false),
+        let sql = "SELECT coalesce(bool_or(attname = $2 AND attidentity = 'a'), false),
                           coalesce(bool_or(attname = $3 AND NOT attnotnull), false)
                    FROM pg_attribute WHERE attrelid = $1 AND attname IN ($2, $3)";
         let row = client.query_one(sql, &[&relation.id, &SEQ, &TXID]).await;
@@ -105,7 +105,7 @@ impl ScanTable {
             relation,
             reader,
             head,
-            may_lack_seq: row.get(0),
+            is_always_identity: row.get(0),
             may_lack_txid: row.get(1),
         }))
     }
@@ -158,8 +158,8 @@ impl ScanTable {
     }
 
     /// Refuses rows of the same range as [`Self::open`] that it would pass over in silence: without a place in the order (the scan
-    /// begins behind 0), or without a transaction (no snapshot shows them). Costs a walk over that range of a table that
-    /// walpost has not made, and nothing where the columns' definitions rule both out.
+    /// begins behind 0), or without a transaction (no snapshot shows them). Costs a walk over that range, which an index over `txid` serves: no definition of the
+    /// column rules a `seq` below 1 out.
     ///
     /// # Errors
     /// Refused, with the statements that mend it.
@@ -180,21 +180,29 @@ impl ScanTable {
                 .hint(mend_txid(name, slot, WITHOUT_TXID)));
             }
         }
-        if self.may_lack_seq {
-            let rows = count(&format!("({WITHOUT_SEQ}) AND {gap}")).await?;
-            if rows > 0 {
-                return Err(Error::refused(format!(
-                    "{rows} rows of table {name} have a seq that is NULL or below 1: their place in the order is not known"
-                ))
-                .hint(format!(
-                    "number them from 1 on in the order in which they are to be published, for instance: \
-                     BEGIN; SET LOCAL walpost.mend = on; UPDATE {name} t SET seq = n.seq FROM (SELECT ctid, (SELECT greatest(max(seq), 0) FROM {name}) + \
-                     row_number() OVER (ORDER BY seq NULLS FIRST, ctid) AS seq FROM {name} WHERE {WITHOUT_SEQ}) n \
-                     WHERE t.ctid = n.ctid; COMMIT; then restart walpost run"
-                )));
-            }
+        let rows = count(&format!("{} AND {gap}", without_place())).await?;
+        if rows > 0 {
+            return Err(Error::refused(format!(
+                "{rows} rows of table {name} have a seq that is NULL or below 1 (or {SEQ_END} and above): their place in the order is not known"
+            ))
+            .hint(format!(
+                "number them in the order in which they are to be published, above all others, for instance: {}; then restart walpost run",
+                number_anew(name, self.is_always_identity)
+            )));
         }
         Ok(())
+    }
+
+    /// The error for two rows that have this number.
+    pub fn told_twice(&self, seq: i64) -> Error {
+        let name = &self.name;
+        Error::refused(format!(
+            "two rows of table {name} have the seq {seq}, by which a scan knows where it is"
+        ))
+        .hint(format!(
+            "give all but one a number above all others: {}; then start walpost run again (a UNIQUE constraint on seq keeps this from happening)",
+            tell_apart(name, self.is_always_identity, seq)
+        ))
     }
 
     /// Whether there is a row that is visible in `upto` and not in `except`, or one that [`Self::refuse_from_elsewhere`] or

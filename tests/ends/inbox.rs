@@ -32,6 +32,49 @@ impl Handler for Stock {
     }
 }
 
+/// Has no work.
+struct Nothing;
+
+impl Handler for Nothing {
+    async fn handle(&mut self, _: &Transaction<'_>, _: &Message) -> Result<(), HandlerError> {
+        Ok(())
+    }
+}
+
+/// The file before ids had a source (functions shortened to what they did), and what was stored by it.
+const EARLIER: &str = "
+    create schema walpost;
+    create table walpost.inbox (
+        consumer text not null, id text not null, handled_at timestamptz not null default now(), primary key (consumer, id)
+    );
+    create index inbox_handled_at on walpost.inbox (consumer, handled_at, id);
+    create table walpost.inbox_poison (
+        consumer text not null, id text not null, topic text not null default '', message_id text not null default '', key text,
+        payload bytea, properties json not null default '{}', attempts integer not null default 0, reason text not null,
+        set_aside_at timestamptz, first_at timestamptz not null default now(), primary key (consumer, id)
+    );
+    create function walpost.inbox_claim(consumer text, id text) returns boolean language plpgsql as $$
+    begin
+        insert into walpost.inbox as i (consumer, id) values (inbox_claim.consumer, inbox_claim.id) on conflict do nothing;
+        return found;
+    end $$;
+    create function walpost.inbox_failed(consumer text, id text, reason text, counted boolean default false) returns integer
+        language sql begin atomic
+        insert into walpost.inbox_poison as p (consumer, id, attempts, reason)
+            values (inbox_failed.consumer, inbox_failed.id, 1, inbox_failed.reason)
+            on conflict (consumer, id) do update set attempts = p.attempts + 1 returning p.attempts;
+    end;
+    create function walpost.inbox_give_up(consumer text, id text, reason text, topic text default '', message_id text default '',
+        key text default null, payload bytea default null, properties json default '{}') returns boolean
+        language sql as 'select true';
+    create role $role;
+    grant usage on schema walpost to $role;
+    grant select, insert, update, delete on walpost.inbox, walpost.inbox_poison to $role;
+    revoke execute on all functions in schema walpost from public;
+    grant execute on all functions in schema walpost to $role;
+    select walpost.inbox_claim('stock', '1'), walpost.inbox_claim('stock', '2'), walpost.inbox_failed('stock', '5', 'x');
+    insert into walpost.inbox_poison (consumer, id, reason, set_aside_at) values ('stock', '2', 'x', now())";
+
 async fn database() -> Database {
     let database = Database::create("inbox").await;
     Inbox::create(&database.client).await.expect("the inbox");
@@ -273,11 +316,128 @@ async fn the_tables_of_an_earlier_version_are_brought_up_to_date() {
 }
 
 #[tokio::test]
-async fn a_lost_session_and_a_conflict_are_no_attempt() {
-    struct Breaks(&'static str);
+async fn claims_grants_and_callers_of_an_earlier_version_hold_after_its_tables_are_brought_up_to_date()
+ {
+    // GIVEN the tables and functions before ids had a source; a role that may use them; a claim, one set aside, one tried once
+    let database = Database::create("inbox").await;
+    let role = format!("{}_consumer", database.name);
+    let earlier = EARLIER.replace("$role", &role);
+    database.sql(&earlier).await;
+    // WHEN this version's file is applied, and again
+    for _ in 0..2 {
+        Inbox::create(&database.client).await.expect("applied");
+    }
+    // THEN that role still may, in the old way and in the new, and what was claimed counts for every source
+    let calls = "select walpost.inbox_claim('stock', '1'), walpost.inbox_claim('stock', '1', 't'), walpost.inbox_claim('stock', '2', 't'),
+                        walpost.inbox_claim('stock', '3'), walpost.inbox_claim('stock', '3', 't'),
+                        walpost.inbox_claim('stock', '4', 't'), walpost.inbox_claim('stock', '4', 'u'), walpost.inbox_claim('stock', '4'),
+                        walpost.inbox_failed('stock', '5', 'x') = 2 and walpost.inbox_failed('stock', '5', 'x', true) = 2";
+    let mut client = database.connect().await;
+    let set = format!("set role {role}");
+    client.batch_execute(&set).await.expect("the role");
+    let row = client.query_one(calls, &[]).await.expect("the grants");
+    let said: Vec<bool> = (0..row.len()).map(|column| row.get(column)).collect();
+    assert_eq!(
+        said,
+        [false, false, false, true, false, true, true, false, true]
+    );
+    // THEN others may not call what they might not call before
+    let public = "select has_function_privilege('public', oid, 'execute') from pg_proc where proname = 'inbox_claim'";
+    assert!(!database.rows(public, &[]).await[0].get::<_, bool>(0));
+    // THEN the library skips what was claimed, and handles what was tried, of which nothing is left
+    let inbox = inbox(Settings::default());
+    for (id, expected) in [
+        ("1", Outcome::Duplicate),
+        ("2", Outcome::Duplicate),
+        ("5", Outcome::Handled),
+    ] {
+        let outcome = inbox
+            .handle(&mut client, &message(id, "1"), &mut Nothing)
+            .await;
+        assert_eq!(outcome.expect("handled"), expected, "{id}");
+    }
+    let left = "select id from walpost.inbox_poison where set_aside_at is null";
+    assert!(database.rows(left, &[]).await.is_empty());
+    drop(client);
+    let drop_role = format!("drop owned by {role}; drop role {role}");
+    database.sql(&drop_role).await;
+}
+
+#[tokio::test]
+async fn two_tables_that_count_from_one_are_not_confused() {
+    // GIVEN messages with the same numbers as ids in two topics, one of them partitioned
+    let database = database().await;
+    let mut client = database.connect().await;
+    let inbox = inbox(Settings {
+        max_attempts: 1,
+        ..Settings::default()
+    });
+    let from = |id: &str, topic: &str, quantity: &str| Message {
+        topic: topic.to_owned(),
+        ..message(id, quantity)
+    };
+    let (orders, refunds) = (
+        "persistent://public/default/order",
+        "persistent://public/default/refund",
+    );
+    // WHEN each comes, and again, through another partition too; and one of them is poison
+    for (topic, quantity, expected) in [
+        (orders, "1", Outcome::Handled),
+        (refunds, "x", Outcome::SetAside),
+        (orders, "1", Outcome::Duplicate),
+        (refunds, "1", Outcome::Duplicate),
+        (
+            "persistent://public/default/order-partition-7",
+            "1",
+            Outcome::Duplicate,
+        ),
+        ("persistent://public/default/return", "1", Outcome::Handled),
+    ] {
+        let outcome = inbox
+            .handle(&mut client, &from("1", topic, quantity), &mut Stock)
+            .await;
+        // THEN each is handled or set aside once, whatever became of the other
+        assert_eq!(outcome.expect("the database is there"), expected, "{topic}");
+    }
+    assert_eq!(taken(&database).await, 2);
+    // THEN a UUID is one message, whatever topic brings it
+    let uuid = "0198f6c2-7a11-7000-8000-0123456789ab";
+    for (topic, expected) in [(orders, Outcome::Handled), (refunds, Outcome::Duplicate)] {
+        let outcome = inbox
+            .handle(&mut client, &from(uuid, topic, "1"), &mut Stock)
+            .await;
+        assert_eq!(outcome.expect("the database is there"), expected, "{topic}");
+    }
+    // THEN old claims of one topic go without those of another
+    database.sql("update walpost.inbox set handled_at = now() - interval '2 days' where source like '%order'").await;
+    let day = Duration::from_secs(24 * 3600);
+    assert_eq!(inbox.prune(&database.client, day).await.expect("pruned"), 1);
+    assert_eq!(
+        database.rows("select from walpost.inbox", &[]).await.len(),
+        3
+    );
+}
+
+#[tokio::test]
+async fn without_its_functions_the_inbox_says_what_to_run() {
+    let database = database().await;
+    database
+        .sql("drop function walpost.inbox_claim(text, text, text)")
+        .await;
+    let mut client = database.connect().await;
+    let outcome = inbox(Settings::default())
+        .handle(&mut client, &message("a", "1"), &mut Nothing)
+        .await;
+    let said = outcome.expect_err("no function").report();
+    assert!(said.contains("walpost sql --inbox"), "{said}");
+}
+
+#[tokio::test]
+async fn what_is_not_the_messages_fault_is_no_attempt() {
+    struct Breaks(String);
     impl Handler for Breaks {
         async fn handle(&mut self, tx: &Transaction<'_>, _: &Message) -> Result<(), HandlerError> {
-            tx.batch_execute(self.0).await?;
+            tx.batch_execute(&self.0).await?;
             Ok(())
         }
     }
@@ -288,17 +448,25 @@ async fn a_lost_session_and_a_conflict_are_no_attempt() {
         ..Settings::default()
     });
     // WHEN the transaction ends for a reason that is not the message's
-    for sql in [
+    let raised = [
+        "08006", "25006", "40001", "40P01", "53100", "53200", "53300", "55P03", "57014", "57P01",
+        "57P03", "58030",
+    ];
+    let raised = raised
+        .map(|code| format!("do $$ begin raise exception 'x' using errcode = '{code}'; end $$"));
+    let real = [
         "select pg_terminate_backend(pg_backend_pid())",
-        "do $$ begin raise exception 'x' using errcode = 'deadlock_detected'; end $$",
-        "do $$ begin raise exception 'x' using errcode = 'lock_not_available'; end $$",
-    ] {
+        "select pg_cancel_backend(pg_backend_pid()); select pg_sleep(60)",
+        "set local statement_timeout = 10; select pg_sleep(60)",
+        "set transaction read only; update stock set taken = 0",
+    ];
+    for sql in real.iter().map(ToString::to_string).chain(raised) {
         let mut client = database.connect().await;
         let outcome = inbox
-            .handle(&mut client, &message("a", "1"), &mut Breaks(sql))
+            .handle(&mut client, &message("a", "1"), &mut Breaks(sql.clone()))
             .await;
         // THEN it is to be tried again, and nothing is booked
-        assert!(outcome.expect_err(sql).is_temporary(), "{sql}");
+        assert!(outcome.expect_err(&sql).is_temporary(), "{sql}");
     }
     let booked =
         "select (select count(*) from walpost.inbox) + (select count(*) from walpost.inbox_poison)";
@@ -344,6 +512,7 @@ async fn wrong_arguments_of_the_functions_are_named() {
         ("inbox_claim('', 'a')", "consumer"),
         ("inbox_claim(null, 'a')", "consumer"),
         ("inbox_claim('stock', '')", "id"),
+        ("inbox_claim('stock', 'a', null)", "source"),
         ("inbox_give_up('stock', null, 'why')", "id"),
     ] {
         let said = database
@@ -735,6 +904,7 @@ async fn the_python_example_takes_every_order_once_although_it_is_killed() {
         python.sigkill();
     }
     let mut python = example().spawn();
+    python.wait_for_line("consuming", DEADLINE).await;
     eventually(DEADLINE, "all orders to be taken", async || {
         (count().await == ORDERS + 1).then_some(())
     })
@@ -818,6 +988,7 @@ async fn the_python_example_counts_deaths_and_swallowed_errors_as_attempts() {
         (taken(&database).await == 3).then_some(())
     })
     .await;
+    python.wait_for_line("consuming", DEADLINE).await;
     python.sigterm();
     assert_eq!(python.wait_exit(DEADLINE).await, 0, "{}", python.output());
     // THEN both are set aside after their attempts; the first death, in the middle of a run, was not seen
@@ -835,4 +1006,77 @@ async fn the_python_example_counts_deaths_and_swallowed_errors_as_attempts() {
         let reason: &str = row.get(3);
         assert!(reason.contains(why), "{reason}");
     }
+}
+
+/// The example, with work that fails for reasons that are not the order's, each once, before it succeeds.
+const DISTURBED: &str = r#"
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import inbox
+inbox.MAX_ATTEMPTS = 1
+codes = ["57014", "40001", "40P01", "55P03", "53100", "53200", "25006", "58030", "57P01"]
+disturbances = [f"do $$ begin raise exception 'x' using errcode = '{code}'; end $$" for code in codes] + [
+    "set local statement_timeout = 10; select pg_sleep(60)",
+    "select pg_cancel_backend(pg_backend_pid()); select pg_sleep(60)",
+    "select pg_terminate_backend(pg_backend_pid())",
+]
+inbox.time.sleep = lambda pause: None
+def work(connection, message):
+    connection.execute("update stock set taken = taken + 1")
+    if disturbances:
+        try:
+            connection.execute(disturbances.pop())
+        except inbox.psycopg.Error as error:
+            raise ValueError("wrapped, as by a library") from error
+inbox.take_stock = work
+inbox.main()
+"#;
+
+#[tokio::test]
+async fn the_python_example_counts_nothing_that_is_not_the_messages_fault() {
+    // GIVEN an order that an earlier version has claimed, and two new ones
+    let database = database().await;
+    let topic = database.topic("order");
+    let pulsar = Pulsar::builder(&servers().pulsar_url, TokioExecutor);
+    let pulsar = pulsar.build().await.expect("the local broker");
+    let producer = pulsar.producer().with_topic(&topic);
+    let mut producer = producer.build().await.expect("a producer");
+    let uuid = "0198f6c2-7a11-7000-8000-0123456789ab";
+    database
+        .sql("insert into walpost.inbox (consumer, id) values ('stock', '1')")
+        .await;
+    for id in ["1", "2", uuid] {
+        let message = pulsar::producer::Message {
+            payload: id.as_bytes().to_vec(),
+            partition_key: Some("k".to_owned()),
+            properties: [("id".to_owned(), id.to_owned())].into(),
+            ..Default::default()
+        };
+        let receipt = producer.send_non_blocking(message).await.expect("sent");
+        receipt.await.expect("a receipt");
+    }
+    // WHEN everything but the order's own fault comes between, and an order that fails once is set aside
+    let folder = format!("{}/deploy/examples", env!("CARGO_MANIFEST_DIR"));
+    let arguments = ["-B", "-c", DISTURBED, folder.as_str(), topic.as_str()];
+    let mut python = Command::program(Python::path(), arguments)
+        .env("STOCK_DATABASE_URL", &database.url)
+        .env("PULSAR_URL", &servers().pulsar_url)
+        .spawn();
+    // Long: it starts a Python, and a session for each lost one.
+    python
+        .wait_for_line(&format!("settled {uuid}"), 3 * DEADLINE)
+        .await;
+    // THEN each new order is taken once, and none counts as failed
+    assert_eq!(taken(&database).await, 2, "{}", python.output());
+    let disturbed = python.output().matches("not the order's fault").count();
+    assert_eq!(disturbed, 12, "{}", python.output());
+    let poison = database.rows("select from walpost.inbox_poison", &[]).await;
+    assert!(poison.is_empty(), "{}", python.output());
+    // THEN a number belongs to its topic, and a UUID to none
+    let claims = "select id, source from walpost.inbox order by id";
+    let claims = database.rows(claims, &[]).await;
+    let claims: Vec<(&str, &str)> = claims.iter().map(|row| (row.get(0), row.get(1))).collect();
+    assert_eq!(claims, [(uuid, ""), ("1", ""), ("2", topic.as_str())]);
+    python.sigterm();
+    assert_eq!(python.wait_exit(DEADLINE).await, 0, "{}", python.output());
 }

@@ -66,8 +66,10 @@ impl Database {
 }
 
 impl Walpost {
-    /// SIGTERM, and an end with exit code 0.
+    /// SIGTERM, once it has said anything, and an end with exit code 0.
     pub(crate) async fn stop(mut self) {
+        // Whatever it is: walpost listens for signals before its first line.
+        self.wait_for_line("", DEADLINE).await;
         self.sigterm();
         let code = self.wait_exit(DEADLINE).await;
         assert_eq!(code, 0, "{}", self.output());

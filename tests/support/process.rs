@@ -82,6 +82,7 @@ impl Command {
             child,
             lines,
             readers,
+            is_ready: false,
         }
     }
 
@@ -110,6 +111,8 @@ pub(crate) struct Walpost {
     /// Shared with the two reader threads. Lines of stdout and stderr, in the order in which they were read.
     lines: Arc<Mutex<Vec<String>>>,
     readers: Vec<JoinHandle<()>>,
+    /// A line that a test waited for has come; see [`Walpost::signal`].
+    is_ready: bool,
 }
 
 impl Walpost {
@@ -146,7 +149,10 @@ impl Walpost {
             }
         });
         match found.await {
-            Ok(line) => line,
+            Ok(line) => {
+                self.is_ready = true;
+                line
+            }
             Err(status) => panic!(
                 "the child ended ({status}) without {what}; it said:\n{}",
                 self.output()
@@ -173,7 +179,7 @@ impl Walpost {
         Some(status)
     }
 
-    /// Asks it to stop, as an operator or a supervisor does.
+    /// Asks it to stop, as an operator or a supervisor does. Needs a sign of readiness: see [`Walpost::signal`].
     pub(crate) fn sigterm(&self) {
         self.signal("TERM");
     }
@@ -184,7 +190,16 @@ impl Walpost {
     }
 
     /// Sends a signal by its name: `STOP`, `CONT`, `INT`, …
+    ///
+    /// A signal that a program handles kills it as long as it has not set its handler, and on a busy machine that takes a
+    /// while. So one that can be handled needs a line of the child's own before it, which the test has waited for with
+    /// [`Walpost::wait_for_line`]; without it this panics, on every machine. (walpost listens for signals before it prints its
+    /// first line. `KILL`, `STOP` and `CONT` do the same to every process at any time.)
     pub(crate) fn signal(&self, name: &str) {
+        assert!(
+            self.is_ready || ["KILL", "STOP", "CONT"].contains(&name),
+            "SIG{name} to a child of which no line was waited for: it may not have set its handler yet, and would die of it"
+        );
         send_signal(&self.pid().to_string(), name);
     }
 

@@ -316,7 +316,8 @@ impl Catalog {
                            where attname = 'properties' and atttypid = 'json'::regtype)
                    and 4 = (select count(*) from straggler join pg_index on indrelid = oid
                             join pg_class i on i.oid = indexrelid
-                            where i.relname in ('straggler_row', 'straggler_due', 'straggler_key', 'straggler_id')),
+                            where i.relname in ('straggler_row', 'straggler_due', 'straggler_key', 'straggler_id'))
+                   and exists (select from pg_class c, ours where relnamespace = schema and relname = 'discarded'),
                    3 = (select count(*) from progress join pg_attribute on attrelid = oid
                         where attname in ('timeline', 'tables', 'streamed') and not attisdropped)
             from ours";

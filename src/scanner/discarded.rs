@@ -1,0 +1,144 @@
+//! Discarded events: what `walpost stragglers discard` has deleted stays away, although the log or a scan may bring it again.
+//!
+//! A straggler is stored before the log position passes its transaction. Until that has happened, and the server keeps it across a
+//! crash, Postgres may send the transaction again: after a kill of walpost while another event of it, or an earlier one, has no
+//! receipt. So may a scan that goes on after a crash, or one that closes the gap of a lost slot. To a process that finds no
+//! straggler such an event is new: it would be published, or stored again. So `discard` writes a row of `walpost.discarded` in the
+//! transaction that deletes the straggler; here is what a process knows of these rows.
+//!
+//! # Why a discarded event does not come back
+//!
+//! * The rows are read when the stragglers are: before the first row of a scan, and before the first frame of a stream. An event
+//!   that is among them is left out by [`crate::outlet`], which every row passes on its way from the log or a scan.
+//! * One that is discarded later, while it is on its way for a second time, is parked with its key until the table is read the next
+//!   time (every three seconds). It comes to be stored, and the INSERT leaves out what is in `walpost.discarded`. The rows are
+//!   read after the stragglers are counted, and are told before the key is let go.
+//! * In the modes mark and delete the outbox row is marked or deleted in the transaction of `discard`, so the look for unmarked rows does not
+//!   find it.
+//!
+//! With `WALPOST_ORDERING=none` nothing is parked: an event that is discarded in the three seconds after a start may be on its way to
+//! its topic already. And a message that is being retried at the moment of `discard` is on its way as well.
+//!
+//! # Which event it is
+//!
+//! Its table and id, and its place: commit LSN and ordinal where the log has brought it, `seq` for a scan. `discard` looks up the `seq` of
+//! the outbox row, if the table has one, and a row with that id once. The stream does not bring what a scan has stored, except for
+//! the few rows whose ids are remembered (see [`super`]).
+//!
+//! # Bound
+//!
+//! A row goes when `walpost.progress.delivered` shows the transaction that discarded it: by then the confirmed LSN had passed the
+//! straggler's. It stays for an hour, and two checkpoints, in any case: the server writes a slot's confirmed LSN to disk only with a
+//! checkpoint, and a crash, or a standby that takes over, brings back an earlier one. In memory an event takes two entries of 32 bytes.
+//!
+//! Tests: `tests/stragglers/discard.rs`.
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
+use tokio_postgres::Row;
+
+use crate::Lsn;
+use crate::pulsar::RowTag;
+
+/// Rows of a slot, as [`Discarded::read`] takes them; `$1` is the slot.
+pub(super) const SELECT: &str =
+    "SELECT outbox, id, commit_lsn::text, ordinal, seq FROM walpost.discarded WHERE slot = $1";
+
+/// SQL: whether the event of [`super::straggler_store`]'s INSERT is among them.
+pub(super) const IS_DISCARDED: &str = "exists (
+    select from walpost.discarded d
+    where d.slot = $1 and d.outbox = event.outbox and d.id is not distinct from event.id
+          and (d.commit_lsn = event.commit_lsn::pg_lsn and d.ordinal = event.ordinal
+               or event.commit_lsn::pg_lsn = '0/0' and d.seq = event.ordinal)
+)";
+
+/// Deletes what is not needed any more; `$1` is the slot.
+pub(super) const PRUNE: &str = "
+    DELETE FROM walpost.discarded d USING walpost.progress p
+    WHERE d.slot = $1 AND p.slot = d.slot AND pg_visible_in_snapshot(d.txid, p.delivered)
+          AND d.discarded_at < now() - greatest(interval '1 hour', 2 * current_setting('checkpoint_timeout')::interval)";
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub struct Discarded(HashMap<Place, u64>);
+
+/// Table, commit LSN (0 for a row of the table), and ordinal or `seq`.
+type Place = (u32, u64, u64);
+
+impl Discarded {
+    /// Of the rows that [`SELECT`] gives; what is of none of these tables is left out.
+    pub(super) fn read(rows: &[Row], outboxes: &[String]) -> Self {
+        let mut discarded = Self::default();
+        for row in rows {
+            let name: &str = row.get(0);
+            let table = outboxes.iter().position(|outbox| outbox == name);
+            let table = table.and_then(|table| u32::try_from(table).ok());
+            let lsn = row.get::<_, &str>(2).parse().unwrap_or(Lsn::ZERO);
+            if let Some(table) = table {
+                discarded.add(table, row.get(1), (lsn, row.get(3)), row.get(4));
+            }
+        }
+        discarded
+    }
+
+    fn add(&mut self, table: u32, id: Option<&str>, place: (Lsn, i64), seq: Option<i64>) {
+        let of_scan = seq.map(|seq| (Lsn::ZERO, seq));
+        for (lsn, number) in [Some(place), of_scan].into_iter().flatten() {
+            if let Ok(number) = u64::try_from(number) {
+                self.0.insert((table, lsn.as_u64(), number), hash(id));
+            }
+        }
+    }
+
+    /// Whether there are any.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether the row at this place, with this id, is one of them; read from the table, its LSN is `0/0`.
+    pub fn contains(&self, row: RowTag, commit_lsn: Lsn, id: Option<&str>) -> bool {
+        let place = (row.table(), commit_lsn.as_u64(), row.ordinal());
+        self.0.get(&place) == Some(&hash(id))
+    }
+}
+
+fn hash(id: Option<&str>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    id.hash(&mut hasher);
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_known_by_its_place_in_the_log_and_by_its_seq_and_only_with_its_id() {
+        let mut discarded = Discarded::default();
+        assert!(discarded.is_empty());
+        discarded.add(1, Some("7"), (Lsn::new(800), 3), Some(42));
+        discarded.add(0, None, (Lsn::new(800), 4), None);
+        let known = [
+            (RowTag::new(1, 3), 800, Some("7")),
+            (RowTag::new(1, 42), 0, Some("7")),
+            (RowTag::new(0, 4), 800, None),
+        ];
+        for (row, lsn, id) in known {
+            assert!(discarded.contains(row, Lsn::new(lsn), id), "{row:?}");
+        }
+        let others = [
+            // Another timeline may use the same position.
+            (RowTag::new(1, 3), 800, Some("8")),
+            (RowTag::new(1, 3), 808, Some("7")),
+            (RowTag::new(0, 3), 800, Some("7")),
+            // Another row with the same id.
+            (RowTag::new(1, 43), 0, Some("7")),
+            (RowTag::new(1, 42), 800, Some("7")),
+            (RowTag::new(0, 4), 800, Some("")),
+        ];
+        for (row, lsn, id) in others {
+            assert!(!discarded.contains(row, Lsn::new(lsn), id), "{row:?}");
+        }
+    }
+}
