@@ -264,7 +264,7 @@ impl Inbox {
                 RETURNING attempts, reason, set_aside_at
             )
             SELECT walpost.inbox_claim($1, $2), t.attempts, t.reason
-            FROM (SELECT max(attempts) AS attempts, max(reason) AS reason FROM tried WHERE set_aside_at IS NULL) t";
+            FROM (SELECT pg_catalog.max(attempts) AS attempts, pg_catalog.max(reason) AS reason FROM tried WHERE set_aside_at IS NULL) t";
         let row = transaction
             .query_typed_one(SQL, &[(&self.consumer, Type::TEXT), (&id, Type::TEXT)])
             .await
@@ -348,18 +348,19 @@ impl Inbox {
 
     /// Deletes ids older than `age`; returns how many.
     ///
-    /// By keyset: each batch begins where the last one ended, and no batch walks over what was deleted before it.
+    /// By keyset: each batch begins where the last one ended, and no batch walks over what was deleted before it. (Times go back and
+    /// forth without a zone: the session is the application's, and its `DateStyle` may print an ambiguous abbreviation.)
     pub async fn prune(&self, client: &Client, age: Duration) -> Result<u64> {
         const SQL: &str = "
             WITH old AS MATERIALIZED (
                 SELECT handled_at, id FROM walpost.inbox
-                WHERE consumer = $1 AND handled_at < now() - make_interval(secs => $2)
-                  AND (handled_at, id) > ($3::text::timestamptz, $4)
+                WHERE consumer = $1 AND handled_at < pg_catalog.now() - pg_catalog.make_interval(secs => $2)
+                  AND (handled_at, id) > ($3::text::timestamp AT TIME ZONE 'UTC', $4)
                 ORDER BY handled_at, id LIMIT $5
             ), gone AS (
                 DELETE FROM walpost.inbox i USING old WHERE i.consumer = $1 AND i.id = old.id
             )
-            SELECT handled_at::text, id, (SELECT count(*) FROM old) FROM old ORDER BY handled_at DESC, id DESC LIMIT 1";
+            SELECT (handled_at AT TIME ZONE 'UTC')::text, id, (SELECT pg_catalog.count(*) FROM old) FROM old ORDER BY handled_at DESC, id DESC LIMIT 1";
         let (mut upto, mut id) = ("-infinity".to_owned(), String::new());
         let mut deleted = 0;
         loop {

@@ -23,6 +23,24 @@ pub struct Column {
     pub name: String,
     /// Its type, as SQL has it.
     pub sql_type: String,
+    /// Where its type's own operators are, if not in `pg_catalog`, which alone is in the `search_path`.
+    operators_in: Option<String>,
+}
+
+impl Column {
+    /// An operator between two values of this type. Another schema's `=`, left unqualified, would not be found, or another type's would be
+    /// taken, which the column's index does not serve.
+    pub fn operator(&self, symbol: &str) -> String {
+        match &self.operators_in {
+            Some(schema) => format!("OPERATOR({}.{symbol})", quote_ident(schema)),
+            None => symbol.to_owned(),
+        }
+    }
+
+    /// Whether the type's operators are of another schema.
+    pub fn has_own_operators(&self) -> bool {
+        self.operators_in.is_some()
+    }
 }
 
 /// See the module's documentation.
@@ -74,8 +92,18 @@ impl OutboxTable {
             FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
             WHERE n.nspname = $1 AND c.relname = $2";
         const COLUMNS: &str = "
-            SELECT attname::text, format_type(atttypid, atttypmod), attnum FROM pg_attribute
-            WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
+            SELECT attname::text, format_type(atttypid, atttypmod), attnum, (
+                WITH RECURSIVE base AS (
+                    SELECT * FROM pg_type WHERE oid = atttypid
+                    UNION ALL
+                    SELECT t.* FROM base JOIN pg_type t ON base.typtype = 'd' AND t.oid = base.typbasetype
+                )
+                SELECT n.nspname::text FROM base
+                JOIN pg_operator o ON o.oprname = '=' AND o.oprleft = base.oid AND o.oprright = base.oid
+                JOIN pg_namespace n ON n.oid = base.typnamespace AND n.oid = o.oprnamespace
+                WHERE n.nspname <> 'pg_catalog'
+            )
+            FROM pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
         const INDEXES: &str = "
             SELECT coalesce(bool_or(indkey[0] = $2 AND indpred IS NULL), false),
                    coalesce(bool_or(indkey[0] = $3 AND pg_get_expr(indpred, indrelid) = '(sent_at IS NULL)'), false)
@@ -93,6 +121,7 @@ impl OutboxTable {
             .map(|column| Column {
                 name: column.get(0),
                 sql_type: column.get(1),
+                operators_in: column.get(3),
             })
             .collect();
         let find = |name: &str| columns.iter().find(|column| column.name == name).cloned();

@@ -38,7 +38,7 @@ use tracing::warn;
 use super::progress::{self, Claim, Progress};
 use crate::config::{Config, SlotLost};
 use crate::postgres::slot::{self, SlotState, slot_state};
-use crate::postgres::{quote_literal, sql_error};
+use crate::postgres::{quote_literal, sql_error, waiting};
 use crate::{Error, Lsn, Result};
 
 /// The slot's row, and whether this process's memory of the slot still holds; `None` where the table is missing, and with it the scanner.
@@ -133,7 +133,8 @@ pub async fn prepare(
         let dropped = client.execute(drop_slot, &[slot]).await;
         dropped.map_err(|error| sql_error(&format!("drop slot {slot}"), error))?;
     }
-    let progress = make_slot(client, slot).await?;
+    let making = make_slot(client, slot);
+    let progress = waiting::naming_holders(&config.postgres, waiting::SLOT_WAITS, making).await?;
     let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
     Ok(Some(Prepared {
         progress,

@@ -176,11 +176,19 @@ impl Unmarked {
         };
         let (id, id_type) = (table.id_column(), &table.id.sql_type);
         let (time, time_type) = (quote_ident(&created_at.name), &created_at.sql_type);
+        let behind = if table.id.has_own_operators() {
+            let above = table.id.operator(">");
+            format!(
+                "o.{time} >= $3::text::{time_type} AND (o.{time} > $3::text::{time_type} OR o.{id} {above} $4::text::{id_type})"
+            )
+        } else {
+            format!("(o.{time}, o.{id}) > ($3::text::{time_type}, $4::text::{id_type})")
+        };
         let sql = format!(
             "SELECT o.{time}::text, o.{id}::text FROM {} o
              WHERE {} AND o.{id} IS NOT NULL AND o.{time} < {}
                AND o.{time} >= (SELECT since FROM walpost.after_publish WHERE slot = $2)
-               AND ($3::text IS NULL OR (o.{time}, o.{id}) > ($3::text::{time_type}, $4::text::{id_type}))
+               AND ($3::text IS NULL OR {behind})
              ORDER BY o.{time}, o.{id} LIMIT {PAGE_ROWS}",
             table.name,
             is_lost(client, table).await?,
@@ -390,9 +398,10 @@ async fn still_lost(
         .as_ref()
         .map_or_else(|| id.clone(), |column| quote_ident(&column.name));
     Ok(format!(
-        "SELECT {} FROM {} o WHERE o.{id} = ANY (ARRAY[{}]::text[]::{id_type}[]) AND {} ORDER BY o.{time}, o.{id}",
+        "SELECT {} FROM {} o WHERE o.{id} {} ANY (ARRAY[{}]::text[]::{id_type}[]) AND {} ORDER BY o.{time}, o.{id}",
         columns.join(", "),
         table.name,
+        table.id.operator("="),
         ids.join(", "),
         is_lost(client, table).await?,
     ))
