@@ -87,34 +87,45 @@ async fn an_event_is_on_disk_before_the_lsn_passes_it() {
     database
         .sql("ALTER SYSTEM SET wal_writer_delay = '10s'")
         .await;
-    database.sql("SELECT pg_reload_conf()").await;
+    servers.stop_postgres();
+    servers.start();
+    database.client = database.connect().await;
     let mut walpost = database.start(&[]).await;
 
-    // The slot's own file is written when the LSN passes a record of running transactions, as a checkpoint makes one.
+    // The slot's own file is written when the LSN passes a record of running transactions that the walsender has read, as a checkpoint
+    // makes one. So the event and that record are there before walpost reads on.
     let application = database.connect().await;
     application
         .batch_execute("SET synchronous_commit = on")
         .await
         .expect("a setting");
-    application
-        .batch_execute("CHECKPOINT")
-        .await
-        .expect("a checkpoint");
-    application
-        .batch_execute(&unpublishable("first"))
-        .await
-        .expect("a row");
-    let before: String = application
-        .query_one("SELECT pg_current_wal_flush_lsn()::text", &[])
-        .await
-        .expect("a position")
-        .get(0);
-    let passed = "SELECT confirmed_flush_lsn >= $1::text::pg_lsn FROM pg_replication_slots";
-    eventually(DEADLINE, "the LSN to pass it", async || {
-        let rows = application.query(passed, &[&before]).await.ok()?;
-        rows.first()?.get::<_, bool>(0).then_some(())
-    })
-    .await;
+    walpost.signal("STOP");
+    for statement in [&unpublishable("first"), "CHECKPOINT"] {
+        application
+            .batch_execute(statement)
+            .await
+            .expect("a statement");
+    }
+    let passed =
+        "SELECT sent_lsn >= pg_current_wal_flush_lsn(), confirmed_flush_lsn >= $1::text::pg_lsn
+                  FROM pg_replication_slots JOIN pg_stat_replication ON pid = active_pid";
+    let upto = "SELECT pg_current_wal_flush_lsn()::text";
+    let row = application.query_one(upto, &[]).await;
+    let upto: String = row.expect("a position").get(0);
+    let reached = async |column: usize| {
+        eventually(
+            DEADLINE,
+            "the walsender, or the LSN, to pass it",
+            async || {
+                let rows = application.query(passed, &[&upto]).await.ok()?;
+                rows.first()?.get::<_, bool>(column).then_some(())
+            },
+        )
+        .await;
+    };
+    reached(0).await;
+    walpost.signal("CONT");
+    reached(1).await;
     end_all_processes(&database).await;
     walpost.sigkill();
     servers.start();
