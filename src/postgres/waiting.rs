@@ -147,7 +147,8 @@ pub async fn naming_holders<T>(
     work: impl Future<Output = T>,
 ) -> T {
     let mut work = pin!(work);
-    let mut naming = pin!(name_for_ever(postgres, waits));
+    // Seldom polled, and large.
+    let mut naming = Box::pin(name_for_ever(postgres, waits));
     tokio::select! {
         biased;
         done = &mut work => done,
@@ -187,10 +188,10 @@ async fn name_for_ever(postgres: &PostgresConfig, waits: &str) -> Infallible {
             );
             continue;
         }
-        let (names, ends) = listed(&named);
+        let (transactions, ends) = listed(&named);
         warn!(
             waited_s = waited.as_secs(),
-            "{waits}: {names} (hint: they end by themselves, or by: {ends})"
+            "{waits}: {transactions} (hint: they end by themselves, or by: {ends})"
         );
     }
 }

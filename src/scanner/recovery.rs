@@ -133,7 +133,7 @@ pub async fn prepare(
         let dropped = client.execute(drop_slot, &[slot]).await;
         dropped.map_err(|error| sql_error(&format!("drop slot {slot}"), error))?;
     }
-    let making = make_slot(client, slot);
+    let making = Box::pin(make_slot(client, slot));
     let progress = waiting::naming_holders(&config.postgres, waiting::SLOT_WAITS, making).await?;
     let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
     Ok(Some(Prepared {

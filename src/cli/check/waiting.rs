@@ -21,7 +21,7 @@ use crate::{Error, Result};
 /// A transaction of this age makes the making of a slot take long.
 const HOLDS_UP: Duration = Duration::from_secs(5);
 /// One of this age is worth a look beside a slot that is there.
-const KEEPS_LOG: Duration = Duration::from_mins(5);
+const KEEPS_LOG: Duration = Duration::from_secs(300);
 
 /// A finding for each table whose rows name their transactions, for each one in partitions, for transactions, and for the stragglers.
 pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
