@@ -9,7 +9,14 @@
 --
 -- Milliseconds and fraction are one 60-bit number, 15 hexadecimal digits; the version digit goes in behind the 12th.
 -- The last 16 digits are those of a random UUID (version 4), whose variant is the same. A single expression, so that
--- the planner puts it into the insert itself instead of calling a function.
+-- the planner puts it into the insert itself instead of calling a function. A standard body is bound to what it names when it is
+-- made, so it needs no search_path of its own (which would keep the planner from doing so).
+
+-- Names mean what Postgres itself has, whatever somebody else has made in "public". The end of the file puts the setting back.
+do $walpost$ begin
+    perform pg_catalog.set_config('walpost.search_path', pg_catalog.current_setting('search_path'), false),
+            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
+end $walpost$;
 
 do $walpost$
 begin
@@ -26,3 +33,5 @@ begin
     end if;
 end
 $walpost$;
+
+do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

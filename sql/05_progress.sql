@@ -6,6 +6,12 @@
 -- A snapshot says of every transaction whether it had committed at that moment (documentation, "Transaction ID and
 -- Snapshot Information Functions"): one value a table's rows can be compared with, however many there are.
 
+-- Names mean what Postgres itself has, whatever somebody else has made in "public". The end of the file puts the setting back.
+do $walpost$ begin
+    perform pg_catalog.set_config('walpost.search_path', pg_catalog.current_setting('search_path'), false),
+            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
+end $walpost$;
+
 create table if not exists walpost.progress (
     slot          text primary key,           -- the replication slot
     system_id     text not null,              -- of the cluster that the snapshots are from
@@ -24,3 +30,5 @@ alter table walpost.progress add column if not exists timeline integer;
 alter table walpost.progress add column if not exists tables jsonb;
 -- How many rows the stream brought since "delivered", written when the process stopped in good order.
 alter table walpost.progress add column if not exists streamed jsonb;
+
+do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

@@ -8,6 +8,12 @@
 --   parked    waits behind an earlier one of the same topic and key
 --   dead      no attempt is made any more; walpost stragglers retry and discard decide about it
 
+-- Names mean what Postgres itself has, whatever somebody else has made in "public". The end of the file puts the setting back.
+do $walpost$ begin
+    perform pg_catalog.set_config('walpost.search_path', pg_catalog.current_setting('search_path'), false),
+            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
+end $walpost$;
+
 create table if not exists walpost.straggler (
     number            bigint generated always as identity primary key,   -- order of arrival
     slot              text not null,          -- the replication slot it came through
@@ -73,3 +79,4 @@ begin
     end loop;
 end
 $walpost$;
+do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

@@ -8,6 +8,12 @@
 --
 -- A row becomes "sent" up to WALPOST_SCAN_INTERVAL after its receipt, never before it.
 
+-- Names mean what Postgres itself has, whatever somebody else has made in "public". The end of the file puts the setting back.
+do $walpost$ begin
+    perform pg_catalog.set_config('walpost.search_path', pg_catalog.current_setting('search_path'), false),
+            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
+end $walpost$;
+
 create or replace view walpost.outbox_status as
 select
     o.id, o.aggregatetype, o.aggregateid, o.type, o.created_at, o.seq, o.txid, o.sent_at,
@@ -28,3 +34,5 @@ left join lateral (
     where g.outbox = 'walpost.outbox' and g.id = o.id::text
     order by g.number limit 1
 ) s on true;
+
+do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

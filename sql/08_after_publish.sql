@@ -2,6 +2,12 @@
 -- Behind a /*:name*/ mark stands what "walpost init" and "walpost sql" fill in; edit it when you apply this by hand.
 -- Needs: CREATE on schema walpost; to own walpost.outbox. May be applied again.
 
+-- Names mean what Postgres itself has, whatever somebody else has made in "public". The end of the file puts the setting back.
+do $walpost$ begin
+    perform pg_catalog.set_config('walpost.search_path', pg_catalog.current_setting('search_path'), false),
+            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
+end $walpost$;
+
 -- Since when published rows are marked or deleted, one row for each replication slot: rows from before that are left alone.
 create table if not exists walpost.after_publish (
     slot  text primary key,                   -- the replication slot
@@ -30,3 +36,5 @@ begin
     end if;
 end
 $walpost$;
+
+do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

@@ -7,7 +7,14 @@
 --
 -- Gives back the message id. A wrong argument is an error that names it (SQLSTATE 22004: null, 22023: any other; the argument
 -- is also the error's COLUMN field), so that the business transaction fails where the mistake was made, instead of leaving a
--- message behind that no topic takes. It runs with its caller's rights: whoever may insert may emit.
+-- message behind that no topic takes. It runs with its caller's rights: whoever may insert may emit. Its search_path is its own:
+-- a trigger on walpost.outbox runs with it, too, and needs qualified names or a search_path of its own.
+
+-- Names mean what Postgres itself has, whatever somebody else has made in "public". The end of the file puts the setting back.
+do $walpost$ begin
+    perform pg_catalog.set_config('walpost.search_path', pg_catalog.current_setting('search_path'), false),
+            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
+end $walpost$;
 
 -- One that took another type of payload would make calls ambiguous.
 do $walpost$
@@ -33,6 +40,7 @@ create or replace function walpost.emit(
     deliver_at    timestamptz default null    -- delayed delivery
 ) returns walpost.outbox.id%type
     language plpgsql volatile parallel unsafe
+    set search_path = pg_catalog, pg_temp
 as $walpost$
 declare
     -- "id" alone would be the column as well.
@@ -86,3 +94,5 @@ begin
               hint = 'it may have A-Z a-z 0-9 - _ = : . and not end in -partition-<number>; or name a topic';
 end
 $walpost$;
+
+do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

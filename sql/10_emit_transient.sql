@@ -26,6 +26,12 @@
 --
 -- Behind a /*:name*/ mark stands what "walpost init" and "walpost sql" fill in; edit it when you apply this by hand.
 
+-- Names mean what Postgres itself has, whatever somebody else has made in "public". The end of the file puts the setting back.
+do $walpost$ begin
+    perform pg_catalog.set_config('walpost.search_path', pg_catalog.current_setting('search_path'), false),
+            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
+end $walpost$;
+
 do $walpost$
 declare
     old regprocedure;
@@ -49,6 +55,7 @@ create function walpost.emit_transient(
     deliver_at    timestamptz default null
 ) returns uuid
     language plpgsql volatile parallel unsafe
+    set search_path = pg_catalog, pg_temp
 as $walpost$
 declare
     message_id uuid;
@@ -106,3 +113,5 @@ begin
     return message_id;
 end
 $walpost$;
+
+do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

@@ -9,6 +9,12 @@
 --
 -- Behind a /*:name*/ mark stands what "walpost init" and "walpost sql" fill in; edit it when you apply this by hand.
 
+-- Names mean what Postgres itself has, whatever somebody else has made in "public". The end of the file puts the setting back.
+do $walpost$ begin
+    perform pg_catalog.set_config('walpost.search_path', pg_catalog.current_setting('search_path'), false),
+            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
+end $walpost$;
+
 select set_config('walpost.slot', /*:slot*/ 'walpost', false);
 
 -- Who holds this lock writes the slot's row in walpost.progress: a running "walpost run" (in poll mode too), "walpost init", or
@@ -112,3 +118,5 @@ update walpost.progress set scan_upto = pg_current_snapshot(), confirmed_lsn = s
 
 select pg_advisory_unlock(hashtext('walpost'), hashtext(current_setting('walpost.slot')))
     where current_setting('walpost.slot_locked') = 'true';
+
+do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

@@ -25,6 +25,12 @@
 -- An id is at most some 2,000 bytes long (more is refused by the index) and, as all text, has no NUL: walpost::inbox has a hash in
 -- the place of one that does not fit.
 
+-- Names mean what Postgres itself has, whatever somebody else has made in "public". The end of the file puts the setting back.
+do $walpost$ begin
+    perform pg_catalog.set_config('walpost.search_path', pg_catalog.current_setting('search_path'), false),
+            pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', false);
+end $walpost$;
+
 do $walpost$
 begin
     if to_regnamespace('walpost') is null then
@@ -103,6 +109,7 @@ $walpost$;
 -- True for a message that is new to the consumer: its work is to be done in this transaction.
 create or replace function walpost.inbox_claim(consumer text, id text, source text default '') returns boolean
     language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
 as $walpost$
 begin
     if coalesce(consumer, '') = '' then
@@ -129,7 +136,8 @@ end
 $walpost$;
 
 -- Notes a failed attempt and gives back how many there were. In a transaction of its own, after the failed one; or before the
--- attempt, so that one which its process does not outlive counts, and then again with counted => true, for its reason.
+-- attempt, so that one which its process does not outlive counts, and then again with counted => true, for its reason. A standard body is
+-- bound to what it names when it is made.
 create or replace function walpost.inbox_failed(
     consumer text, id text, reason text, counted boolean default false, source text default ''
 ) returns integer
@@ -158,6 +166,7 @@ create or replace function walpost.inbox_give_up(
     source     text default ''
 ) returns boolean
     language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
 as $walpost$
 begin
     if not walpost.inbox_claim(consumer, id, source) then
@@ -181,3 +190,4 @@ begin
     perform set_config('walpost.inbox_granted', '', false);
 end
 $walpost$;
+do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

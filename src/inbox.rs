@@ -275,8 +275,9 @@ impl Inbox {
                 RETURNING attempts, reason, set_aside_at, source
             )
             SELECT walpost.inbox_claim($1, $2, $3), t.attempts, t.reason, t.is_left
-            FROM (SELECT max(attempts) FILTER (WHERE source = $3) AS attempts, max(reason) FILTER (WHERE source = $3) AS reason,
-                         count(*) > 0 AS is_left
+            FROM (SELECT pg_catalog.max(attempts) FILTER (WHERE source = $3) AS attempts,
+                         pg_catalog.max(reason) FILTER (WHERE source = $3) AS reason,
+                         pg_catalog.count(*) > 0 AS is_left
                   FROM tried WHERE set_aside_at IS NULL AND NOT EXISTS (SELECT FROM tried WHERE set_aside_at IS NOT NULL)) t";
         let row = transaction
             .query_typed_one(
@@ -372,18 +373,20 @@ impl Inbox {
 
     /// Deletes ids older than `age`; returns how many.
     ///
-    /// By keyset: each batch begins where the last one ended, and no batch walks over what was deleted before it.
+    /// By keyset: each batch begins where the last one ended, and no batch walks over what was deleted before it. (Times go back and
+    /// forth without a zone: the session is the application's, and its `DateStyle` may print an ambiguous abbreviation.)
     pub async fn prune(&self, client: &Client, age: Duration) -> Result<u64> {
         const SQL: &str = "
             WITH old AS MATERIALIZED (
                 SELECT handled_at, id, source FROM walpost.inbox
-                WHERE consumer = $1 AND handled_at < now() - make_interval(secs => $2)
-                  AND (handled_at, id) >= ($3::text::timestamptz, $4) AND (handled_at, id, source) > ($3::text::timestamptz, $4, $6)
+                WHERE consumer = $1 AND handled_at < pg_catalog.now() - pg_catalog.make_interval(secs => $2)
+                  AND (handled_at, id) >= ($3::text::timestamp AT TIME ZONE 'UTC', $4)
+                  AND (handled_at, id, source) > ($3::text::timestamp AT TIME ZONE 'UTC', $4, $6)
                 ORDER BY handled_at, id, source LIMIT $5
             ), gone AS (
                 DELETE FROM walpost.inbox i USING old WHERE i.consumer = $1 AND i.id = old.id AND i.source = old.source
             )
-            SELECT handled_at::text, id, source, (SELECT count(*) FROM old) FROM old
+            SELECT (handled_at AT TIME ZONE 'UTC')::text, id, source, (SELECT pg_catalog.count(*) FROM old) FROM old
             ORDER BY handled_at DESC, id DESC, source DESC LIMIT 1";
         let (mut upto, mut id, mut source) = ("-infinity".to_owned(), String::new(), String::new());
         let mut deleted = 0;

@@ -51,6 +51,7 @@
 //! | what is claimed of the topics can be proven | table and topics are compared, id by id and key by key, in bounded memory ([`cli::verify`]) | `tests/verify.rs` |
 //! | a replay changes nothing but the topic | dry first, names of its own, the row's message as it was ([`cli::replay`]) | `tests/replay.rs` |
 //! | nothing undelivered goes by retention | one condition for rows and partitions, looked at under a lock ([`scanner::retention`]) | `tests/retention.rs`, `tests/poll/modes.rs` |
+//! | what role, database, `public` and the URL hold changes neither what names mean, nor which rows are seen, nor what is durable | one list of settings in every session ([`postgres::session`]) | `tests/sessions.rs` |
 //! | readiness follows progress, and whoever watches costs the pipe nothing | judged by receipts, on a thread that shares only atomics ([`admin`], [`meter`]) | `tests/http.rs` |
 //! | documents, alerts, dashboard and manifests name what there is | each name is looked up in the program, each alert is seen to fire | `tests/deploy.rs` |
 //! | no secret is printed, at any log level | secrets are of a type without `Display`, answers of servers are not repeated ([`config`], [`http`]) | `tests/security.rs` |

@@ -447,7 +447,8 @@ async fn the_slot_waits_for_open_transactions_and_says_so() {
         .env("WALPOST_POSTGRES_URL", &database.url)
         .env("WALPOST_SLOT", &database.slot)
         .spawn();
-    child.wait_for_line("pg_stat_activity", DEADLINE).await;
+    let said = child.wait_for_line("the slot waits", DEADLINE).await;
+    assert!(said.contains("pg_terminate_backend("), "{said}");
 
     // WHEN the transaction ends THEN the slot is made
     open.rollback().await.expect("a rollback");

@@ -12,7 +12,7 @@ use tokio_postgres::Client;
 use walpost::postgres::slot::{create_slot, slot_state, wal_level};
 use walpost::postgres::{
     Frame, PostgresConfig, ReplicationConnection, ReplicationStream, StandbyStatus, StreamOptions,
-    Subscription, TableName, connect_sql, preflight, quote_ident, sqlstate,
+    Subscription, TableName, connect_application, connect_sql, preflight, quote_ident, sqlstate,
 };
 use walpost::{Lsn, Result};
 
@@ -59,7 +59,10 @@ impl Fixture {
             .await
             .expect("create a database");
         let config = config_for(&url, &name);
-        let client = connect_sql(&config, "walpost-test").await.expect("connect");
+        // The statements of this test are an application's.
+        let client = connect_application(&config, "walpost-test")
+            .await
+            .expect("connect");
         client
             .batch_execute(&format!(
                 "CREATE TABLE outbox (id int, payload text); CREATE TABLE other (id int);

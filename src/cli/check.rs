@@ -219,7 +219,13 @@ async fn slot_state(client: &Client, name: &str) -> Finding {
         ));
         return Finding::fail(CHECK, &error);
     }
-    let confirmed = state.confirmed_flush.unwrap_or_default();
+    let Some(confirmed) = state.confirmed_flush else {
+        return Finding::warn(
+            CHECK,
+            format!("{name} is being made: it waits for transactions that were writing before it"),
+            "see the line transactions",
+        );
+    };
     let retained_kib = state.retained_bytes.unwrap_or_default() / 1024;
     let used = match state.active_pid {
         Some(pid) => format!("streamed by process {pid}"),

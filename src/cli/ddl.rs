@@ -177,8 +177,11 @@ pub fn emit_transient_sql(payload: Payload) -> Result<String> {
 /// A bug, if the file has lost it.
 pub fn refuse_update_sql() -> Result<&'static str> {
     let begin = OUTBOX.find("create or replace function walpost.refuse_update()");
+    // Without the end, which puts the session's search_path back.
+    let end = OUTBOX.rfind("do $walpost$ begin perform");
     begin
-        .map(|begin| &OUTBOX[begin..])
+        .zip(end)
+        .map(|(begin, end)| &OUTBOX[begin..end])
         .ok_or_else(|| Error::bug("sql/03_outbox.sql has no walpost.refuse_update"))
 }
 

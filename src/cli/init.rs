@@ -19,11 +19,13 @@ use super::print;
 use crate::config::{Config, Mode};
 use crate::connector::subscription;
 use crate::postgres::slot::{SlotState, slot_state};
-use crate::postgres::{connect_sql, published, sql_error, sqlstate};
+use crate::postgres::{connect_sql, published, sql_error, sqlstate, waiting};
 use crate::scanner::partitions::{self, Span};
 use crate::scanner::{recovery, slot_maker};
 use crate::{Error, Result};
-use catalog::{Catalog, IdFunction, ProgressTable, Server, StragglerTable, Table, check_slot};
+use catalog::{
+    Catalog, IdFunction, OpenFunction, ProgressTable, Server, StragglerTable, Table, check_slot,
+};
 
 /// Somebody made the same object in the meantime.
 const DUPLICATE_OBJECT: &str = "42710";
@@ -32,8 +34,8 @@ const CONFIGURATION_LIMIT_EXCEEDED: &str = "53400";
 /// A right is missing.
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
-/// After this long the operator is told what the making of the slot waits for; and so long it waits for the slot's lock.
-const SLOT_PATIENCE: Duration = Duration::from_secs(5);
+/// So long `init` waits for the slot's lock.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// Between two attempts at the slot's lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
@@ -94,7 +96,7 @@ pub async fn run(
     if streams {
         let line = match slot {
             Some(slot) => existing_slot_line(&slot, &config.slot, &server),
-            None => create_slot(&client, &config.slot).await?,
+            None => create_slot(&client, config).await?,
         };
         print(out, &format!("{line}\n"))?;
     }
@@ -235,6 +237,7 @@ async fn apply(
         lines.push(line(existed.get(0), "table walpost.after_publish"));
     }
     lines.extend(apply_emit(transaction, ddl, before, &after).await?);
+    lines.extend(close_functions(transaction, &after.open_functions).await?);
     if before.straggler == StragglerTable::Older {
         // Last: nobody else can use the table from here to the end of the transaction.
         let doing = "bring table walpost.straggler up to date";
@@ -286,6 +289,24 @@ async fn apply_left_undone(transaction: &Transaction<'_>, ddl: &Ddl) -> Result<S
         step(transaction, &format!("create {what}"), &ddl.left_undone).await?;
     }
     Ok(line(existed, what))
+}
+
+/// Gives functions of an earlier version a `search_path` of their own; names those that belong to somebody else.
+async fn close_functions(
+    transaction: &Transaction<'_>,
+    functions: &[OpenFunction],
+) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for function in functions {
+        let (signature, close) = (&function.signature, function.close());
+        lines.push(if function.is_ours {
+            step(transaction, &format!("alter function {signature}"), &close).await?;
+            format!("brought up to date function {signature}: it has a search_path of its own")
+        } else {
+            format!("exists but differs: function {signature}: names in it depend on its caller's search_path; as its owner: {close}")
+        });
+    }
+    Ok(lines)
 }
 
 /// Makes the functions of System A.
@@ -454,20 +475,21 @@ fn existing_slot_line(slot: &SlotState, name: &str, server: &Server) -> String {
     }
 }
 
-/// Makes the slot, and says what it waits for when it takes long. Holds the slot's lock from here to the end of the session: what
+/// Makes the slot, and names what it waits for when it takes long. Holds the slot's lock from here to the end of the session: what
 /// it writes into `walpost.progress` must not meet the writes of a running walpost.
-async fn create_slot(client: &Client, slot: &str) -> Result<String> {
+async fn create_slot(client: &Client, config: &Config) -> Result<String> {
+    let slot = &config.slot;
     lock_slot(client, slot).await?;
     // A walpost that had the lock until now may have made it.
     match slot_state(client, slot).await? {
         Some(_) => Ok(line(true, &format!("slot {slot}"))),
-        None => make_slot(client, slot).await,
+        None => make_slot(client, config).await,
     }
 }
 
 /// Takes the slot's lock. An instance that only looks whether it can run has it for a moment.
 async fn lock_slot(client: &Client, slot: &str) -> Result<()> {
-    let deadline = Instant::now() + SLOT_PATIENCE;
+    let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
         let error = match recovery::lock(client, slot).await {
             Err(error) if recovery::is_busy(&error) => error,
@@ -486,18 +508,10 @@ async fn lock_slot(client: &Client, slot: &str) -> Result<()> {
     }
 }
 
-async fn make_slot(client: &Client, slot: &str) -> Result<String> {
+async fn make_slot(client: &Client, config: &Config) -> Result<String> {
+    let slot = &config.slot;
     let creating = slot_maker::make_slot(client, slot);
-    tokio::pin!(creating);
-    let created = if let Ok(created) = tokio::time::timeout(SLOT_PATIENCE, &mut creating).await {
-        created
-    } else {
-        tracing::warn!(
-            "the slot waits for transactions that were writing before it; they are in pg_stat_activity \
-             (backend_xid is not null, oldest xact_start first)"
-        );
-        creating.await
-    };
+    let created = waiting::naming_holders(&config.postgres, waiting::SLOT_WAITS, creating).await;
     let made = match created {
         Ok(_) => true,
         Err(error) => match sqlstate(&error) {

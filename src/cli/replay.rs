@@ -32,7 +32,7 @@ use super::verify::{check_has_time, delivered, described, milliseconds, time_arg
 use super::{print, switch};
 use crate::config::Config;
 use crate::outbox::{Extractor, OutboxEvent, Scratch};
-use crate::postgres::{connect_sql, quote_ident, sql_error, sqlstate};
+use crate::postgres::{connect_sql, quote_ident, refuse_row_security, sql_error, sqlstate};
 use crate::scanner::outbox::OutboxTable;
 use crate::scanner::rows::printed;
 use crate::scanner::table::{ScanRow, ScanTable};
@@ -94,6 +94,7 @@ pub(super) fn options(matches: &ArgMatches) -> Options {
 pub async fn run(config: &Config, options: &Options, out: &mut dyn Write) -> Result<u8> {
     check(options)?;
     let client = connect_sql(&config.postgres, "walpost replay").await?;
+    refuse_row_security(&client, &config.outbox_tables).await?;
     // For the error that says what is allowed.
     milliseconds(&client, "--from", options.from.as_deref()).await?;
     milliseconds(&client, "--to", options.to.as_deref()).await?;
@@ -230,7 +231,7 @@ impl Replay<'_> {
         let key = quote_ident(&config.columns.aggregateid);
         // Every parameter stands in it, given or not, so that each has its type.
         let id = match self.options.id {
-            Some(_) => format!("o.{id} = $1::text::{id_type}"),
+            Some(_) => format!("o.{id} {} $1::text::{id_type}", facts.id.operator("=")),
             None => "$1::text IS NULL".to_owned(),
         };
         let in_time = match &facts.created_at {

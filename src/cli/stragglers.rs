@@ -195,6 +195,7 @@ impl Table<'_> {
         if mode != AfterPublish::Keep {
             for (number, table) in tables.iter().enumerate() {
                 let (name, id) = (&table.name, table.id_column());
+                let equals = table.id.operator("=");
                 let ids = format!(
                     "(select gone.id::{} from gone where gone.outbox = {} and gone.id is not null)",
                     table.id.sql_type,
@@ -202,10 +203,10 @@ impl Table<'_> {
                 );
                 match mode {
                     AfterPublish::Delete => parts.push(format!(
-                        "row_{number} as (delete from {name} where {id} in {ids})"
+                        "row_{number} as (delete from {name} where {id} {equals} any {ids})"
                     )),
                     _ if table.has_sent_at => parts.push(format!(
-                        "row_{number} as (update {name} set sent_at = clock_timestamp() where {id} in {ids} and num_nulls(sent_at) = 1)"
+                        "row_{number} as (update {name} set sent_at = clock_timestamp() where {id} {equals} any {ids} and num_nulls(sent_at) = 1)"
                     )),
                     _ => {}
                 }

@@ -45,7 +45,7 @@ pub enum SslMode {
 pub enum TargetSession {
     /// The first that lets us in.
     Any,
-    /// The first that accepts writes: after a failover this is the new primary.
+    /// The first that accepts writes: after a failover this is the new primary. One that is read-only only by default comes last.
     ReadWrite,
     /// The first that is not in recovery.
     Primary,

@@ -462,6 +462,11 @@ fn is_read_only_by_default(error: &Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use tokio::net::TcpListener;
+
+    use super::TargetSession::{Primary, ReadWrite};
     use super::*;
 
     #[test]
@@ -474,5 +479,50 @@ mod tests {
         is_send(&crate::postgres::ReplicationConnection::connect(
             &config, "test",
         ));
+    }
+
+    /// Notes what was wanted of each attempt; the attempts of these numbers meet a server that is read-only by default.
+    struct Attempts {
+        read_only: &'static [usize],
+        wanted: Mutex<Vec<TargetSession>>,
+    }
+
+    impl Login for Attempts {
+        type Output = ();
+
+        async fn log_in(&self, _: Stream, wanted: TargetSession) -> Result<()> {
+            let number = {
+                let mut all = self.wanted.lock().unwrap();
+                all.push(wanted);
+                all.len()
+            };
+            let read_only = self.read_only.contains(&number);
+            check_target(wanted, |name| {
+                (read_only && name == "default_transaction_read_only").then_some("on")
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_takes_writes_is_preferred_to_one_that_is_read_only_by_default() {
+        let listeners = [
+            TcpListener::bind("127.0.0.1:0").await.unwrap(),
+            TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        ];
+        let [a, b] = listeners.each_ref().map(|one| one.local_addr().unwrap());
+        let url = format!("postgres://u@{a},{b}/d?sslmode=disable&target_session_attrs=read-write");
+        let config = PostgresConfig::parse(Some(&url), &|_| None).unwrap();
+        let attempts = async |read_only| {
+            let login = Attempts {
+                read_only,
+                wanted: Mutex::default(),
+            };
+            first_host(&config, &login).await.unwrap();
+            login.wanted.into_inner().unwrap()
+        };
+        assert_eq!(attempts(&[]).await, [ReadWrite]);
+        assert_eq!(attempts(&[1]).await, [ReadWrite, ReadWrite]);
+        // Both are: the first then, which takes writes when asked to.
+        assert_eq!(attempts(&[1, 2, 3]).await, [ReadWrite, ReadWrite, Primary]);
     }
 }

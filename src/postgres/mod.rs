@@ -3,7 +3,8 @@
 //! Reading order: [`config`] says where to connect; [`connection`] dials, encrypts ([`tls`], [`channel_binding`]) and
 //! picks a host, [`stream`] is what it returns; [`session`] says which settings every session has; [`startup`] logs in a replication connection; [`replication`] speaks its
 //! commands and turns it into a [`replication_stream::ReplicationStream`], whose bytes [`frame`] takes apart.
-//! [`slot`], [`published`] and [`mod@preflight`] ask an ordinary SQL connection about slot, publication, tables and rights; [`names`]
+//! [`slot`], [`published`] and [`mod@preflight`] ask an ordinary SQL connection about slot, publication, tables and rights; [`row_security`]
+//! looks for policies that hide rows, [`waiting`] names transactions that are waited for; [`names`]
 //! quotes what goes into SQL; [`server_error`] says what a server's refusal means for the process.
 //!
 //! Input: a [`PostgresConfig`]. Output: a [`tokio_postgres::Client`] for SQL, and borrowed [`Frame`]s for the pipe.
@@ -19,6 +20,7 @@ pub mod published;
 mod quiet;
 pub mod replication;
 pub mod replication_stream;
+pub mod row_security;
 pub mod server_error;
 pub mod session;
 pub mod slot;
@@ -26,6 +28,7 @@ pub mod startup;
 pub mod stream;
 pub mod tls;
 mod url;
+pub mod waiting;
 
 pub use config::PostgresConfig;
 pub use connection::{connect_application, connect_sql};
@@ -35,4 +38,5 @@ pub use preflight::preflight;
 pub use published::{OutboxRelations, Subscription};
 pub use replication::{ReplicationConnection, StreamOptions, SystemIdentity};
 pub use replication_stream::{ReplicationStream, UnreadableLog, is_unreadable};
+pub use row_security::refuse_row_security;
 pub use server_error::{is_about_rows, is_unconvertible, sql_error, sqlstate};

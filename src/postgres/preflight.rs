@@ -8,13 +8,14 @@ use tokio_postgres::Client;
 
 use super::names::{quote_ident, quote_literal};
 use super::published::{self, OutboxRelations, Subscription};
+use super::row_security::refuse_row_security;
 use super::slot::{self, PLUGIN, SlotState, get, query_one, slot_state};
 use crate::{Error, Result};
 
 /// The oldest Postgres whose pgoutput has the options that walpost uses.
 const OLDEST_VERSION: u32 = 140_000;
 
-/// Checks version, `wal_level`, the role, the tables, the publication ([`published`]) and the slot.
+/// Checks version, `wal_level`, the role, row-level security, the tables, the publication ([`published`]) and the slot.
 ///
 /// # Errors
 /// Refused, with a hint, for the first thing that is wrong; temporary when the server cannot be asked.
@@ -25,6 +26,7 @@ pub async fn preflight(
 ) -> Result<OutboxRelations> {
     check_server(client).await?;
     let role = check_role(client).await?;
+    refuse_row_security(client, &subscription.tables).await?;
     let relations = published::relations(client, subscription).await?;
     let state = slot_state(client, slot).await?;
     check_slot(slot, state.as_ref(), &role.database)?;

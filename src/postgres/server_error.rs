@@ -20,6 +20,8 @@ pub struct ServerError {
     hint: Option<String>,
     /// What the server was doing.
     context: Option<String>,
+    /// The function of the server that refused; the same in every language.
+    routine: Option<String>,
 }
 
 impl ServerError {
@@ -40,6 +42,7 @@ impl ServerError {
                 b'D' => error.detail = Some(value),
                 b'H' => error.hint = Some(value),
                 b'W' => error.context = Some(value),
+                b'R' => error.routine = Some(value),
                 _ => {}
             }
         }
@@ -54,6 +57,7 @@ impl ServerError {
             detail: error.detail().map(ToOwned::to_owned),
             hint: error.hint().map(ToOwned::to_owned),
             context: error.where_().map(ToOwned::to_owned),
+            routine: error.routine().map(ToOwned::to_owned),
         }
     }
 
@@ -123,6 +127,11 @@ fn meaning(error: &ServerError) -> (bool, Option<&'static str>) {
             "check the user, and that pg_hba.conf of the server has a line for user, database and address",
         ),
         "3D000" => Some("check the database's name in WALPOST_POSTGRES_URL or PGDATABASE"),
+        // `row_security = off`: see the settings of every session.
+        "42501" if error.routine.as_deref() == Some("check_enable_rls") => Some(
+            "policies of that table hide rows from walpost, and they would count as published; as a superuser: ALTER ROLE <user> BYPASSRLS; \
+             or as the table's owner: ALTER TABLE … DISABLE ROW LEVEL SECURITY",
+        ),
         "42501" => Some(
             "streaming needs the REPLICATION attribute: ALTER ROLE <user> REPLICATION; other statements need the GRANT that the message names",
         ),

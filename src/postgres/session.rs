@@ -33,12 +33,12 @@
 //!
 //! | write | setting | why |
 //! |---|---|---|
-//! | `walpost.straggler`: INSERT ([`crate::scanner::straggler_store`]) | local | the LSN, or the scan, passes the event behind this COMMIT; a row that is lost is an event that is lost |
+//! | `walpost.straggler`: INSERT (`scanner::straggler_store`) | local | the LSN, or the scan, passes the event behind this COMMIT; a row that is lost is an event that is lost |
 //! | the same: attempts, due times, state, dead-letter time | local | same session; a loss would repeat an attempt, or a copy in the dead-letter topic |
 //! | the same: DELETE of published or discarded ones | local | same session; a loss would publish an event twice, or bring back one that a person has discarded |
-//! | `walpost.progress`: `delivered`, the scan's position ([`crate::scanner::progress`]) | local | rows count as sent, and retention deletes them, by it; a loss would only repeat rows |
+//! | `walpost.progress`: `delivered`, the scan's position, what is missing ([`crate::scanner::progress`]) | local | rows count as sent, and retention deletes them, by it; a loss would only repeat rows |
 //! | the same: `scan_before` before a slot is made, `scan_upto` behind | local | a slot outlives a crash of the server; without its snapshots the rows before it would count as delivered |
-//! | the same: `session`, `confirmed_lsn` | local | an old `confirmed_lsn` would make a slot look as if somebody had advanced it |
+//! | the same: `session`, `timeline`, `confirmed_lsn`, `streamed` | local | an old `confirmed_lsn` would make a slot look as if somebody had advanced it |
 //! | replication slot: make, drop | none | Postgres flushes a slot's file by itself |
 //! | `walpost.after_publish`: mode and since ([`crate::scanner::modes`]) | local | rows that are older than `since` are never looked for |
 //! | outbox: `sent_at`, DELETE after receipt ([`crate::scanner::after_publish`]) | off | a loss leaves the row unmarked: [`crate::scanner::unmarked`] finds it, and it may come twice |

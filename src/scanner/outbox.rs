@@ -21,6 +21,24 @@ pub struct Column {
     pub name: String,
     /// Its type, as SQL has it.
     pub sql_type: String,
+    /// Where its type's own operators are, if not in `pg_catalog`, which alone is in the `search_path`.
+    operators_in: Option<String>,
+}
+
+impl Column {
+    /// An operator between two values of this type. Another schema's `=`, left unqualified, would not be found, or another type's would be
+    /// taken, which the column's index does not serve.
+    pub fn operator(&self, symbol: &str) -> String {
+        match &self.operators_in {
+            Some(schema) => format!("OPERATOR({}.{symbol})", quote_ident(schema)),
+            None => symbol.to_owned(),
+        }
+    }
+
+    /// Whether the type's operators are of another schema.
+    pub fn has_own_operators(&self) -> bool {
+        self.operators_in.is_some()
+    }
 }
 
 /// See the module's documentation.
@@ -102,8 +120,18 @@ impl OutboxTable {
                         WHERE a.attrelid = $1 AND a.attname = $2 AND c.opcdefault LIMIT 1), '=')";
         // A name that is no UTF-8 must not be an error: no setting can mean that column.
         let columns_sql = format!(
-            "SELECT {}, {}, attnum FROM pg_attribute
-             WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
+            "SELECT {}, {}, attnum, (
+                 WITH RECURSIVE base AS (
+                     SELECT * FROM pg_type WHERE oid = atttypid
+                     UNION ALL
+                     SELECT t.* FROM base JOIN pg_type t ON base.typtype = 'd' AND t.oid = base.typbasetype
+                 )
+                 SELECT n.nspname::text FROM base
+                 JOIN pg_operator o ON o.oprname = '=' AND o.oprleft = base.oid AND o.oprright = base.oid
+                 JOIN pg_namespace n ON n.oid = base.typnamespace AND n.oid = o.oprnamespace
+                 WHERE n.nspname <> 'pg_catalog'
+             )
+             FROM pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
             name_bytes("attname"),
             name_bytes("format_type(atttypid, atttypmod)")
         );
@@ -123,6 +151,7 @@ impl OutboxTable {
             .map(|column| Column {
                 name: text(column, 0),
                 sql_type: text(column, 1),
+                operators_in: column.get(3),
             })
             .collect();
         let find = |name: &str| columns.iter().find(|column| column.name == name).cloned();

@@ -48,7 +48,7 @@ use crate::config::Config;
 use crate::connector::{GOODBYE, diversion, phase_after, publisher_config, routing};
 use crate::meter::{Meter, Phase, Side};
 use crate::postgres::slot::slot_state;
-use crate::postgres::{connect_sql, quote_literal};
+use crate::postgres::{connect_sql, quote_literal, refuse_row_security};
 use crate::pulsar::PublisherConfig;
 use crate::retry::Backoff;
 use crate::{Error, Result};
@@ -306,6 +306,7 @@ async fn prepare(
     session: &Session,
 ) -> Result<(Progress, Claim, u32)> {
     recovery::lock(client, &config.slot).await?;
+    refuse_row_security(client, &config.outbox_tables).await?;
     let system_id = cluster::system_id(client).await?;
     let progress = if let Some(progress) = stored(client, config, &system_id).await? {
         progress
@@ -345,6 +346,7 @@ pub(crate) fn drop_slot(slot: &str) -> String {
 /// # Errors
 /// Refused, with what mends it.
 pub(crate) async fn preflight(client: &Client, config: &Config) -> Result<()> {
+    refuse_row_security(client, &config.outbox_tables).await?;
     let system_id = cluster::system_id(client).await?;
     stored(client, config, &system_id).await?;
     check_tables(client, config).await

@@ -77,7 +77,7 @@ use super::slot_maker::{make_slot, settled};
 use super::table::{self, ScanTable};
 use crate::config::{Config, SlotLost};
 use crate::postgres::slot::{self, PLUGIN, SlotState, slot_state};
-use crate::postgres::{TableName, sql_error, sqlstate};
+use crate::postgres::{TableName, sql_error, sqlstate, waiting};
 use crate::{Error, Lsn, Result};
 
 /// SQLSTATEs of a `START_REPLICATION` whose slot is invalidated, or gone.
@@ -274,7 +274,8 @@ async fn make_anew(
         let dropped = client.execute(drop_slot, &[slot]).await;
         dropped.map_err(|error| sql_error(&format!("drop slot {slot}"), error))?;
     }
-    make_slot(client, slot).await
+    let making = Box::pin(make_slot(client, slot));
+    waiting::naming_holders(&config.postgres, waiting::SLOT_WAITS, making).await
 }
 
 fn refuse_busy(slot: &str, state: Option<&SlotState>, why: &str) -> Result<()> {

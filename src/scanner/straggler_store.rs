@@ -1,7 +1,9 @@
 //! The SQL behind stragglers: one session on `walpost.straggler`. Input: events and verdicts. Output: how many of which key are
 //! in the table; what is read of it is in [`super::straggler_pages`].
 //!
-//! Every change is one transaction, so that a process that is killed leaves the table in one of its states. Errors are
+//! Every change is one transaction, so that a process that is killed leaves the table in one of its states. A COMMIT returns when the
+//! server's log is flushed, and waits for no standby (`synchronous_commit = local`, [`crate::postgres::session`]): the LSN passes an event
+//! behind it. Errors are
 //! temporary where another attempt may help; the session is then made anew.
 //!
 //! What the database cannot hold (an envelope is UTF-8 whatever the database's encoding) must not hold up the rest for ever:

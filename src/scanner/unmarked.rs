@@ -214,12 +214,28 @@ impl Unmarked {
         let (id, id_type) = (table.id_column(), &table.id.sql_type);
         let (time, time_type) = (quote_ident(&created_at.name), &created_at.sql_type);
         let number = number_of(table);
+        let (at_least, behind) = if table.id.has_own_operators() {
+            let (from, above) = (table.id.operator(">="), table.id.operator(">"));
+            let than = |operator: &str| {
+                format!(
+                    "o.{time} >= $3::text::{time_type} AND (o.{time} > $3::text::{time_type} OR o.{id} {operator} $4::text::{id_type})"
+                )
+            };
+            (than(&from), than(&above))
+        } else {
+            let than = |operator: &str| {
+                format!(
+                    "(o.{time}, o.{id}) {operator} ($3::text::{time_type}, $4::text::{id_type})"
+                )
+            };
+            (than(">="), than(">"))
+        };
         let sql = format!(
             "SELECT o.{time}::text, o.{id}::text, {number} FROM {} o
              WHERE {} AND o.{id} IS NOT NULL AND o.{time} < {}
                AND o.{time} >= (SELECT since FROM walpost.after_publish WHERE slot = $2)
-               AND ($3::text IS NULL OR (o.{time}, o.{id}) >= ($3::text::{time_type}, $4::text::{id_type}))
-               AND ($3::text IS NULL OR (o.{time}, o.{id}) > ($3::text::{time_type}, $4::text::{id_type}) OR {number} > $5::text)
+               AND ($3::text IS NULL OR {at_least})
+               AND ($3::text IS NULL OR {behind} OR {number} > $5::text)
              ORDER BY o.{time}, o.{id}, {number} LIMIT {PAGE_ROWS}",
             table.name,
             is_lost(client, table).await?,

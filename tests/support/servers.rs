@@ -42,18 +42,7 @@ pub(crate) fn servers() -> &'static Servers {
 impl Servers {
     /// Runs `deploy/local/up` with these arguments (for instance `["--postgres", "18"]`) and reads what it wrote.
     pub(crate) fn up(args: &[&str]) -> Self {
-        Self::from_said(&run_script("up", args, None))
-    }
-
-    /// Reads the env file that `deploy/local/up` named.
-    fn from_said(said: &str) -> Self {
-        let env_file = said
-            .lines()
-            .rev()
-            .find_map(|line| line.split_once("ready: . "))
-            .unwrap_or_else(|| panic!("deploy/local/up named no env file:\n{said}"))
-            .1;
-        Self::from_vars(read_env(Path::new(env_file)))
+        Self::from_vars(env_that_up_names(&run_script("up", args, None)))
     }
 
     /// Fetches a Pulsar of another version into the shared folder, for [`Servers::own`] to take it from.
@@ -75,7 +64,7 @@ impl Servers {
         let folder = OwnFolder(dir.clone());
         let said = run_script("up", &[&["--dist", dist], args].concat(), Some(&dir));
         OwnServers {
-            servers: Self::from_said(&said),
+            servers: Self::from_vars(env_that_up_names(&said)),
             _folder: folder,
         }
     }
@@ -246,6 +235,14 @@ pub(super) fn run_script(script: &str, args: &[&str], dir: Option<&str>) -> Stri
         String::from_utf8_lossy(&stderr)
     );
     stdout
+}
+
+/// Each major has an env file of its own.
+fn env_that_up_names(said: &str) -> BTreeMap<String, String> {
+    let mut lines = said.lines().rev();
+    let file = lines.find_map(|line| line.split_once("ready: . "));
+    let (_, file) = file.unwrap_or_else(|| panic!("deploy/local/up named no env file:\n{said}"));
+    read_env(Path::new(file))
 }
 
 fn read_env(path: &Path) -> BTreeMap<String, String> {

@@ -1,20 +1,29 @@
-//! What waits for somebody: rows that no snapshot can tell of, stragglers, partitions that are running out.
+//! What waits for somebody: rows that no snapshot can tell of, stragglers, partitions that are running out; and transactions that
+//! others wait for.
 //!
 //! Nothing here stops a stream, so all of it is a warning, with the statement or the command that mends it.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use tokio_postgres::Client;
 
 use super::Finding;
-use crate::config::Config;
+use crate::config::{Config, Mode};
+use crate::postgres::slot::slot_state;
 use crate::postgres::sql_error;
+use crate::postgres::waiting::{holders, listed};
 use crate::scanner::outbox::OutboxTable;
 use crate::scanner::partitions::{self, Span};
 use crate::scanner::table::{FROM_ELSEWHERE, mend_from_elsewhere};
 use crate::{Error, Result};
 
-/// A finding for each table whose rows name their transactions, for each one in partitions, and for the stragglers.
+/// A transaction of this age makes the making of a slot take long.
+const HOLDS_UP: Duration = Duration::from_secs(5);
+/// One of this age is worth a look beside a slot that is there.
+const KEEPS_LOG: Duration = Duration::from_secs(300);
+
+/// A finding for each table whose rows name their transactions, for each one in partitions, for transactions, and for the stragglers.
 pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
     let mut findings = Vec::new();
     for name in &config.outbox_tables {
@@ -33,6 +42,10 @@ pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
     }
     let found = left_undone(client, &config.slot).await;
     findings.extend(found.unwrap_or_else(|error| Some(not_known(LEFT, &error))));
+    if config.mode == Mode::Stream {
+        let found = transactions(client, config).await;
+        findings.push(found.unwrap_or_else(|error| not_known("transactions", &error)));
+    }
     let found = stragglers(client, config).await;
     findings.push(found.unwrap_or_else(|error| not_known("stragglers", &error)));
     findings
@@ -69,6 +82,35 @@ async fn rows(client: &Client, table: &OutboxTable, slot: &str) -> Result<Findin
         ),
         mend_from_elsewhere(name, slot),
     ))
+}
+
+/// Without a slot, what its making would wait for; with one, what keeps the log that it needs from getting shorter.
+async fn transactions(client: &Client, config: &Config) -> Result<Finding> {
+    const CHECK: &str = "transactions";
+    // One that is being made has confirmed nothing.
+    let slot = slot_state(client, &config.slot).await?;
+    let has_slot = slot.is_some_and(|slot| slot.confirmed_flush.is_some());
+    let (at_least, why) = if has_slot {
+        (
+            KEEPS_LOG,
+            "the log of the slot is kept from where they began",
+        )
+    } else {
+        (
+            HOLDS_UP,
+            "the making of the slot waits until they have ended",
+        )
+    };
+    let found = holders(client, at_least).await?;
+    let seconds = at_least.as_secs();
+    if found.is_empty() {
+        return Ok(Finding::ok(
+            CHECK,
+            format!("none has been writing for longer than {seconds} s"),
+        ));
+    }
+    let (names, ends) = listed(&found);
+    Ok(Finding::warn(CHECK, format!("{why}: {names}"), ends))
 }
 
 async fn ahead(client: &Client, table: &OutboxTable) -> Result<Option<Finding>> {

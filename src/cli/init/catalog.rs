@@ -273,6 +273,46 @@ pub(super) enum StragglerTable {
     Current,
 }
 
+/// A function that an earlier version made: names in it mean what its caller's `search_path` says.
+#[derive(Debug)]
+pub(super) struct OpenFunction {
+    /// With its arguments, as in SQL.
+    pub(super) signature: String,
+    /// The role that `init` works as may alter it.
+    pub(super) is_ours: bool,
+}
+
+impl OpenFunction {
+    async fn read_all(client: &impl GenericClient) -> Result<Vec<Self>> {
+        // A standard body was bound when it was made.
+        let query = "
+            select p.oid::regprocedure::text, pg_has_role(p.proowner, 'usage') from pg_proc p
+            where p.pronamespace = to_regnamespace('walpost') and p.prosqlbody is null
+              and p.proname in ('emit', 'emit_transient', 'inbox_claim', 'inbox_give_up')
+              and not exists (select from unnest(p.proconfig) setting where setting like 'search_path=%')
+            order by 1";
+        let rows = client
+            .query(query, &[])
+            .await
+            .map_err(|error| sql_error("look at the functions of schema walpost", error))?;
+        Ok(rows
+            .iter()
+            .map(|row| Self {
+                signature: row.get(0),
+                is_ours: row.get(1),
+            })
+            .collect())
+    }
+
+    /// The statement that makes names in it mean the same for every caller.
+    pub(super) fn close(&self) -> String {
+        format!(
+            "ALTER FUNCTION {} SET search_path = pg_catalog, pg_temp;",
+            self.signature
+        )
+    }
+}
+
 /// The objects of the settings, as they are.
 #[derive(Debug)]
 #[allow(
@@ -288,6 +328,7 @@ pub(super) struct Catalog {
     pub(super) has_emit: bool,
     pub(super) has_emit_transient: bool,
     pub(super) id_function: IdFunction,
+    pub(super) open_functions: Vec<OpenFunction>,
     /// In the order of the settings.
     pub(super) tables: Vec<(TableName, Option<Table>)>,
     pub(super) publication: Option<Publication>,
@@ -325,6 +366,7 @@ impl Catalog {
             .query_one(query, &[])
             .await
             .map_err(|error| sql_error("look at schema walpost", error))?;
+        let open_functions = OpenFunction::read_all(client).await?;
         let mut tables = Vec::new();
         for name in &config.outbox_tables {
             let table = Table::read(client, name, &config.publication).await?;
@@ -358,6 +400,7 @@ impl Catalog {
                 (false, true) => IdFunction::Ours,
                 (false, false) => IdFunction::Missing,
             },
+            open_functions,
             tables,
             publication: publication.map(|row| Publication {
                 name: config.publication.clone(),

@@ -47,7 +47,7 @@ use tokio_postgres::Client;
 use super::{print, switch};
 use crate::config::Config;
 use crate::outbox::{Extractor, Role, Scratch};
-use crate::postgres::{TableName, connect_sql, sql_error, sqlstate};
+use crate::postgres::{TableName, connect_sql, refuse_row_security, sql_error, sqlstate};
 use crate::scanner::cluster;
 use crate::scanner::progress as stored;
 use crate::scanner::table::{ScanRow, ScanTable};
@@ -119,6 +119,7 @@ pub(super) fn options(matches: &ArgMatches) -> Options {
 /// Runs the command and gives its exit code.
 pub async fn run(config: &Config, options: &Options, out: &mut dyn Write) -> Result<u8> {
     let client = connect_sql(&config.postgres, "walpost verify").await?;
+    refuse_row_security(&client, &config.outbox_tables).await?;
     let range = Range {
         from_ms: milliseconds(&client, "--from", options.from.as_deref()).await?,
         to_ms: milliseconds(&client, "--to", options.to.as_deref()).await?,
