@@ -89,6 +89,7 @@ async fn the_file_of_sql_waits_as_well() {
     let sql = include_str!("../../sql/11_slot.sql");
     let sql = sql.replace("/*:slot*/ 'walpost'", &format!("'{}'", database.slot));
     let (making, rest) = sql.split_once("-- The snapshot after").expect("the place");
+    let rest = format!("--{rest}");
     let mut psql = std::process::Command::new("psql")
         .args(["-X", "-q", "-o", "/dev/null", "-v", "ON_ERROR_STOP=1"])
         .args(["-d", &database.socket_url, "-f", "-"])
