@@ -88,19 +88,21 @@ deallocate walpost_make_slot;
 
 -- The snapshot after is taken when every transaction that is running now has ended: before Postgres 14.13, 15.8 and 16.4 a slot may
 -- begin inside of one, and then brings only a part of it.
-select set_config('walpost.running', pg_current_snapshot()::text, false);
+select set_config(
+    'walpost.begun',
+    case when current_setting('walpost.scan_before') <> '' then pg_current_xact_id()::text else '0' end,
+    false
+);
 
 begin isolation level read committed;
 do $walpost$
 declare
-    running constant pg_snapshot := current_setting('walpost.running')::pg_snapshot;
-    begun constant timestamptz := clock_timestamp();
-    told boolean := current_setting('walpost.scan_before') = '';
+    begun constant xid8 := current_setting('walpost.begun')::xid8;
+    since constant timestamptz := clock_timestamp();
+    told boolean := false;
 begin
-    while current_setting('walpost.scan_before') <> '' and exists (
-        select * from pg_snapshot_xip(running) intersect select * from pg_snapshot_xip(pg_current_snapshot())
-    ) loop
-        if not told and clock_timestamp() > begun + interval '5 s' then
+    while exists (select from pg_snapshot_xip(pg_current_snapshot()) as running (id) where id < begun) loop
+        if not told and clock_timestamp() > since + interval '5 s' then
             raise notice 'waiting for transactions that ran while the slot was made (pg_stat_activity: backend_xid is not null; pg_prepared_xacts)';
             told := true;
         end if;

@@ -109,8 +109,16 @@ pub fn waits_when_made(version_num: u32) -> bool {
     }
 }
 
-/// The transactions that were running in `snapshot` (a `pg_snapshot` as text) and still are: for people, oldest first.
-pub async fn still_running(client: &Client, snapshot: &str) -> Result<Vec<String>> {
+/// A transaction id that is younger than every one that is running now. (The `xmax` of a snapshot is not: transactions that run may lie
+/// beyond it.)
+pub async fn next_transaction(client: &Client) -> Result<String> {
+    let sql = "SELECT pg_current_xact_id()::text AS id";
+    let row = query_one(client, sql, &[], "ask for a transaction id").await?;
+    get(&row, "id")
+}
+
+/// The transactions older than `before` (of [`next_transaction`]) that are still running: for people, oldest first.
+pub async fn still_running(client: &Client, before: &str) -> Result<Vec<String>> {
     // What other roles do is hidden without pg_read_all_stats; the locks on transaction ids are not, and a prepared transaction's
     // has no process.
     let sql = "SELECT CASE WHEN p.gid IS NOT NULL THEN
@@ -119,12 +127,13 @@ pub async fn still_running(client: &Client, snapshot: &str) -> Result<Vec<String
                           format('process %s (%s, database %s, for %s)', l.pid, coalesce(nullif(a.application_name, ''), a.usename),
                                  a.datname, date_trunc('second', clock_timestamp() - a.xact_start))
                       ELSE format('transaction %s', x.id) END AS who
-               FROM (SELECT * FROM pg_snapshot_xip($1::text::pg_snapshot) INTERSECT SELECT * FROM pg_snapshot_xip(pg_current_snapshot())) AS x(id)
+               FROM pg_snapshot_xip(pg_current_snapshot()) AS x(id)
                LEFT JOIN pg_prepared_xacts p ON p.transaction = x.id::xid
                LEFT JOIN pg_locks l ON l.locktype = 'transactionid' AND l.transactionid = x.id::xid AND l.mode = 'ExclusiveLock' AND l.pid IS NOT NULL
                LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+               WHERE x.id < $1::text::xid8
                ORDER BY x.id";
-    let rows = client.query(sql, &[&snapshot]).await;
+    let rows = client.query(sql, &[&before]).await;
     let rows = rows.map_err(|error| sql_error("ask which transactions are running", error))?;
     rows.iter().map(|row| get(row, "who")).collect()
 }

@@ -571,6 +571,8 @@ pub fn is_busy(error: &Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scanner::missing::Missing;
+    use crate::scanner::progress::Position;
 
     const HERE: Here = Here {
         timeline: 1,
@@ -696,6 +698,15 @@ mod tests {
             ..noted("they", None)
         };
         assert!(is_unknown(&judge(&polled)));
+        // Rows that a comparison of stream and table found say nothing of the slot.
+        let compared = Progress {
+            position: Position {
+                missing: Some(Missing::default()),
+                ..Position::default()
+            },
+            ..polled
+        };
+        assert_eq!(judge(&compared), Verdict::Ours);
         // Of an earlier version only a good stop, or a slot that was just made, is good enough.
         let earlier = |confirmed| Progress {
             timeline: None,

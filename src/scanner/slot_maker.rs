@@ -9,13 +9,13 @@
 //! have: a slot that finds another slot's stored snapshot takes it for its own, and then streams only the second part of a
 //! transaction that was running. The rows of the first part would be neither streamed nor in the gap.
 //!
-//! So on every version [`settled`] takes a snapshot when the slot is there, waits until each transaction that is running in it has
-//! ended, and then takes the one that is stored. What is not visible in that one began after the slot was there, so it is
+//! So on every version [`settled`] takes a transaction id when the slot is there, waits until each transaction that is older and still
+//! running has ended, and then takes the snapshot that is stored. What is not visible in that one began after the slot was there, so it is
 //! streamed whole. What is visible is in the gap. What of that the stream brings as well, in part or whole, is not visible in
 //! `scan_before`, so its ids are remembered and skipped. These are the rows committed while the slot was made and while [`settled`] waited;
 //! there is a limit to how many are remembered ([`super::gap::overlap`]), beyond which rows come twice.
 //!
-//! (The first snapshot with its running transactions called finished would leave fewer. But then a transaction that is visible may have
+//! (A snapshot of everything older than that transaction id would leave fewer. But then a transaction that is visible may have
 //! committed behind one that is not, and a key's rows would come out of order: the scan's before the stream's. Of a plain
 //! snapshot whatever is visible was committed before whatever is not. `tests/gap.rs` has seen it, with 24 writers.)
 
@@ -60,7 +60,7 @@ pub async fn make_slot(client: &Client, slot: &str) -> Result<Progress> {
 
 /// A snapshot that is taken when every transaction that is running now has ended. Names those that take long.
 pub async fn settled(client: &Client) -> Result<Snapshot> {
-    let now = progress::snapshot(client).await?;
+    let now = slot::next_transaction(client).await?;
     let mut named_at = Instant::now();
     let mut pause = Duration::from_millis(5);
     loop {

@@ -60,11 +60,12 @@ async fn on_postgres_18_the_snapshot_after_waits_for_transactions_that_are_open(
 #[tokio::test]
 async fn the_transactions_that_are_waited_for_are_named() {
     let (database, open) = with_open_transaction(None).await;
-    let now = "SELECT pg_current_snapshot()::text, pg_backend_pid()::text";
-    let row = &open.query(now, &[]).await.expect("a row")[0];
-    let (snapshot, pid): (String, String) = (row.get(0), row.get(1));
+    let row = &open.query("SELECT pg_backend_pid()::text", &[]).await;
+    let pid: String = row.as_ref().expect("a row")[0].get(0);
     let client = database.connect().await;
-    let named = walpost::postgres::slot::still_running(&client, &snapshot).await;
+    let now = walpost::postgres::slot::next_transaction(&client).await;
+    let now = now.expect("a transaction id");
+    let named = walpost::postgres::slot::still_running(&client, &now).await;
     let named = named.expect("names");
     let ours = format!("process {pid} (");
     assert!(
@@ -72,7 +73,7 @@ async fn the_transactions_that_are_waited_for_are_named() {
         "{named:?}"
     );
     open.batch_execute("COMMIT").await.expect("it commits");
-    let named = walpost::postgres::slot::still_running(&client, &snapshot).await;
+    let named = walpost::postgres::slot::still_running(&client, &now).await;
     let named = named.expect("names");
     assert!(
         !named.iter().any(|name| name.starts_with(&ours)),
@@ -88,6 +89,7 @@ async fn the_file_of_sql_waits_as_well() {
     let sql = include_str!("../../sql/11_slot.sql");
     let sql = sql.replace("/*:slot*/ 'walpost'", &format!("'{}'", database.slot));
     let (making, rest) = sql.split_once("-- The snapshot after").expect("the place");
+    let rest = format!("--{rest}");
     let mut psql = std::process::Command::new("psql")
         .args(["-X", "-q", "-o", "/dev/null", "-v", "ON_ERROR_STOP=1"])
         .args(["-d", &database.socket_url, "-f", "-"])

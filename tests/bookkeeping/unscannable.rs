@@ -6,9 +6,10 @@ use crate::{DEADLINE, NOTED_SOON, arrived, database_on, drop_slot};
 const TABLE: (&str, &str) = ("WALPOST_OUTBOX_TABLE", "public.outboxevent");
 const RESTART: (&str, &str) = ("WALPOST_SLOT_LOST", "restart");
 
-async fn put(database: &Database, payload: &str) {
-    let sql = "INSERT INTO public.outboxevent VALUES (gen_random_uuid(), 't', 'k', 'e', to_jsonb($1::text))";
-    database.rows(sql, &[&payload]).await;
+/// Inserts a row, and says in which transaction.
+async fn put(database: &Database, payload: &str) -> String {
+    let sql = "INSERT INTO public.outboxevent VALUES (gen_random_uuid(), 't', 'k', 'e', to_jsonb($1::text)) RETURNING pg_current_xact_id()::text";
+    database.rows(sql, &[&payload]).await[0].get(0)
 }
 
 /// Debezium's table, a row that was delivered, and one that was committed when there was no slot.
@@ -23,19 +24,18 @@ async fn with_lost_slot(major: Option<i32>) -> Database {
         .await;
     database.init(&[], &[TABLE]).await;
     let walpost = database.start(&[TABLE, NOTED_SOON]).await;
-    put(&database, "delivered").await;
-    stop_when_noted(&database, walpost).await;
+    let last = put(&database, "delivered").await;
+    stop_when_noted(&database, walpost, &last).await;
     drop_slot(&database).await;
     put(&database, "between").await;
     database
 }
 
-async fn stop_when_noted(database: &Database, walpost: Walpost) {
-    let now = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text";
-    let now: String = database.rows(now, &[]).await[0].get(0);
-    let noted = "SELECT FROM walpost.progress WHERE pg_snapshot_xmax(delivered)::text::bigint >= $1::text::bigint AND scan_upto IS NULL";
+/// Stops walpost when the transaction is known as delivered.
+async fn stop_when_noted(database: &Database, walpost: Walpost, transaction: &str) {
+    let noted = "SELECT FROM walpost.progress WHERE pg_visible_in_snapshot($1::text::xid8, delivered) AND scan_upto IS NULL";
     eventually(DEADLINE, "delivery to be noted", async || {
-        (!database.rows(noted, &[&now]).await.is_empty()).then_some(())
+        (!database.rows(noted, &[&transaction]).await.is_empty()).then_some(())
     })
     .await;
     walpost.stop().await;
@@ -58,16 +58,16 @@ async fn recovers_with_the_columns(major: Option<i32>) {
     // WHEN it is given THEN no row is missing
     database.sql(&said[from..upto]).await;
     let walpost = database.start(&[TABLE, NOTED_SOON]).await;
-    put(&database, "streamed").await;
-    stop_when_noted(&database, walpost).await;
+    let last = put(&database, "streamed").await;
+    stop_when_noted(&database, walpost, &last).await;
     arrived(&database, &["delivered", "between", "streamed"]).await;
 
     // AND the next time it recovers by itself
     drop_slot(&database).await;
     put(&database, "again").await;
     let walpost = database.start(&[TABLE, NOTED_SOON]).await;
-    put(&database, "last").await;
-    stop_when_noted(&database, walpost).await;
+    let last = put(&database, "last").await;
+    stop_when_noted(&database, walpost, &last).await;
     arrived(
         &database,
         &["delivered", "between", "streamed", "again", "last"],
@@ -112,8 +112,8 @@ async fn the_statements_for_a_table_in_use_let_it_recover() {
 
     // WHEN walpost runs THEN every row comes, in the order of the numbers
     let walpost = database.start(&[TABLE, NOTED_SOON]).await;
-    put(&database, "streamed").await;
-    stop_when_noted(&database, walpost).await;
+    let last = put(&database, "streamed").await;
+    stop_when_noted(&database, walpost, &last).await;
     arrived(&database, &["delivered", "between", "streamed"]).await;
 }
 
@@ -135,8 +135,8 @@ async fn who_drops_the_slot_and_makes_another_is_told_of_the_gap_as_well() {
         "{}",
         walpost.output()
     );
-    put(&database, "streamed").await;
-    stop_when_noted(&database, walpost).await;
+    let last = put(&database, "streamed").await;
+    stop_when_noted(&database, walpost, &last).await;
     arrived(&database, &["delivered", "streamed"]).await;
 }
 
@@ -144,8 +144,8 @@ async fn who_drops_the_slot_and_makes_another_is_told_of_the_gap_as_well() {
 async fn restart_gives_up_the_rows_of_a_lost_slot_that_cannot_be_read_and_goes_on() {
     let database = with_lost_slot(None).await;
     let walpost = database.start(&[TABLE, NOTED_SOON, RESTART]).await;
-    put(&database, "streamed").await;
-    stop_when_noted(&database, walpost).await;
+    let last = put(&database, "streamed").await;
+    stop_when_noted(&database, walpost, &last).await;
     arrived(&database, &["delivered", "streamed"]).await;
     // AND afterwards nothing is refused
     let walpost = database.start(&[TABLE, NOTED_SOON]).await;
