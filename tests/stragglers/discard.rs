@@ -315,8 +315,11 @@ async fn a_straggler_that_is_discarded_just_before_it_comes_again_stays_away() {
         .await;
 
     // WHEN the next one, with room for one event, has read the table of stragglers, and one is discarded
-    let little = ("WALPOST_MAX_IN_FLIGHT_MESSAGES", "1");
-    let settings = [&QUICK[..], &settings, &[little]].concat();
+    let little = [
+        ("WALPOST_MAX_IN_FLIGHT_MESSAGES", "1"),
+        ("WALPOST_BATCH_MAX_MESSAGES", "1"),
+    ];
+    let settings = [&QUICK[..], &settings, &little].concat();
     let mut walpost = database.walpost(&["run"], &settings).spawn();
     walpost.wait_for_line("cannot publish yet", DEADLINE).await;
     let query = "SELECT id::text FROM walpost.outbox WHERE payload = 'discarded'";
