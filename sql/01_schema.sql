@@ -1,4 +1,4 @@
--- walpost 1/13: the schema.
+-- walpost 1/14: the schema.
 -- Needs: CREATE on the database. May be applied again.
 
 -- Names mean what Postgres itself has, whatever somebody else has made in "public". The end of the file puts the setting back.

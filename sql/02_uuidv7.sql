@@ -1,4 +1,4 @@
--- walpost 2/13: message ids that rise with time, as UUID version 7 (RFC 9562, section 5.7).
+-- walpost 2/14: message ids that rise with time, as UUID version 7 (RFC 9562, section 5.7).
 -- Needs: CREATE on schema walpost. May be applied again. Postgres 18 has uuidv7() of its own: nothing is made there.
 --
 --   48 bits  milliseconds since 1970

@@ -1,4 +1,4 @@
--- walpost 3/13: the outbox table. An application inserts one row for each message, in the transaction that the
+-- walpost 3/14: the outbox table. An application inserts one row for each message, in the transaction that the
 -- message is about.
 -- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again.
 --

@@ -1,4 +1,4 @@
--- walpost 4/13: the publication: which tables' inserts the replication slot hands out.
+-- walpost 4/14: the publication: which tables' inserts the replication slot hands out.
 -- Needs: CREATE on the database and to own the tables; to change one that is there: to own it. May be applied again.
 --
 -- Behind a /*:name*/ mark stands what "walpost init" and "walpost sql" fill in; edit it when you apply this by hand.

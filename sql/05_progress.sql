@@ -1,4 +1,4 @@
--- walpost 5/13: how far delivery is, one row for each replication slot. walpost writes it about every ten seconds while
+-- walpost 5/14: how far delivery is, one row for each replication slot. walpost writes it about every ten seconds while
 -- events pass, and not at all while none do.
 -- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again, and brings a table of an earlier
 -- version up to date.

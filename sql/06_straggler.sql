@@ -1,4 +1,4 @@
--- walpost 6/13: stragglers: events that could not be published when their turn came, whole, until they can.
+-- walpost 6/14: stragglers: events that could not be published when their turn came, whole, until they can.
 -- Needs: CREATE on schema walpost; applied again: to own the table. May be applied again. Whoever runs walpost needs SELECT, INSERT, UPDATE and DELETE
 -- on it, and SELECT, INSERT and DELETE on walpost.discarded.
 --

@@ -1,4 +1,4 @@
--- walpost 7/13: what became of each row of walpost.outbox, without a write for each.
+-- walpost 7/14: what became of each row of walpost.outbox, without a write for each.
 -- Needs: CREATE on schema walpost, to own the tables. May be applied again.
 --
 --   pending    not known to be in its topic

@@ -1,4 +1,4 @@
--- walpost 8/13: what the modes WALPOST_AFTER_PUBLISH=mark and delete need; leave it out in the mode keep.
+-- walpost 8/14: what the modes WALPOST_AFTER_PUBLISH=mark and delete need; leave it out in the mode keep.
 -- Behind a /*:name*/ mark stands what "walpost init" and "walpost sql" fill in; edit it when you apply this by hand.
 -- Needs: CREATE on schema walpost; to own walpost.outbox. May be applied again.
 

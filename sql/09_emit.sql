@@ -1,4 +1,4 @@
--- walpost 9/13: System A in one line. walpost.emit checks its arguments and inserts the row; the plain INSERT stays equally good.
+-- walpost 9/14: System A in one line. walpost.emit checks its arguments and inserts the row; the plain INSERT stays equally good.
 -- Needs: CREATE on schema walpost, walpost.outbox as 03_outbox.sql makes it. Before the slot. May be applied again.
 --
 --   select walpost.emit('order', 'customer-7', 'OrderPlaced', '{"order": 1}');

@@ -1,4 +1,4 @@
--- walpost 10/13: events without a table. walpost.emit_transient writes the event into the write-ahead log alone, with
+-- walpost 10/14: events without a table. walpost.emit_transient writes the event into the write-ahead log alone, with
 -- pg_logical_emit_message; it takes the same route as a row, in its transaction's place and order.
 -- Needs: CREATE on schema walpost. Before the slot. May be applied again.
 --

@@ -1,4 +1,4 @@
--- walpost 11/13: the replication slot: where the stream starts and what write-ahead log is kept for it. With two snapshots
+-- walpost 11/14: the replication slot: where the stream starts and what write-ahead log is kept for it. With two snapshots
 -- around its making in walpost.progress: rows that were there before are published by the first "walpost run".
 -- Needs: the REPLICATION attribute, wal_level = logical, SELECT, INSERT and UPDATE on walpost.progress. May be applied again.
 --

@@ -1,4 +1,4 @@
--- walpost 12/13: two roles to grant, so that neither end needs more than it does. Prints nothing secret and makes no login.
+-- walpost 12/14: two roles to grant, so that neither end needs more than it does. Prints nothing secret and makes no login.
 -- Needs: CREATEROLE, and to own what is in schema walpost (or a superuser). After the slot. May be applied again.
 --
 --   walpost_producer    may insert into walpost.outbox, with or without walpost.emit, and emit_transient; reads nothing but ids

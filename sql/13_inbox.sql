@@ -1,4 +1,4 @@
--- walpost 13/13: System B. The messages that each consumer has handled, so that one that comes again is recognised.
+-- walpost 13/14: System B. The messages that each consumer has handled, so that one that comes again is recognised.
 -- For the database of the consuming application; "walpost sql --inbox" prints it. Needs: CREATE on the database, or CREATE on
 -- schema walpost where there is one; applied again: to own the tables. May be applied again. Whoever consumes needs SELECT, INSERT,
 -- UPDATE and DELETE on both tables.

@@ -22,12 +22,11 @@ const DEADLINE: Duration = Duration::from_secs(60);
 
 /// An outbox with payloads of text on a server of that major.
 async fn on(major: i32) -> Database {
-    let database = match major {
-        15 => Database::create("catalog").await,
-        _ => {
-            let on = Servers::up(&["--postgres", &major.to_string(), "--no-pulsar"]);
-            Database::create_on(&on, "catalog").await
-        }
+    let database = if major == 15 {
+        Database::create("catalog").await
+    } else {
+        let on = Servers::up(&["--postgres", &major.to_string(), "--no-pulsar"]);
+        Database::create_on(&on, "catalog").await
     };
     database.init(&["--payload", "text"], &[]).await;
     database

@@ -41,6 +41,24 @@ impl Column {
     }
 }
 
+/// SQL: whether a unique index covers the ids of table `$1` in column `$2`, and the operator by which they are equal.
+const IDS: &str = "
+    SELECT (SELECT coalesce(bool_and(EXISTS (
+                SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid
+                WHERE i.indrelid = leaf.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+                  AND a.attname = $2 AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))), true)
+            FROM (SELECT $1::oid AS oid WHERE NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = $1)
+                  UNION ALL SELECT relid::oid FROM pg_partition_tree($1::oid) WHERE isleaf) leaf),
+           coalesce((
+                SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
+                FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+                JOIN pg_opclass c ON c.opcintype = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
+                JOIN pg_am m ON m.oid = c.opcmethod AND m.amname = 'btree'
+                JOIN pg_amop p ON p.amopfamily = c.opcfamily AND p.amopstrategy = 3
+                               AND p.amoplefttype = c.opcintype AND p.amoprighttype = c.opcintype
+                JOIN pg_operator o ON o.oid = p.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
+                WHERE a.attrelid = $1 AND a.attname = $2 AND c.opcdefault LIMIT 1), '=')";
+
 /// See the module's documentation.
 #[derive(Clone, Debug)]
 #[allow(clippy::struct_excessive_bools)] // Each is a fact of the catalogue.
@@ -102,22 +120,6 @@ impl OutboxTable {
             SELECT coalesce(bool_or(indkey[0] = $2 AND indpred IS NULL), false),
                    coalesce(bool_or(indkey[0] = $3 AND pg_get_expr(indpred, indrelid) = '(sent_at IS NULL)'), false)
             FROM pg_index WHERE indrelid = $1 AND indisvalid";
-        const IDS: &str = "
-            SELECT (SELECT coalesce(bool_and(EXISTS (
-                        SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid
-                        WHERE i.indrelid = leaf.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
-                          AND a.attname = $2 AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))), true)
-                    FROM (SELECT $1::oid AS oid WHERE NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = $1)
-                          UNION ALL SELECT relid::oid FROM pg_partition_tree($1::oid) WHERE isleaf) leaf),
-                   coalesce((
-                        SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
-                        FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-                        JOIN pg_opclass c ON c.opcintype = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
-                        JOIN pg_am m ON m.oid = c.opcmethod AND m.amname = 'btree'
-                        JOIN pg_amop p ON p.amopfamily = c.opcfamily AND p.amopstrategy = 3
-                                       AND p.amoplefttype = c.opcintype AND p.amoprighttype = c.opcintype
-                        JOIN pg_operator o ON o.oid = p.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
-                        WHERE a.attrelid = $1 AND a.attname = $2 AND c.opcdefault LIMIT 1), '=')";
         // A name that is no UTF-8 must not be an error: no setting can mean that column.
         let columns_sql = format!(
             "SELECT {}, {}, attnum, (

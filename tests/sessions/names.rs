@@ -76,10 +76,11 @@ fn traps(mallory: &str) -> String {
         "create table public.caught (what text); grant all on public.caught to public;".to_owned();
     for (name, arguments, returns, value) in functions {
         // One that this version does not let be made is no danger.
-        sql.push_str(&format!(
+        let trap = format!(
             "do $do$ begin create function public.{name}({arguments}) returns {returns} language plpgsql as
                  $f$ begin {seize} return {value}; end $f$; exception when others then null; end $do$;"
-        ));
+        );
+        sql.push_str(&trap);
     }
     // Operators on types that walpost compares and that Postgres compares after a conversion.
     for (left, right) in [
@@ -91,13 +92,14 @@ fn traps(mallory: &str) -> String {
     ] {
         for operator in ["=", "<>"] {
             let name = unique("op");
-            sql.push_str(&format!(
+            let trap = format!(
                 "do $do$ begin
                      create function public.{name}(a {left}, b {right}) returns boolean language plpgsql as
                          $f$ begin {seize} return a::text operator(pg_catalog.{operator}) b::text; end $f$;
                      create operator public.{operator} (leftarg = {left}, rightarg = {right}, function = public.{name});
                  exception when others then null; end $do$;"
-            ));
+            );
+            sql.push_str(&trap);
         }
     }
     sql
@@ -273,7 +275,7 @@ async fn sql_that_a_dba_applies_and_functions_of_walpost_call_nothing_of_others_
     no_sql_of_ours_calls_a_function_of_others(18).await;
 }
 
-/// GIVEN functions as an earlier version made them WHEN init runs THEN they have a search_path of their own, and keep their grants.
+/// GIVEN functions as an earlier version made them WHEN init runs THEN they have a `search_path` of their own, and keep their grants.
 #[tokio::test]
 async fn functions_of_an_earlier_version_are_given_a_search_path_by_init() {
     let database = on(15, "names").await;
