@@ -233,6 +233,112 @@ async fn partition_with_rows(settings: &[(&str, &str)], at_work: &str) {
 }
 
 #[tokio::test]
+async fn a_table_that_is_given_txid_and_seq_while_it_is_streamed_is_not_published_again() {
+    // GIVEN a table of one's own without these columns, streamed by walpost, and older rows in it
+    let database = Database::create("given").await;
+    database
+        .sql("CREATE TABLE plain (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), aggregatetype text, aggregateid text, type text, payload json)")
+        .await;
+    let insert = "INSERT INTO plain (aggregatetype, aggregateid, type, payload)
+                  SELECT 't', 'key-' || n, 'e', to_json(n) FROM generate_series(1, 5) n";
+    let add = "ALTER TABLE plain ADD COLUMN txid xid8 NOT NULL DEFAULT pg_current_xact_id(), ADD COLUMN seq bigint GENERATED ALWAYS AS IDENTITY";
+    let settings = [("WALPOST_OUTBOX_TABLE", "public.plain"), OFTEN];
+    database.init(&[], &settings).await;
+    let noted = async || {
+        database.wait_all_confirmed(DEADLINE).await;
+        let sql = "SELECT coalesce((SELECT bool_and(pg_visible_in_snapshot(txid, delivered)) FROM plain), false) FROM walpost.progress";
+        eventually(DEADLINE, "every row to be noted", async || {
+            database.rows(sql, &[]).await[0]
+                .get::<_, bool>(0)
+                .then_some(())
+        })
+        .await;
+    };
+    let walpost = database.start(&settings).await;
+    database.sql(insert).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    // WHEN the columns are added under the stream
+    database.sql(add).await;
+    database.sql(insert).await;
+    noted().await;
+    walpost.stop().await;
+    // AND, once more, while nobody streams
+    database
+        .sql("ALTER TABLE plain DROP COLUMN txid, DROP COLUMN seq")
+        .await;
+    let walpost = database.start(&settings).await;
+    database.sql(insert).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    walpost.stop().await;
+    database.sql(add).await;
+    let walpost = database.start(&settings).await;
+    database.sql(insert).await;
+    noted().await;
+    // THEN no row came twice
+    let rows = ids(&database, "plain").await;
+    let counts = arrived(&database, rows.len()).await;
+    assert_eq!(counts.len(), 20);
+    assert!(counts.values().all(|times| *times == 1), "{counts:?}");
+    // AND from now on what the stream leaves out is found
+    database
+        .sql(&format!(
+            "BEGIN; ALTER PUBLICATION walpost SET (publish = 'update'); {insert}; ALTER PUBLICATION walpost SET (publish = 'insert'); COMMIT"
+        ))
+        .await;
+    noted().await;
+    walpost.stop().await;
+    assert_eq!(arrived(&database, 25).await.len(), 25);
+}
+
+#[tokio::test]
+async fn a_table_that_is_added_to_the_settings_brings_its_older_rows() {
+    // GIVEN a stream of one table, and another one with rows, which a publication already sends
+    let database = Database::create("added").await;
+    database.init(&[], &[]).await;
+    let walpost = database.start(&[OFTEN]).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    database
+        .sql(&format!(
+            "CREATE TABLE second (LIKE walpost.outbox INCLUDING ALL); GRANT SELECT ON second TO walpost_connector;
+             {}",
+            INSERT.replace("walpost.outbox", "second")
+        ))
+        .await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    database
+        .sql("ALTER PUBLICATION walpost ADD TABLE second")
+        .await;
+    database
+        .sql(&INSERT.replace("walpost.outbox", "second"))
+        .await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    walpost.stop().await;
+    database
+        .sql(&INSERT.replace("walpost.outbox", "second"))
+        .await;
+    // WHEN it is added to the settings
+    let both = [
+        ("WALPOST_OUTBOX_TABLE", "walpost.outbox,public.second"),
+        OFTEN,
+    ];
+    let walpost = database.start(&both).await;
+    database
+        .sql(&INSERT.replace("walpost.outbox", "second"))
+        .await;
+    // THEN its rows come, and every row of both comes once
+    eventually(DEADLINE, "all rows of both tables", async || {
+        (arrived(&database, 30).await.len() == 35).then_some(())
+    })
+    .await;
+    walpost.stop().await;
+    let counts = arrived(&database, 35).await;
+    assert!(counts.values().all(|times| *times == 1), "{counts:?}");
+}
+
+#[tokio::test]
 async fn an_outbox_that_is_replaced_by_another_of_its_name_loses_nothing() {
     // GIVEN a stream
     let database = Database::create("replaced").await;

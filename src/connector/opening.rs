@@ -169,6 +169,7 @@ impl Connector {
         if is_gap || prepared.unknown.is_some() {
             return Some(Carried {
                 streamed: Some(vec![StreamedRows::default(); tables.len()]),
+                counted: vec![true; tables.len()],
                 ..Carried::default()
             });
         }

@@ -73,6 +73,8 @@ pub struct Carried {
     /// Rows that the stream brought since the delivered snapshot, by table; `None` where an earlier process brought some and
     /// nobody knows which.
     pub streamed: Option<Vec<StreamedRows>>,
+    /// By table: whether its rows have been counted since the delivered snapshot. Not those of a table that had no `txid`.
+    pub counted: Vec<bool>,
     /// Comparisons in a row that found missing rows.
     pub short_rounds: u32,
 }
@@ -85,7 +87,8 @@ impl Carried {
     /// Postgres sends again.
     pub fn to_json(&self, tables: &[TableName], confirmed: Lsn) -> Option<String> {
         let counts = tables.iter().zip(self.streamed.as_ref()?);
-        let counts = counts.map(|(table, rows)| (table.to_string(), rows.to_json()));
+        let counts = counts.zip(&self.counted).filter(|(_, counted)| **counted);
+        let counts = counts.map(|((table, rows), _)| (table.to_string(), rows.to_json()));
         let counts = Value::Object(counts.collect::<Map<_, _>>());
         Some(json!({ "confirmed": confirmed.to_string(), "tables": counts }).to_string())
     }
@@ -101,8 +104,12 @@ impl Carried {
             Some(rows) => StreamedRows::from_json(rows),
             None => Some(StreamedRows::default()),
         };
+        let counted = tables
+            .iter()
+            .map(|table| counts.contains_key(&table.to_string()));
         Some(Self {
             streamed: Some(tables.iter().map(of_table).collect::<Option<_>>()?),
+            counted: counted.collect(),
             short_rounds: 0,
         })
     }
@@ -282,6 +289,8 @@ struct Task {
     client: Option<Client>,
     /// What is visible in it is not compared.
     unchecked: Option<Snapshot>,
+    /// See [`Carried::counted`].
+    counted: Vec<bool>,
     short_rounds: u32,
     /// The row in `walpost.progress` is as the last statement left it.
     is_known: bool,
@@ -318,6 +327,11 @@ impl Task {
             verdicts,
             client: None,
             unchecked,
+            counted: match &start.carried.streamed {
+                Some(_) => start.carried.counted.clone(),
+                // What is older than the stream is not compared at all.
+                None => vec![true; start.tables.len()],
+            },
             short_rounds: start.carried.short_rounds,
             is_known: true,
             noted: 0,
@@ -355,6 +369,7 @@ impl Task {
             let known = self.unchecked.is_none().then_some(self.heard.streamed);
             let carried = Carried {
                 streamed: known,
+                counted: self.counted,
                 short_rounds: self.short_rounds,
             };
             // Nobody waits any more: the process is about to end.
@@ -447,7 +462,7 @@ impl Task {
         self.short_rounds = 0;
         self.start.meter.set_short_rounds(0);
         let changed = found.covered != self.start.progress.tables;
-        if done == self.noted && found.rows == 0 && !changed {
+        if done == self.noted && found.rows == 0 && !changed && !found.skipped {
             return Ok(Round::Over);
         }
         let progress = &mut self.start.progress;
@@ -455,6 +470,7 @@ impl Task {
         self.heard.throughout(noting).await?;
         debug!(snapshot = upto, %position, "delivered");
         self.forget(&upto, &found.unsettled)?;
+        self.count_from_now_on(found.counted);
         self.noted = done;
         Ok(Round::Over)
     }
@@ -472,6 +488,13 @@ impl Task {
         }
         self.unchecked = None;
         Ok(())
+    }
+
+    fn count_from_now_on(&mut self, counted: Vec<bool>) {
+        // Where nothing is compared nothing is known of the tables.
+        if !counted.is_empty() {
+            self.counted = counted;
+        }
     }
 
     /// Compares all tables; `None` when the task is to end.
@@ -496,11 +519,17 @@ impl Task {
             let leaves = leaf_changes(client, tables, &scannable, covered, delivered).await?;
             let mut found = Found {
                 covered: Some(leaves.covered),
+                counted: scannable.iter().map(Option::is_some).collect(),
                 ..Found::default()
             };
+            let counted = self.counted.iter();
+            let skips = counted.zip(&leaves.was_known);
+            let mut skips = skips.map(|(counted, known)| !counted && *known);
             for ((table, streamed), leaves) in scannable.iter().zip(&streamed).zip(leaves.uncovered)
             {
-                let Some(table) = table else {
+                let skips = skips.next().unwrap_or(false);
+                found.skipped |= skips && table.is_some();
+                let Some(table) = table.as_ref().filter(|_| !skips) else {
                     found.unsettled.push(Vec::new());
                     continue;
                 };
@@ -541,6 +570,7 @@ impl Task {
         let noting = progress::missing(client, &self.start.claim, progress, &upto, position);
         self.heard.throughout(noting).await?;
         self.forget(&upto, &found.unsettled)?;
+        self.count_from_now_on(found.counted);
         Ok(Round::Missing)
     }
 }
@@ -552,6 +582,10 @@ struct Found {
     rows: u64,
     missing: Missing,
     covered: Option<Leaves>,
+    /// By table: see [`Carried::counted`].
+    counted: Vec<bool>,
+    /// A table was not compared, because its rows were not counted; from this note on they are.
+    skipped: bool,
     /// By table: see [`reconcile::Compared::unsettled`].
     unsettled: Vec<Vec<(u64, u64)>>,
 }

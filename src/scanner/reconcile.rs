@@ -30,7 +30,9 @@
 //! * The counts live in the process. A stop in good order stores them in `walpost.progress.streamed`, and the next start goes on with them. After a
 //!   crash, transactions between `delivered` and the next start cannot be compared. (`walpost verify` compares them with the topics.)
 //! * A row that is changed by UPDATE keeps its `txid`, so it is not a new event; see `sql/03_outbox.sql`.
-//! * Tables without `txid` and `seq`.
+//! * Tables without `txid` and `seq`. Where a table in use is given these columns, its older rows get the transaction of that statement,
+//!   and the stream has not counted them: its comparison begins at the note after the next one. (A table that is new in the settings is
+//!   compared at once: the stream brought nothing of it.)
 //! * The modes `mark` and `delete`: there the look for unmarked rows ([`super::unmarked`]) finds such rows.
 //!
 //! # Cost
@@ -179,6 +181,8 @@ pub struct LeafChanges {
     pub covered: Leaves,
     /// By table, in the order of the settings: leaf tables with rows that are not covered.
     pub uncovered: Vec<Leaves>,
+    /// By table: whether a leaf table of it was covered before.
+    pub was_known: Vec<bool>,
 }
 
 /// Compares the leaf tables of all outbox tables with those that the stored snapshot covers. Without a list of those (a
@@ -199,6 +203,7 @@ pub async fn leaf_changes(
         return Ok(LeafChanges {
             covered: all.into_iter().map(|oid| (oid, None)).collect(),
             uncovered: vec![Leaves::new(); tables.len()],
+            was_known: vec![true; tables.len()],
         });
     };
     let alive = alive(client, covered).await?;
@@ -215,9 +220,11 @@ pub async fn leaf_changes(
         }
         uncovered.push(with_rows);
     }
+    let belonged = |oids: &Vec<u32>| oids.iter().any(|oid| covered.get(oid) == Some(&None));
     Ok(LeafChanges {
         covered: next,
         uncovered,
+        was_known: now.iter().map(belonged).collect(),
     })
 }
 
