@@ -15,12 +15,18 @@ create table if not exists walpost.left_undone (
     noted_at timestamptz not null default clock_timestamp()
 );
 
+-- To whom walpost.straggler was granted by an earlier version, or by 12_roles.sql before this.
 do $walpost$
+declare
+    who text;
 begin
-    -- 12_roles.sql may have been applied before this.
-    if exists (select from pg_roles where rolname = 'walpost_connector') then
-        grant select, insert, update on walpost.left_undone to walpost_connector;
-    end if;
+    for who in
+        select distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end
+        from pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) a
+        where c.oid = to_regclass('walpost.straggler') and a.privilege_type = 'DELETE' and a.grantee <> c.relowner
+    loop
+        execute format('grant select, insert, update on walpost.left_undone to %s', who);
+    end loop;
 end
 $walpost$;
 

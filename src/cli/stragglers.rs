@@ -196,8 +196,17 @@ impl Table<'_> {
             for (number, table) in tables.iter().enumerate() {
                 let (name, id) = (&table.name, table.id_column());
                 let equals = table.id.operator("=");
+                // Where several rows have the id it cannot be told which one it is: none is touched.
+                let is_one = if table.has_unique_id {
+                    String::new()
+                } else {
+                    format!(
+                        " and (select count(*) from {name} d where d.{id} {equals} gone.id::{}) = 1",
+                        table.id.sql_type
+                    )
+                };
                 let ids = format!(
-                    "(select gone.id::{} from gone where gone.outbox = {} and gone.id is not null)",
+                    "(select gone.id::{} from gone where gone.outbox = {} and gone.id is not null{is_one})",
                     table.id.sql_type,
                     quote_literal(&name.to_string())
                 );
@@ -285,10 +294,11 @@ fn seq_of(tables: &[OutboxTable]) -> String {
     let tables = tables.iter().filter(|table| table.tells_seq());
     let cases = tables.map(|table| {
         format!(
-            "when {} then (select case when count(*) = 1 then max(o.seq) end from {} o where o.{} = gone.id::{})",
+            "when {} then (select case when count(*) = 1 then max(o.seq) end from {} o where o.{} {} gone.id::{})",
             quote_literal(&table.name.to_string()),
             table.name,
             table.id_column(),
+            table.id.operator("="),
             table.id.sql_type,
         )
     });

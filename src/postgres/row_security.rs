@@ -11,7 +11,13 @@ use super::server_error::sql_error;
 use crate::{Error, Result};
 
 /// walpost's own tables.
-const OWN: [&str; 3] = ["progress", "straggler", "after_publish"];
+const OWN: [&str; 5] = [
+    "progress",
+    "straggler",
+    "after_publish",
+    "left_undone",
+    "discarded",
+];
 
 /// Refuses tables of which policies may hide rows from this role. (One that the role may not read at all is not its concern: streaming needs no
 /// right to it.)

@@ -45,6 +45,7 @@
 //! | outbox: DELETE and DROP by retention ([`crate::scanner::retention`]) | off | a loss leaves delivered rows for the next round |
 //! | outbox: partitions made ahead ([`crate::scanner::partitions`]) | local | made again when missing |
 //! | `walpost.discarded`: INSERT by `walpost stragglers discard`, DELETE by the connector ([`crate::scanner::discarded`]) | local | a person was told so; a loss of the DELETE is found again |
+//! | `walpost.left_undone` ([`crate::scanner::left_note`]) | local | a loss publishes a row again |
 //! | `walpost init`: schema, tables, functions, roles, publication | local | a person was told that they are there |
 //! | `walpost stragglers retry`, `discard` ([`crate::cli::stragglers`]) | local | a person was told so |
 //! | `walpost.inbox` ([`crate::inbox`]) | the application's | one transaction with the application's own work: both are durable, or neither |

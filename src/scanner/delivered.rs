@@ -124,7 +124,7 @@ pub struct Start {
     pub claim: progress::Claim,
     /// `WALPOST_SCAN_INTERVAL`.
     pub interval: Duration,
-    /// `WALPOST_RECONCILE`, and the mode has no other way to find missing rows.
+    /// `WALPOST_RECONCILE`.
     pub compares: bool,
     /// The outbox tables.
     pub tables: Vec<TableName>,
@@ -272,11 +272,15 @@ impl Heard {
         }
     }
 
-    /// Waits until everything before `position` is confirmed; false when the task is to end.
-    async fn confirmed(&mut self, position: Lsn) -> bool {
+    /// Waits until everything before `position` is confirmed, at most for `patience`; false when the task is to end.
+    async fn confirmed(&mut self, position: Lsn, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
         while self.confirmed < position && !self.is_over() {
-            let message = self.inbox.recv().await;
-            self.take(message);
+            tokio::select! {
+                biased;
+                message = self.inbox.recv() => self.take(message),
+                () = sleep_until(until) => break,
+            }
         }
         !self.is_over()
     }
@@ -405,6 +409,16 @@ impl Task {
         noted
     }
 
+    /// What keeps rows out of the stream is told at once; the comparison finds the rows. `None`: nothing does.
+    async fn look(&mut self, client: &Client) -> Result<Option<Round>> {
+        let looking = published::watch(client, &self.start.subscription);
+        match self.heard.during(looking).await {
+            None => Ok(Some(Round::Interrupted)),
+            Some(Err(error)) if !error.is_temporary() => Ok(Some(Round::Refused(error))),
+            Some(looked) => looked.map(|()| None),
+        }
+    }
+
     async fn note(&mut self, client: &Client, pause: &mut Duration) -> Result<Round> {
         if !self.is_known {
             let reading = progress::reread(client, &self.start.claim);
@@ -416,13 +430,11 @@ impl Task {
                 return Ok(Round::Missing);
             }
         }
-        // What keeps rows out of the stream is told at once; the comparison finds the rows.
-        let looking = published::watch(client, &self.start.subscription);
-        match self.heard.during(looking).await {
-            None => return Ok(Round::Interrupted),
-            Some(Err(error)) if !error.is_temporary() => return Ok(Round::Refused(error)),
-            Some(looked) => looked?,
+        if let Some(ended) = self.look(client).await? {
+            return Ok(ended);
         }
+        // Before the snapshot: what is done later may be in transactions that it does not show.
+        let done = self.heard.done;
         // In this order: see the module above.
         let asked = async {
             let snapshot: Snapshot = ask(client, "SELECT pg_current_snapshot()::text").await?;
@@ -437,13 +449,18 @@ impl Task {
         };
         let (upto, position) = asked?;
         let stored = self.start.progress.delivered.clone();
-        if self.heard.done == self.noted && stored.as_ref() == Some(&upto) {
+        if done == self.noted && stored.as_ref() == Some(&upto) {
             return Ok(Round::Over);
         }
-        if !self.heard.confirmed(position).await {
-            return Ok(Round::Interrupted);
+        while self.heard.confirmed < position {
+            // In a backlog this may take hours, in which the publication is looked at all the same.
+            if !self.heard.confirmed(position, self.start.interval).await {
+                return Ok(Round::Interrupted);
+            }
+            if let Some(ended) = self.look(client).await? {
+                return Ok(ended);
+            }
         }
-        let done = self.heard.done;
         let began = Instant::now();
         let found = match stored.as_ref().filter(|_| self.start.compares) {
             Some(delivered) => match self.compare(client, &upto, delivered).await? {

@@ -160,7 +160,7 @@ impl Pair {
         let is_number = number.map_or_else(String::new, |number| {
             format!(" AND o.{number}::text IS NOT DISTINCT FROM r.number::text")
         });
-        let is_it = format!("o.{id} {} r.id{is_number}", table.id_equals);
+        let is_it = format!("o.{id} {} r.id{is_number}", table.id.operator("="));
         let given = format!(
             "WITH r AS MATERIALIZED (SELECT * FROM unnest({ids}, $2::int8[]) AS u(id, number))"
         );

@@ -41,23 +41,14 @@ impl Column {
     }
 }
 
-/// SQL: whether a unique index covers the ids of table `$1` in column `$2`, and the operator by which they are equal.
+/// SQL: whether a unique index covers the ids of table `$1` in column `$2`.
 const IDS: &str = "
     SELECT (SELECT coalesce(bool_and(EXISTS (
                 SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid
                 WHERE i.indrelid = leaf.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
                   AND a.attname = $2 AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))), true)
             FROM (SELECT $1::oid AS oid WHERE NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = $1)
-                  UNION ALL SELECT relid::oid FROM pg_partition_tree($1::oid) WHERE isleaf) leaf),
-           coalesce((
-                SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
-                FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-                JOIN pg_opclass c ON c.opcintype = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
-                JOIN pg_am m ON m.oid = c.opcmethod AND m.amname = 'btree'
-                JOIN pg_amop p ON p.amopfamily = c.opcfamily AND p.amopstrategy = 3
-                               AND p.amoplefttype = c.opcintype AND p.amoprighttype = c.opcintype
-                JOIN pg_operator o ON o.oid = p.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
-                WHERE a.attrelid = $1 AND a.attname = $2 AND c.opcdefault LIMIT 1), '=')";
+                  UNION ALL SELECT relid::oid FROM pg_partition_tree($1::oid) WHERE isleaf) leaf)";
 
 /// See the module's documentation.
 #[derive(Clone, Debug)]
@@ -85,8 +76,6 @@ pub struct OutboxTable {
     pub has_id_index: bool,
     /// Whether a unique index of the table, or of each of its partitions, covers the id, if only together with other columns.
     pub has_unique_id: bool,
-    /// The operator by which ids are equal, also where it is in a schema of its type's.
-    pub id_equals: String,
     /// The column that tells rows with the same id apart, if there is one: see [`crate::outbox::RowNumber`].
     pub number: Option<&'static str>,
     /// Whether an index of unmarked rows begins with the event's time.
@@ -184,7 +173,6 @@ impl OutboxTable {
             has_seq: find(SEQ).is_some(),
             has_id_index: indexed.get(0),
             has_unique_id: ids.get(0),
-            id_equals: ids.get(1),
             number: [SEQ, TXID].into_iter().find(|name| find(name).is_some()),
             has_unmarked_index: indexed.get(1),
             id,

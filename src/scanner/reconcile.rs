@@ -33,7 +33,6 @@
 //! * Tables without `txid` and `seq`. Where a table in use is given these columns, its older rows get the transaction of that statement,
 //!   and the stream has not counted them: its comparison begins at the note after the next one. (A table that is new in the settings is
 //!   compared at once: the stream brought nothing of it.)
-//! * The modes `mark` and `delete`: there the look for unmarked rows ([`super::unmarked`]) finds such rows.
 //!
 //! # Cost
 //!

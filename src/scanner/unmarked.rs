@@ -524,7 +524,7 @@ async fn still_lost(
         numbers.join(", "),
         reader.select_list("o", TextAs::Utf8),
         table.name,
-        table.id_equals,
+        table.id.operator("="),
         is_lost(client, table).await?,
     ))
 }

@@ -97,7 +97,7 @@ async fn a_change_that_was_computed_from_what_is_not_stored_any_more_changes_not
 }
 
 #[tokio::test]
-async fn what_a_stop_left_is_read_once_and_a_stop_of_an_earlier_claim_is_refused() {
+async fn what_the_slot_was_told_last_is_read_once_and_a_stop_of_an_earlier_claim_is_refused() {
     let database = Database::create("cas").await;
     database.init(&[], &[]).await;
     let client = &database.client;
@@ -107,7 +107,8 @@ async fn what_a_stop_left_is_read_once_and_a_stop_of_an_earlier_claim_is_refused
         .await
         .expect("it is its");
 
-    // WHEN the next one claims the row THEN it is told, and the row says nothing any more
+    // WHEN the next one claims the row THEN it is told, and the row says nothing of what the slot was told any more (what was
+    // streamed names the position at which it holds)
     let (_second, known) = claim(&database, "second").await;
     assert_eq!(
         (known.confirmed, known.streamed.as_deref()),
@@ -115,8 +116,8 @@ async fn what_a_stop_left_is_read_once_and_a_stop_of_an_earlier_claim_is_refused
     );
     let now = stored(&database).await;
     assert_eq!(
-        (now.confirmed, now.streamed, now.timeline),
-        (None, None, Some(1))
+        (now.confirmed, now.streamed.as_deref(), now.timeline),
+        (None, Some("{\"t\": 1}"), Some(1))
     );
 
     // AND the first one cannot stop again

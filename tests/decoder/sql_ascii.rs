@@ -196,7 +196,8 @@ async fn text_that_is_no_utf_8_stops_nothing_but_its_own_row() {
         // AND polled
         database.sql(&rows("poll")).await;
         let poll = [&settings[..], &[("WALPOST_MODE", "poll")]].concat();
-        let walpost = database.walpost(&["run"], &poll).spawn();
+        let mut walpost = database.walpost(&["run"], &poll).spawn();
+        walpost.wait_for_line("polling", DEADLINE).await;
         eventually(DEADLINE, "the stragglers of the look", async || {
             let query =
                 "SELECT count(*) FROM walpost.straggler WHERE properties::text LIKE '%poll%'";
@@ -271,16 +272,18 @@ async fn rows_whose_text_is_no_utf_8_do_not_hold_up_the_look_for_unmarked_ones()
     let mark = [
         ("WALPOST_AFTER_PUBLISH", "mark"),
         ("WALPOST_STRAGGLER_AGE", "100ms"),
+        // It would find them as well.
+        ("WALPOST_RECONCILE", "off"),
     ];
     let settings = [&QUICK[..], &SETTINGS, &mark].concat();
     database.init(&[], &settings).await;
     let walpost = database.start(&settings).await;
+    // In one transaction: a publication that stays so ends the stream.
     database
-        .sql("ALTER PUBLICATION walpost SET (publish = 'update')")
-        .await;
-    database.sql(&rows("unmarked")).await;
-    database
-        .sql("ALTER PUBLICATION walpost SET (publish = 'insert')")
+        .sql(&format!(
+            "BEGIN; ALTER PUBLICATION walpost SET (publish = 'update'); {}; ALTER PUBLICATION walpost SET (publish = 'insert'); COMMIT",
+            rows("unmarked")
+        ))
         .await;
 
     // WHEN they are looked for, THEN what can be an event is published and marked
