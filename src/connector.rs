@@ -363,6 +363,7 @@ impl Connector {
                     feedback.tell(pipe, &mut stream);
                     pipe.publisher().tick(Instant::now());
                     if let Err(error) = stream.flush().await {
+                        self.session.told = feedback.told().or(self.session.told);
                         return Ok(Ended::Lost(error));
                     }
                 }
@@ -384,7 +385,7 @@ impl Connector {
         let (identity, pipe) = self.pipe.as_mut()?;
         let keeper = self.keeper.take()?;
         // Rows of a transaction that was cut are counted, and the next stream brings them again.
-        let is_whole = !pipe.is_in_transaction();
+        let is_whole = pipe.is_whole();
         let finishing = keeper.finish(handover(pipe));
         let carried = timeout(GOODBYE, finishing).await.ok()?;
         is_whole.then(|| Left {

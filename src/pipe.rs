@@ -338,6 +338,12 @@ impl Pipe {
         self.stream != Stream::Between
     }
 
+    /// True when every transaction that rows were taken of has been received whole. Not so behind a lost connection that cut one: its
+    /// rest is yet to come.
+    pub fn is_whole(&self) -> bool {
+        self.stream == Stream::Between && self.open.is_none()
+    }
+
     /// How long after its commit the server has sent the last row: all of it by the server's clock.
     pub fn lateness(&self) -> Duration {
         let (committed, sent) = self.times_us;
@@ -646,10 +652,12 @@ impl Pipe {
         let place = self.outbox.place(relation_id);
         if let Some(place) = place.filter(|_| !is_new) {
             let extractor = Extractor::new(relation, &self.routing.columns, &self.routing.template)
-                .map_err(|error| described_otherwise(relation, &error))?;
-            let needs_text = self.binary && extractor.needs_text().is_some();
+                .map_err(|error| described_otherwise(relation, &error));
             info!(table = %relation, "rows of an outbox table under another name: they are published as its own");
+            // Also where it cannot be read: it was not taken, and comes again.
             self.give_back_row();
+            let extractor = extractor?;
+            let needs_text = self.binary && extractor.needs_text().is_some();
             if needs_text {
                 return Ok(Format::NeedsText);
             }

@@ -527,6 +527,50 @@ async fn rows_that_were_streamed_are_not_taken_for_missing_whatever_happens_to_t
 }
 
 #[tokio::test]
+async fn a_partition_and_a_table_that_come_behind_a_crash_are_published_although_nothing_else_can_be_compared()
+ {
+    // GIVEN a partitioned outbox whose connector was killed
+    let database = Database::create("crashed").await;
+    database.init(&["--partition-by", "day"], &[]).await;
+    let mut walpost = database.start(&[database.as_owner(), OFTEN]).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    walpost.sigkill();
+    drop(walpost);
+    // WHEN a partition with rows, and a table that is new in the settings, come before the next start
+    database
+        .sql(
+            "CREATE TABLE walpost.filled (LIKE walpost.outbox INCLUDING DEFAULTS);
+             INSERT INTO walpost.filled (aggregatetype, aggregateid, type, payload, created_at, seq)
+             SELECT 't', 'old-' || n, 'e', to_json(n), date_trunc('day', clock_timestamp()) - interval '40 days', 1000000 + n
+             FROM generate_series(1, 5) n;
+             DO $$ DECLARE at timestamptz := date_trunc('day', clock_timestamp()) - interval '40 days'; BEGIN
+                 EXECUTE format('ALTER TABLE walpost.outbox ATTACH PARTITION walpost.filled FOR VALUES FROM (%L) TO (%L)', at, at + interval '1 day');
+             END $$;
+             CREATE TABLE second (LIKE walpost.outbox INCLUDING ALL)",
+        )
+        .await;
+    database
+        .sql(&INSERT.replace("walpost.outbox", "second"))
+        .await;
+    database
+        .sql("ALTER PUBLICATION walpost ADD TABLE second")
+        .await;
+    let both = [
+        database.as_owner(),
+        ("WALPOST_OUTBOX_TABLE", "walpost.outbox,public.second"),
+        OFTEN,
+    ];
+    let walpost = database.start(&both).await;
+    // THEN their rows are published
+    eventually(DEADLINE, "the rows of both", async || {
+        (arrived(&database, 5).await.len() == 15).then_some(())
+    })
+    .await;
+    walpost.stop().await;
+}
+
+#[tokio::test]
 async fn a_stop_before_there_is_a_stream_keeps_what_the_last_stop_left() {
     // GIVEN a stream that stopped in good order, and rows that were left out since
     let database = Database::create("early").await;
@@ -549,6 +593,7 @@ async fn a_stop_before_there_is_a_stream_keeps_what_the_last_stop_left() {
         rows[0].get::<_, bool>(0).then_some(())
     })
     .await;
+    walpost.wait_for_line("cannot reach", DEADLINE).await;
     walpost.sigterm();
     assert_eq!(walpost.wait_exit(DEADLINE).await, 0, "{}", walpost.output());
     // THEN the one after it knows what was streamed: it publishes those that were not, and those only

@@ -29,7 +29,7 @@ use crate::scanner::progress;
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
 use crate::scanner::streamed::StreamedRows;
-use crate::scanner::table;
+use crate::scanner::table::{self, ScanTable};
 use crate::scanner::unmarked::Way;
 use crate::{Error, Lsn, Result};
 
@@ -186,6 +186,10 @@ impl Connector {
         if self.keeper.is_some() {
             return Ok(());
         }
+        let mut scannable = Vec::with_capacity(self.config.outbox_tables.len());
+        for table in &self.config.outbox_tables {
+            scannable.push(ScanTable::describe(client, table).await?.is_some());
+        }
         let began = progress::snapshot(client).await?;
         let config = &self.config;
         let is_known = carried
@@ -207,6 +211,7 @@ impl Connector {
             progress: prepared.progress.clone(),
             began,
             carried: carried.unwrap_or_default(),
+            scannable,
             meter: Arc::clone(&self.meter),
         };
         self.keeper = Some(Keeper::start(start));

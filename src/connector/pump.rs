@@ -53,10 +53,10 @@ pub(super) async fn pump<F: Future<Output = ()>>(
         // Read on only when all that was read is taken. Asked once a round: room may come by time alone.
         let mut taken = false;
         while pipe.has_room() {
-            if let Some(told_at) = told_at.filter(|_| !pipe.is_in_transaction()) {
+            if let Some(told_at) = told_at.filter(|_| pipe.is_whole()) {
                 return Ok(Stopped::Shutdown { told_at });
             }
-            if is_missing && !pipe.is_in_transaction() {
+            if is_missing && pipe.is_whole() {
                 return Ok(Stopped::Missing);
             }
             let Some(frame) = stream.next_frame()? else {
@@ -106,11 +106,11 @@ pub(super) async fn pump<F: Future<Output = ()>>(
 
         let stop_by = told_at.map(|told_at| told_at + finish_transaction);
         if let Some(told_at) = told_at
-            && (stop_by <= Some(now) || !pipe.is_in_transaction())
+            && (stop_by <= Some(now) || pipe.is_whole())
         {
             return Ok(Stopped::Shutdown { told_at });
         }
-        if is_missing && !pipe.is_in_transaction() {
+        if is_missing && pipe.is_whole() {
             return Ok(Stopped::Missing);
         }
 

@@ -33,7 +33,7 @@ use tracing::{debug, info, warn};
 
 use super::missing::{Leaves, Missing, MissingRows};
 use super::progress::{self, Snapshot};
-use super::reconcile::{self, Window, compare, leaf_changes};
+use super::reconcile::{self, Window, compare, covered_now, leaf_changes};
 use super::snapshot::VisibleXids;
 use super::streamed::{Run, StreamedRows};
 use super::table::ScanTable;
@@ -44,6 +44,8 @@ use crate::{Error, Lsn, Result};
 
 /// Handovers that wait to be taken. Each is at most [`StreamedRuns::FULL`](super::streamed::StreamedRuns::FULL) entries, and a pipe with so many takes no further row.
 const HANDOVERS: usize = 4;
+/// How long after a refusal the catalogue is asked once more.
+const AGAIN: Duration = Duration::from_millis(200);
 /// A comparison may take a tenth of the time, not more: a table without an index on `txid` is read whole.
 const PAUSE_FACTOR: u32 = 10;
 
@@ -136,6 +138,8 @@ pub struct Start {
     pub began: Snapshot,
     /// From the task before.
     pub carried: Carried,
+    /// By table: whether it has the columns that a comparison needs, so that its rows are counted from now on.
+    pub scannable: Vec<bool>,
     /// For whoever watches.
     pub meter: std::sync::Arc<Meter>,
 }
@@ -318,6 +322,11 @@ impl Task {
         let known = start.carried.streamed.clone();
         let unchecked = known.is_none().then(|| start.began.clone());
         let nothing = || vec![StreamedRows::default(); start.tables.len()];
+        let counted = match &known {
+            Some(_) => start.carried.counted.clone(),
+            // What is older than the stream is not compared at all.
+            None => vec![true; start.tables.len()],
+        };
         let streamed = known.unwrap_or_else(nothing);
         Self {
             heard: Heard {
@@ -331,11 +340,11 @@ impl Task {
             verdicts,
             client: None,
             unchecked,
-            counted: match &start.carried.streamed {
-                Some(_) => start.carried.counted.clone(),
-                // What is older than the stream is not compared at all.
-                None => vec![true; start.tables.len()],
-            },
+            counted: counted
+                .iter()
+                .zip(&start.scannable)
+                .map(|(counted, scannable)| *counted && *scannable)
+                .collect(),
             short_rounds: start.carried.short_rounds,
             is_known: true,
             noted: 0,
@@ -414,7 +423,18 @@ impl Task {
         let looking = published::watch(client, &self.start.subscription);
         match self.heard.during(looking).await {
             None => Ok(Some(Round::Interrupted)),
-            Some(Err(error)) if !error.is_temporary() => Ok(Some(Round::Refused(error))),
+            Some(Err(error)) if !error.is_temporary() => {
+                // Once more: what a statement sees of the catalogue may be of two moments.
+                let again = async {
+                    sleep_until(Instant::now() + AGAIN).await;
+                    published::watch(client, &self.start.subscription).await
+                };
+                match self.heard.during(again).await {
+                    None => Ok(Some(Round::Interrupted)),
+                    Some(Err(again)) if !again.is_temporary() => Ok(Some(Round::Refused(error))),
+                    Some(looked) => looked.map(|()| None),
+                }
+            }
             Some(looked) => looked.map(|()| None),
         }
     }
@@ -433,8 +453,14 @@ impl Task {
         if let Some(ended) = self.look(client).await? {
             return Ok(ended);
         }
-        // Before the snapshot: what is done later may be in transactions that it does not show.
+        // Before the snapshot: what is done later may be in transactions that it does not show, and a table that has its columns only
+        // then was not counted from it on.
         let done = self.heard.done;
+        let describing = scannable(client, &self.start.tables);
+        let had_columns = match self.heard.during(describing).await {
+            None => return Ok(Round::Interrupted),
+            Some(tables) => tables?.iter().map(Option::is_some).collect(),
+        };
         // In this order: see the module above.
         let asked = async {
             let snapshot: Snapshot = ask(client, "SELECT pg_current_snapshot()::text").await?;
@@ -462,44 +488,57 @@ impl Task {
             }
         }
         let began = Instant::now();
+        let streamed = self.heard.streamed.clone();
+        let Some(edge) = edge(&streamed, &upto, stored.as_ref())? else {
+            return Ok(Round::Over);
+        };
+        let is_whole = edge == upto;
+        let upto = edge;
         let found = match stored.as_ref().filter(|_| self.start.compares) {
-            Some(delivered) => match self.compare(client, &upto, delivered).await? {
-                Some(found) => found,
-                None => return Ok(Round::Interrupted),
-            },
-            None => Found {
-                covered: self.start.progress.tables.clone(),
-                ..Found::default()
-            },
+            Some(delivered) => {
+                self.compare(client, &upto, delivered, &streamed, had_columns)
+                    .await?
+            }
+            None => self.cover(client, stored.as_ref()).await?,
+        };
+        let Some(found) = found else {
+            return Ok(Round::Interrupted);
         };
         *pause = self.start.interval.max(began.elapsed() * PAUSE_FACTOR);
+        let now = self.heard.streamed.iter().zip(&streamed);
+        if now
+            .into_iter()
+            .any(|(now, then)| now.shift() != then.shift())
+        {
+            // The buckets have become wider meanwhile: the next round compares those.
+            return Ok(Round::Over);
+        }
         if !found.missing.is_empty() {
             return self.note_missing(client, upto, found).await;
         }
         self.short_rounds = 0;
         self.start.meter.set_short_rounds(0);
         let changed = found.covered != self.start.progress.tables;
-        if done == self.noted && found.rows == 0 && !changed && !found.skipped {
+        // Once behind an unclean start even where nothing passes: from then on everything is compared.
+        let is_checked = self.unchecked.is_none();
+        if done == self.noted && found.rows == 0 && !changed && !found.skipped && is_checked {
             return Ok(Round::Over);
         }
         let progress = &mut self.start.progress;
         let noting = progress::delivered(client, &self.start.claim, progress, &upto, found.covered);
         self.heard.throughout(noting).await?;
         debug!(snapshot = upto, %position, "delivered");
-        self.forget(&upto, &found.unsettled)?;
+        self.forget(&upto)?;
         self.count_from_now_on(found.counted);
-        self.noted = done;
+        if is_whole {
+            self.noted = done;
+        }
         Ok(Round::Over)
     }
 
     /// Forgets what is covered from now on.
-    fn forget(&mut self, upto: &Snapshot, unsettled: &[Vec<(u64, u64)>]) -> Result<()> {
+    fn forget(&mut self, upto: &Snapshot) -> Result<()> {
         let compared = VisibleXids::parse(upto)?;
-        for (rows, unsettled) in self.heard.streamed.iter_mut().zip(unsettled) {
-            for (txid, count) in unsettled {
-                rows.compared(*txid, *count);
-            }
-        }
         for rows in &mut self.heard.streamed {
             rows.forget(&compared);
         }
@@ -520,46 +559,44 @@ impl Task {
         client: &Client,
         upto: &Snapshot,
         delivered: &Snapshot,
+        streamed: &[StreamedRows],
+        had_columns: Vec<bool>,
     ) -> Result<Option<Found>> {
-        let streamed = self.heard.streamed.clone();
         let (tables, covered) = (&self.start.tables, self.start.progress.tables.as_ref());
-        let window = Window {
-            upto,
-            delivered,
-            unchecked: self.unchecked.as_ref(),
-        };
+        let (unchecked, counted) = (self.unchecked.as_ref(), &self.counted);
         let comparing = async {
-            let mut scannable = Vec::with_capacity(tables.len());
-            for table in tables {
-                scannable.push(ScanTable::describe(client, table).await?);
-            }
+            // The leaf tables first: see above.
+            let scannable = scannable(client, tables).await?;
             let leaves = leaf_changes(client, tables, &scannable, covered, delivered).await?;
             let mut found = Found {
                 covered: Some(leaves.covered),
-                counted: scannable.iter().map(Option::is_some).collect(),
                 ..Found::default()
             };
-            let counted = self.counted.iter();
-            let skips = counted.zip(&leaves.was_known);
-            let mut skips = skips.map(|(counted, known)| !counted && *known);
-            for ((table, streamed), leaves) in scannable.iter().zip(&streamed).zip(leaves.uncovered)
-            {
-                let skips = skips.next().unwrap_or(false);
-                found.skipped |= skips && table.is_some();
-                let Some(table) = table.as_ref().filter(|_| !skips) else {
-                    found.unsettled.push(Vec::new());
-                    continue;
-                };
-                let mut compared = compare(client, table, window, streamed).await?;
-                found
-                    .unsettled
-                    .push(std::mem::take(&mut compared.unsettled));
+            for (place, table) in scannable.iter().enumerate() {
+                let had_columns = had_columns.get(place) == Some(&true);
+                found.counted.push(had_columns && table.is_some());
+                let Some(table) = table else { continue };
+                let uncovered = leaves.uncovered.get(place).cloned().unwrap_or_default();
+                let was_known = leaves.was_known.get(place) == Some(&true);
+                let mut compared = reconcile::Compared::default();
+                if was_known && counted.get(place) != Some(&true) {
+                    found.skipped = true;
+                } else if let Some(streamed) = streamed.get(place) {
+                    let came = leaves.came.get(place).map_or(&[][..], Vec::as_slice);
+                    let window = Window {
+                        upto,
+                        delivered,
+                        unchecked: unchecked.filter(|_| was_known),
+                        came,
+                    };
+                    compared = compare(client, table, window, streamed).await?;
+                }
                 found.rows += compared.rows;
-                if compared.short > 0 || !leaves.is_empty() {
-                    tell(table, &compared, &leaves);
+                if compared.short > 0 || !uncovered.is_empty() {
+                    tell(table, &compared, &uncovered);
                     let rows = MissingRows {
                         txids: compared.txids,
-                        leaves,
+                        leaves: uncovered,
                     };
                     found.missing.0.insert(table.name.to_string(), rows);
                 }
@@ -567,6 +604,23 @@ impl Task {
             Ok(found)
         };
         self.heard.during(comparing).await.transpose()
+    }
+
+    /// Where nothing is compared: every leaf table that there is counts as covered.
+    async fn cover(
+        &mut self,
+        client: &Client,
+        delivered: Option<&Snapshot>,
+    ) -> Result<Option<Found>> {
+        let (tables, covered) = (&self.start.tables, self.start.progress.tables.as_ref());
+        let covering = covered_now(client, tables, covered, delivered);
+        let Some(covered) = self.heard.during(covering).await else {
+            return Ok(None);
+        };
+        Ok(Some(Found {
+            covered: Some(covered?),
+            ..Found::default()
+        }))
     }
 
     /// Stores the gap; the connector closes it.
@@ -586,10 +640,38 @@ impl Task {
         };
         let noting = progress::missing(client, &self.start.claim, progress, &upto, position);
         self.heard.throughout(noting).await?;
-        self.forget(&upto, &found.unsettled)?;
+        self.forget(&upto)?;
         self.count_from_now_on(found.counted);
         Ok(Round::Missing)
     }
+}
+
+/// The tables that can be compared, in their order.
+async fn scannable(client: &Client, tables: &[TableName]) -> Result<Vec<Option<ScanTable>>> {
+    let mut found = Vec::with_capacity(tables.len());
+    for table in tables {
+        found.push(ScanTable::describe(client, table).await?);
+    }
+    Ok(found)
+}
+
+/// The snapshot that can be noted: `upto` itself, or where transactions are counted in buckets the last edge of all buckets below every
+/// running transaction. `None`: that one lies before what is delivered; nothing can be noted now.
+fn edge(
+    streamed: &[StreamedRows],
+    upto: &Snapshot,
+    delivered: Option<&Snapshot>,
+) -> Result<Option<Snapshot>> {
+    let buckets = streamed.iter().filter(|rows| rows.shift() > 0);
+    let xmin = VisibleXids::parse(upto)?.xmin();
+    let Some(edge) = buckets.map(|rows| rows.edge(xmin)).min() else {
+        return Ok(Some(upto.clone()));
+    };
+    let covered = delivered
+        .map(|delivered| VisibleXids::parse(delivered))
+        .transpose()?;
+    let is_behind = covered.is_none_or(|covered| covered.xmax() <= edge);
+    Ok(is_behind.then(|| format!("{edge}:{edge}:")))
 }
 
 /// What a comparison of all tables found.
@@ -603,8 +685,6 @@ struct Found {
     counted: Vec<bool>,
     /// A table was not compared, because its rows were not counted; from this note on they are.
     skipped: bool,
-    /// By table: see [`reconcile::Compared::unsettled`].
-    unsettled: Vec<Vec<(u64, u64)>>,
 }
 
 /// One warning for each table.

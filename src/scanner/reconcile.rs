@@ -29,6 +29,8 @@
 //!
 //! * The counts live in the process. A stop in good order stores them in `walpost.progress.streamed`, and the next start goes on with them. After a
 //!   crash, transactions between `delivered` and the next start cannot be compared. (`walpost verify` compares them with the topics.)
+//! * A row with the `txid` of another transaction, a copy, that is committed while the tables are compared: its transaction may be taken for short, and its
+//!   rows are then published again.
 //! * A row that is changed by UPDATE keeps its `txid`, so it is not a new event; see `sql/03_outbox.sql`.
 //! * Tables without `txid` and `seq`. Where a table in use is given these columns, its older rows get the transaction of that statement,
 //!   and the stream has not counted them: its comparison begins at the note after the next one. (A table that is new in the settings is
@@ -43,7 +45,6 @@ use tokio_postgres::Client;
 
 use super::missing::{Leaves, XidRanges, leaves_since};
 use super::progress::Snapshot;
-use super::snapshot::VisibleXids;
 use super::streamed::StreamedRows;
 use super::table::{ScanTable, between};
 use crate::postgres::{TableName, sql_error};
@@ -58,6 +59,8 @@ pub struct Window<'a> {
     pub delivered: &'a Snapshot,
     /// Rows visible in it are not compared: an earlier process that crashed may have brought them.
     pub unchecked: Option<&'a Snapshot>,
+    /// Leaf tables of which no earlier process can have brought rows: they are compared all the same.
+    pub came: &'a [u32],
 }
 
 /// What a comparison of one table found.
@@ -73,8 +76,6 @@ pub struct Compared {
     pub short: u64,
     /// The first of them.
     pub first: Option<u64>,
-    /// Of buckets that go beyond `upto`: the first transaction, and the rows that were compared.
-    pub unsettled: Vec<(u64, u64)>,
 }
 
 /// Compares the rows of `table` in the window with those that the stream brought.
@@ -96,7 +97,15 @@ pub async fn compare(
     let shift = streamed.shift();
     let rows = between(window.upto, Some(window.delivered))?;
     let unchecked = match window.unchecked {
-        Some(snapshot) => format!(" AND {}", between(window.upto, Some(snapshot))?),
+        Some(snapshot) => {
+            let came: Vec<String> = window.came.iter().map(ToString::to_string).collect();
+            let checked = between(window.upto, Some(snapshot))?;
+            if came.is_empty() {
+                format!(" AND {checked}")
+            } else {
+                format!(" AND (({checked}) OR tableoid IN ({}))", came.join(", "))
+            }
+        }
         None => String::new(),
     };
     // Grouped by the type itself where each transaction counts: the conversion then costs once a group and not once a row.
@@ -114,7 +123,6 @@ pub async fn compare(
     let found = client.query_raw(&sql, parameters).await.map_err(failed)?;
     pin_mut!(found);
     let mut compared = Compared::default();
-    let settled = VisibleXids::parse(window.upto)?.xmin();
     let mut joins = false;
     while let Some(row) = found.next().await {
         let row = row.map_err(failed)?;
@@ -126,9 +134,6 @@ pub async fn compare(
         compared.rows += rows;
         let brought = streamed.of_key(key);
         let (first, end) = (key << shift, (key + 1) << shift);
-        if shift > 0 && end > settled {
-            compared.unsettled.push((first, rows));
-        }
         if rows > brought {
             compared.txids.add(first, end, joins);
             compared.missing += rows - brought;
@@ -150,7 +155,7 @@ pub async fn leaves(client: &Client, name: &TableName) -> Result<Vec<u32>> {
             SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
             WHERE n.nspname = $1 AND c.relname = $2
             UNION
-            SELECT i.inhrelid FROM pg_inherits i JOIN tree ON i.inhparent = tree.oid)
+            SELECT i.inhrelid FROM pg_inherits i JOIN tree ON i.inhparent = tree.oid WHERE NOT i.inhdetachpending)
         SELECT c.oid, c.relkind <> 'p' FROM tree JOIN pg_class c ON c.oid = tree.oid ORDER BY c.oid";
     let found = client.query(SQL, &[&name.schema, &name.name]).await;
     let found = found.map_err(|error| sql_error("look for the outbox' partitions", error))?;
@@ -182,6 +187,8 @@ pub struct LeafChanges {
     pub uncovered: Vec<Leaves>,
     /// By table: whether a leaf table of it was covered before.
     pub was_known: Vec<bool>,
+    /// By table: leaf tables that belong to it now and were not covered, with or without rows.
+    pub came: Vec<Vec<u32>>,
 }
 
 /// Compares the leaf tables of all outbox tables with those that the stored snapshot covers. Without a list of those (a
@@ -203,6 +210,7 @@ pub async fn leaf_changes(
             covered: all.into_iter().map(|oid| (oid, None)).collect(),
             uncovered: vec![Leaves::new(); tables.len()],
             was_known: vec![true; tables.len()],
+            came: vec![Vec::new(); tables.len()],
         });
     };
     let alive = alive(client, covered).await?;
@@ -224,6 +232,35 @@ pub async fn leaf_changes(
         covered: next,
         uncovered,
         was_known: now.iter().map(belonged).collect(),
+        came: now
+            .iter()
+            .map(|oids| {
+                oids.iter()
+                    .copied()
+                    .filter(|oid| came.contains_key(oid))
+                    .collect()
+            })
+            .collect(),
+    })
+}
+
+/// The leaf tables that are covered from now on where nothing is compared: all that belong to the outbox tables.
+pub async fn covered_now(
+    client: &Client,
+    tables: &[TableName],
+    covered: Option<&Leaves>,
+    delivered: Option<&Snapshot>,
+) -> Result<Leaves> {
+    let mut all = Vec::new();
+    for table in tables {
+        all.extend(leaves(client, table).await?);
+    }
+    Ok(match (covered, delivered) {
+        (Some(covered), Some(delivered)) => {
+            let alive = alive(client, covered).await?;
+            leaves_since(covered, &all, &alive, delivered).0
+        }
+        _ => all.into_iter().map(|oid| (oid, None)).collect(),
     })
 }
 

@@ -375,7 +375,9 @@ fn judge(
     let Some(state) = state else {
         return Verdict::Lost("it does not exist any more".to_owned());
     };
-    if let Some(why) = &session.unreadable {
+    // The slot was made anew and its gap is open: what was known of the one before says nothing of it.
+    let is_new = progress.gap().is_some() && progress.position.missing.is_none();
+    if let Some(why) = session.unreadable.as_ref().filter(|_| !is_new) {
         return Verdict::Lost(why.clone());
     }
     if let Some(reason) = state.lost_because() {
@@ -421,7 +423,7 @@ fn judge(
     }
     // What we told is out of date when another process has streamed since.
     let ours = progress.session.as_ref() == Some(&session.name);
-    let told = session.told.filter(|_| ours);
+    let told = session.told.filter(|_| ours && !is_new);
     match told.or(progress.confirmed) {
         Some(known) if stands > known => Verdict::Lost(format!(
             "it stands at {stands}, and walpost left it at {known}: somebody advanced it, or made it anew"

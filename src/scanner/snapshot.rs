@@ -47,6 +47,11 @@ impl VisibleXids {
         self.xmin
     }
 
+    /// No transaction from it on is visible.
+    pub fn xmax(&self) -> u64 {
+        self.xmax
+    }
+
     /// Whether the transaction had ended when the snapshot was taken.
     pub fn shows(&self, xid: u64) -> bool {
         xid < self.xmin || (xid < self.xmax && self.in_progress.binary_search(&xid).is_err())

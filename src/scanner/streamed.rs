@@ -12,8 +12,8 @@
 //! A backlog brings more transactions than can be kept one by one. [`StreamedRows`] holds at most [`MAX_KEYS`] counts of a table; when there
 //! are more, the counts of neighbouring `txid`s are added up, in buckets that double in width each time. A bucket is still compared with the
 //! same rows of the table. What is lost is precision: the rows of a whole bucket are published when one row of it is missing, and a row
-//! that was deleted from the table can hide a missing one of the same bucket. Buckets end with the next note of a
-//! delivered snapshot that shows all of their transactions.
+//! that was deleted from the table can hide a missing one of the same bucket. Only whole buckets are compared: the snapshot that is
+//! noted then ends at the edge of one, below every running transaction. Buckets end when nothing is counted any more.
 
 use std::collections::BTreeMap;
 
@@ -110,27 +110,25 @@ impl StreamedRows {
         self.rows.get(&key).copied().unwrap_or(0)
     }
 
-    /// Takes rows off that were compared, so that they are not compared with others of the same bucket again.
-    pub fn compared(&mut self, txid: u64, rows: u64) {
-        if let Some(left) = self.rows.get_mut(&(txid >> self.shift)) {
-            *left = left.saturating_sub(rows);
-        }
-    }
-
-    /// Forgets all that is visible in a snapshot that has been compared.
+    /// Forgets all that is visible in a snapshot that has been compared. While there are buckets that snapshot ends at the edge of one
+    /// ([`Self::edge`]).
     pub fn forget(&mut self, compared: &VisibleXids) {
         let shift = self.shift;
-        self.rows.retain(|key, rows| {
+        self.rows.retain(|key, _| {
             if shift == 0 {
                 !compared.shows(*key)
             } else {
-                let last = (*key << shift) | ((1 << shift) - 1);
-                *rows > 0 && last >= compared.xmin()
+                (*key << shift) >= compared.xmin()
             }
         });
         if self.rows.is_empty() {
             self.shift = 0;
         }
+    }
+
+    /// The last edge of a bucket up to `xmin`.
+    pub fn edge(&self, xmin: u64) -> u64 {
+        (xmin >> self.shift) << self.shift
     }
 
     /// True when nothing is counted.
@@ -208,17 +206,17 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_that_was_compared_keeps_only_what_the_table_did_not_have() {
+    fn buckets_are_compared_up_to_the_edge_of_one() {
         let mut rows = StreamedRows {
             shift: 2,
             ..StreamedRows::default()
         };
         rows.add(40, 5);
         rows.add(48, 1);
-        rows.compared(40, 4);
-        rows.compared(48, 1);
-        rows.forget(&VisibleXids::parse("30:60:30").unwrap());
-        assert_eq!(rows.rows, BTreeMap::from([(10, 1)]));
+        rows.add(51, 2);
+        assert_eq!(rows.edge(50), 48);
+        rows.forget(&VisibleXids::parse("48:48:").unwrap());
+        assert_eq!(rows.rows, BTreeMap::from([(12, 3)]));
     }
 
     #[test]
