@@ -88,7 +88,7 @@ struct Leaf {
     blocks: i64,
     /// All its rows are older than the retention, by its bound.
     is_past: bool,
-    /// A trigger or a rule may keep a row from being deleted without an error.
+    /// A trigger (BEFORE DELETE FOR EACH ROW) or a rule may keep a row from being deleted without an error.
     may_keep_rows: bool,
 }
 
@@ -236,7 +236,7 @@ impl Retention {
                         THEN coalesce((regexp_match(pg_get_expr(c.relpartbound, c.oid), 'TO \\(''([^'']+)''\\)'))[1]::timestamptz
                                       < clock_timestamp() - make_interval(secs => $4), false)
                         ELSE false END,
-                   EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal)
+                   EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype & 11 = 11)
                        OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class = c.oid)
             FROM leaf JOIN pg_class c ON c.oid = leaf.oid JOIN pg_namespace n ON n.oid = c.relnamespace
             LEFT JOIN pg_inherits i ON i.inhrelid = c.oid
