@@ -4,6 +4,7 @@
 //! no such table: `walpost init` makes it) is told by `/status` all the same.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -13,6 +14,7 @@ use tracing::debug;
 use crate::Result;
 use crate::meter::Meter;
 use crate::postgres::{PostgresConfig, connect_sql, sql_error};
+use crate::pulsar::RowQueue;
 use crate::upkeep::{LISTED, Left, Undone, Work, from_json, to_json};
 
 /// Between two notes. Rows that were left meanwhile, by a process that is then killed, are published again.
@@ -29,11 +31,22 @@ pub(super) struct LeftNote {
     pub(super) slot: String,
     /// What is left undone.
     pub(super) meter: Arc<Meter>,
+    /// Of the task that takes over what the process before this one has noted, in the modes that have one.
+    pub(super) queue: Option<RowQueue>,
+    /// That was taken over: until then a note would wipe it out.
+    pub(super) is_taken_over: Arc<AtomicBool>,
 }
 
 impl LeftNote {
     /// Notes every change until it is aborted.
     pub(super) async fn keep(self) {
+        // The task answers this question only behind its taking over.
+        if let Some(queue) = &self.queue
+            && queue.left(0).await.is_none()
+        {
+            return;
+        }
+        self.is_taken_over.store(true, Ordering::Relaxed);
         let mut changes = self.meter.upkeep().subscribe();
         // What the process before this one has noted may be out of date.
         changes.mark_changed();
@@ -52,6 +65,9 @@ impl LeftNote {
 
     /// The last note before the end; nobody waits for it long.
     pub(super) async fn last(&self) {
+        if !self.is_taken_over.load(Ordering::Relaxed) {
+            return;
+        }
         let all = self.meter.upkeep().all();
         let _noted = timeout(PAUSE, write(&self.postgres, &self.slot, &all)).await;
     }

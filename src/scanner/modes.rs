@@ -203,6 +203,8 @@ impl Modes {
                 postgres: config.postgres.clone(),
                 slot: config.slot.clone(),
                 meter,
+                queue: self.queue(),
+                is_taken_over: Arc::default(),
             };
             self.notes = Some(note.clone());
             self.lookers.push(tokio::spawn(Box::pin(note.keep())));
