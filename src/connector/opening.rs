@@ -83,7 +83,7 @@ impl Connector {
         }
         self.claimed = prepared.as_ref().map(|prepared| prepared.claim.clone());
         let (carried, confirmed) = self.carried_on(&identity, confirmed, prepared.as_ref());
-        // Wherever it stands later: beyond this it has not been told anything yet.
+        // The highest position that the slot may have been told so far.
         let known = self.session.told.unwrap_or(stands).max(stands);
         self.session.told = Some(known);
         if !self.has_pipe_of(&identity)? {
