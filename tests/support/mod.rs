@@ -20,6 +20,7 @@
 #![allow(
     dead_code,
     unused_imports,
+    unused_macros,
     reason = "each test file is a crate of its own and uses its own part of this module"
 )]
 
