@@ -1,13 +1,13 @@
 //! A table that is missing for a moment.
 
-use crate::support::eventually;
-use crate::{DEADLINE, NOTED_SOON, POLL, arrived, database_on, insert, wait_all_sent};
+use crate::support::{Database, eventually};
+use crate::{DEADLINE, NOTED_SOON, POLL, arrived, insert, wait_all_sent};
 
 const TABLES: (&str, &str) = ("WALPOST_OUTBOX_TABLE", "walpost.outbox,public.other");
 
-async fn a_table_is_away_for_a_moment(major: Option<i32>) {
+async fn a_table_is_away_for_a_moment(major: i32) {
     // GIVEN two tables in poll mode
-    let database = database_on(major, "moment").await;
+    let database = Database::create_on_major(major, "moment").await;
     database.init(&[], &[POLL]).await;
     database
         .sql("CREATE TABLE public.other (LIKE walpost.outbox INCLUDING ALL); GRANT SELECT ON public.other TO walpost_connector")
@@ -58,15 +58,15 @@ async fn a_table_is_away_for_a_moment(major: Option<i32>) {
 
 #[tokio::test]
 async fn a_look_that_does_not_find_a_table_delivers_nothing() {
-    a_table_is_away_for_a_moment(None).await;
+    a_table_is_away_for_a_moment(15).await;
 }
 
 #[tokio::test]
 async fn on_postgres_14_a_look_that_does_not_find_a_table_delivers_nothing() {
-    a_table_is_away_for_a_moment(Some(14)).await;
+    a_table_is_away_for_a_moment(14).await;
 }
 
 #[tokio::test]
 async fn on_postgres_18_a_look_that_does_not_find_a_table_delivers_nothing() {
-    a_table_is_away_for_a_moment(Some(18)).await;
+    a_table_is_away_for_a_moment(18).await;
 }
