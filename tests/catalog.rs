@@ -11,6 +11,8 @@ mod past;
 mod publication;
 #[path = "catalog/stream.rs"]
 mod stream;
+#[path = "catalog/unfit.rs"]
+mod unfit;
 #[path = "catalog/updates.rs"]
 mod updates;
 

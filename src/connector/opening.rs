@@ -191,6 +191,9 @@ impl Connector {
             scannable.push(ScanTable::describe(client, table).await?.is_some());
         }
         let began = progress::snapshot(client).await?;
+        let Some((log, _)) = &self.pipe else {
+            return Err(Error::bug("there is no pipe to note anything of"));
+        };
         let config = &self.config;
         let is_known = carried
             .as_ref()
@@ -203,6 +206,7 @@ impl Connector {
         }
         let start = Start {
             postgres: config.postgres.clone(),
+            log: log.clone(),
             claim: prepared.claim.clone(),
             interval: config.scan_interval,
             compares: config.reconcile,
