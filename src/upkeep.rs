@@ -32,15 +32,18 @@ pub enum Work {
     Retention,
     /// Partitions are to be made ahead.
     Partitions,
+    /// Rows are to be read from the table: a gap scan, or poll mode.
+    Scan,
 }
 
 impl Work {
     /// All of them.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::AfterPublish,
         Self::Unmarked,
         Self::Retention,
         Self::Partitions,
+        Self::Scan,
     ];
 
     /// Its name, in `/status` and metrics.
@@ -50,6 +53,7 @@ impl Work {
             Self::Unmarked => "unmarked",
             Self::Retention => "retention",
             Self::Partitions => "partitions",
+            Self::Scan => "scan",
         }
     }
 }
@@ -157,6 +161,13 @@ impl Upkeep {
             *place = undone;
             is_new
         });
+    }
+
+    /// Whether this work has left the table with this reason.
+    pub fn has(&self, work: Work, table: &str, why: &str) -> bool {
+        let all = self.undone.borrow();
+        let mut listed = all[work as usize].listed.iter();
+        listed.any(|left| left.table == table && left.reason == why)
     }
 
     /// How many rows, partitions and tables this work has left.

@@ -195,7 +195,10 @@ async fn a_table_of_stragglers_from_an_older_version_is_brought_up_to_date_with_
         .sql("ALTER TABLE walpost.straggler DROP COLUMN row_seq")
         .await;
     let third = init(&database, &[]).await;
-    assert!(third.contains("brought up to date table walpost.straggler"), "{third}");
+    assert!(
+        third.contains("brought up to date table walpost.straggler"),
+        "{third}"
+    );
     let query = "SELECT has_table_privilege('pg_monitor', 'walpost.discarded', 'SELECT')
                     AND has_table_privilege('pg_monitor', 'walpost.discarded', 'DELETE')";
     assert!(database.rows(query, &[]).await[0].get::<_, bool>(0));

@@ -117,7 +117,12 @@ async fn stragglers_with_one_id(
     admin(url, "PUT", &path, "").await;
     admin(url, "POST", &format!("{path}/terminate"), "").await;
     let walpost = database.start(&[settings, &[TABLE]].concat()).await;
-    for (topic, payload) in [("refused", "1"), ("a/b", "2"), ("refused", "3"), ("a/b", "4")] {
+    for (topic, payload) in [
+        ("refused", "1"),
+        ("a/b", "2"),
+        ("refused", "3"),
+        ("a/b", "4"),
+    ] {
         insert_same(database, topic, payload).await;
     }
     wait_count(database, "walpost.straggler", 4).await;
