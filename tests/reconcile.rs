@@ -4,6 +4,8 @@
 #[path = "reconcile/modes.rs"]
 mod modes;
 mod support;
+#[path = "reconcile/unclean.rs"]
+mod unclean;
 
 use std::collections::HashMap;
 use std::time::Duration;

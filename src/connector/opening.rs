@@ -18,7 +18,7 @@ use crate::outbox::Extractor;
 use crate::pipe::{Pipe, ScannedRow};
 use crate::postgres::{
     self, OutboxRelations, ReplicationConnection, ReplicationStream, StreamOptions, SystemIdentity,
-    slot,
+    published, slot,
 };
 use crate::pulsar::{Publisher, PublisherConfig};
 use crate::scanner::delivered::{Carried, Keeper, Start};
@@ -191,6 +191,10 @@ impl Connector {
             scannable.push(ScanTable::describe(client, table).await?.is_some());
         }
         let began = progress::snapshot(client).await?;
+        // Behind the snapshot: see `reconcile`.
+        let publication = published::version(client, &self.config.publication).await?;
+        let stored = &prepared.progress.publication;
+        let was_changed = stored.is_some() && *stored != publication;
         let Some((log, _)) = &self.pipe else {
             return Err(Error::bug("there is no pipe to note anything of"));
         };
@@ -198,7 +202,12 @@ impl Connector {
         let is_known = carried
             .as_ref()
             .is_some_and(|carried| carried.streamed.is_some());
-        if config.reconcile && !is_known {
+        if config.reconcile && !is_known && was_changed {
+            warn!(
+                "the process before did not stop in good order, and the publication was changed since the last note of what is delivered: \
+                 all rows committed since that note are published from the table, also those that were streamed"
+            );
+        } else if config.reconcile && !is_known {
             info!(
                 "the process before did not stop in good order: rows committed since the last note of what is delivered are not compared with \
                  the stream (walpost verify compares them with the topics)"
@@ -213,7 +222,7 @@ impl Connector {
             tables: config.outbox_tables.clone(),
             subscription: subscription(config),
             progress: prepared.progress.clone(),
-            began,
+            unchecked: (!is_known && !was_changed).then_some(began),
             carried: carried.unwrap_or_default(),
             scannable,
             meter: Arc::clone(&self.meter),
@@ -319,7 +328,7 @@ impl Connector {
             if prepared.unknown.is_none() {
                 return Ok((scanned, stragglers));
             }
-            recovery::scan_up_to_now(client, prepared).await?;
+            recovery::scan_up_to_now(client, &self.config.publication, prepared).await?;
         }
     }
 

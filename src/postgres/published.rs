@@ -114,6 +114,27 @@ pub async fn relations(
     Ok(relations)
 }
 
+/// A text that changes with every change of the publication, and never comes back to an earlier value; `None` where there is none.
+///
+/// A change of its options is a new version of its row. Each table or schema in it, with filter and columns, is a row of its own, which
+/// has an OID and depends on the publication; a change of it is a new row. (`pg_publication_namespace` does not exist before
+/// Postgres 15, the dependencies do.)
+///
+/// # Errors
+/// Temporary when the server is away.
+pub async fn version(client: &impl GenericClient, publication: &str) -> Result<Option<String>> {
+    const SQL: &str = "
+        SELECT p.oid::text || ':' || p.xmin::text || ':' || pg_catalog.hashtextextended(coalesce(
+                   pg_catalog.string_agg(d.classid::text || '.' || d.objid::text, ',' ORDER BY d.classid, d.objid), ''), 0)::text
+        FROM pg_catalog.pg_publication p
+        LEFT JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_publication'::pg_catalog.regclass AND d.refobjid = p.oid
+        WHERE p.pubname = $1 GROUP BY p.oid, p.xmin";
+    let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&publication, Type::TEXT)];
+    let rows = client.query_typed(SQL, &parameters).await;
+    let rows = rows.map_err(|error| sql_error("read the publication's version", error))?;
+    rows.first().map(|row| get(row, 0)).transpose()
+}
+
 /// The publication's options; `None` where there is no publication.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Options {

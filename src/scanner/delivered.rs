@@ -142,8 +142,8 @@ pub struct Start {
     pub subscription: Subscription,
     /// The row in `walpost.progress`, as it is now.
     pub progress: progress::Progress,
-    /// A snapshot taken before the stream began: what is visible in it is not compared where `carried` knows nothing.
-    pub began: Snapshot,
+    /// What is visible in it is not compared: an earlier process brought it, or part of it, and nobody knows which.
+    pub unchecked: Option<Snapshot>,
     /// From the task before.
     pub carried: Carried,
     /// By table: whether it has the columns that a comparison needs, so that its rows are counted from now on.
@@ -328,7 +328,7 @@ enum Round {
 impl Task {
     fn new(start: Start, inbox: mpsc::Receiver<Message>, verdicts: mpsc::Sender<Verdict>) -> Self {
         let known = start.carried.streamed.clone();
-        let unchecked = known.is_none().then(|| start.began.clone());
+        let unchecked = start.unchecked.clone();
         let nothing = || vec![StreamedRows::default(); start.tables.len()];
         let counted = match &known {
             Some(_) => start.carried.counted.clone(),
@@ -469,7 +469,12 @@ impl Task {
             None => return Ok(Round::Interrupted),
             Some(tables) => tables?.iter().map(Option::is_some).collect(),
         };
-        // In this order: see the module above.
+        // In this order: see the module above, and `reconcile`.
+        let reading = published::version(client, &self.start.subscription.publication);
+        let Some(publication) = self.heard.during(reading).await else {
+            return Ok(Round::Interrupted);
+        };
+        let publication = publication?;
         let (log, known) = (&self.start.log, self.heard.confirmed);
         let asked = async {
             let snapshot: Snapshot = ask(client, "SELECT pg_current_snapshot()::text").await?;
@@ -526,7 +531,7 @@ impl Task {
         };
         let is_whole = upto == taken;
         if !found.missing.is_empty() {
-            return self.note_missing(client, upto, found).await;
+            return self.note_missing(client, upto, found, publication).await;
         }
         self.short_rounds = 0;
         self.start.meter.set_short_rounds(0);
@@ -537,7 +542,8 @@ impl Task {
             return Ok(Round::Over);
         }
         let progress = &mut self.start.progress;
-        let noting = progress::delivered(client, &self.start.claim, progress, &upto, found.covered);
+        let (claim, covered) = (&self.start.claim, found.covered);
+        let noting = progress::delivered(client, claim, progress, &upto, covered, publication);
         self.heard.throughout(noting).await?;
         debug!(snapshot = upto, %position, "delivered");
         self.forget(&upto)?;
@@ -656,6 +662,7 @@ impl Task {
         client: &Client,
         upto: Snapshot,
         found: Found,
+        publication: Option<String>,
     ) -> Result<Round> {
         for (table, compared, partitions) in &found.told {
             tell(table, compared, *partitions);
@@ -668,7 +675,8 @@ impl Task {
             covered: found.covered,
             ..progress::Position::default()
         };
-        let noting = progress::missing(client, &self.start.claim, progress, &upto, position);
+        let claim = &self.start.claim;
+        let noting = progress::missing(client, claim, progress, &upto, position, publication);
         self.heard.throughout(noting).await?;
         self.forget(&upto)?;
         self.count_from_now_on(found.counted);

@@ -82,6 +82,7 @@ use super::progress::{self, Claim, Progress, Snapshot};
 use super::slot_maker::{make_slot, settled};
 use super::table::{self, ScanTable};
 use crate::config::{Config, SlotLost};
+use crate::postgres::published;
 use crate::postgres::slot::{self, PLUGIN, SlotState, slot_state};
 use crate::postgres::{TableName, sql_error, sqlstate, waiting};
 use crate::{Error, Lsn, Result};
@@ -222,11 +223,16 @@ pub async fn prepare(
 ///
 /// # Errors
 /// Temporary when the server is away, or the row was changed.
-pub async fn scan_up_to_now(client: &Client, prepared: &mut Prepared) -> Result<()> {
+pub async fn scan_up_to_now(
+    client: &Client,
+    publication: &str,
+    prepared: &mut Prepared,
+) -> Result<()> {
     let Some(unknown) = &prepared.unknown else {
         return Ok(());
     };
     // Of no slot that walpost did not make itself is it known what ran while it was made: see the module.
+    let publication = published::version(client, publication).await?;
     let upto = settled(client).await?;
     let before = unknown.never_streamed.as_ref();
     let snapshots = (before, &upto);
@@ -236,6 +242,7 @@ pub async fn scan_up_to_now(client: &Client, prepared: &mut Prepared) -> Result<
         &mut prepared.progress,
         snapshots,
         unknown.timeline,
+        publication,
     )
     .await?;
     prepared.unknown = None;
@@ -275,7 +282,7 @@ async fn make_anew(
         let dropped = client.execute(drop_slot, &[slot]).await;
         dropped.map_err(|error| sql_error(&format!("drop slot {slot}"), error))?;
     }
-    let making = Box::pin(make_slot(client, slot));
+    let making = Box::pin(make_slot(client, slot, &config.publication));
     waiting::naming_holders(&config.postgres, waiting::SLOT_WAITS, making).await
 }
 

@@ -59,12 +59,20 @@ async fn a_change_from_what_is_not_stored(major: i32) {
 
         // THEN none of our statements changes it, and each says so
         let mut from = known.clone();
-        let noted = progress::delivered(client, &ours, &mut from, &upto, Some(Leaves::new())).await;
+        let noted =
+            progress::delivered(client, &ours, &mut from, &upto, Some(Leaves::new()), None).await;
         let looked = progress::look(client, &ours, &mut from.clone(), &upto).await;
         let closed = progress::closed(client, &ours, &mut from.clone()).await;
         let scanned = progress::scanned(client, &ours, &from).await;
-        let missing =
-            progress::missing(client, &ours, &mut from.clone(), &upto, Position::default()).await;
+        let missing = progress::missing(
+            client,
+            &ours,
+            &mut from.clone(),
+            &upto,
+            Position::default(),
+            None,
+        )
+        .await;
         for written in [noted, looked, closed, scanned, missing] {
             let error = written.expect_err(change);
             assert!(progress::is_changed(&error), "{}", error.report());
@@ -85,6 +93,7 @@ async fn a_change_from_what_is_not_stored(major: i32) {
         &mut known,
         &upto,
         Some(Leaves::from([(7, None)])),
+        Some("a version".to_owned()),
     )
     .await
     .expect("it is ours");

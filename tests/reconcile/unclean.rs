@@ -1,0 +1,146 @@
+//! After an end that was not in good order nobody knows what was streamed since the last note. Rows that the publication hid around such an
+//! end come all the same; and where it was not changed, none comes twice for it.
+
+use super::*;
+use support::Proxy;
+
+/// How a process ends without its last note.
+#[derive(Clone, Copy)]
+enum End {
+    /// SIGKILL.
+    Killed,
+    /// SIGTERM, while the broker does not answer: exit 75.
+    WithoutReceipts,
+}
+
+/// Hides rows and mends it: statements around those that insert.
+fn changes(major: i32) -> Vec<(String, String)> {
+    let mut changes: Vec<_> = ways(major)
+        .into_iter()
+        .map(|(hide, mend)| {
+            let statement = |change| format!("ALTER PUBLICATION walpost {change};");
+            (statement(hide), statement(mend))
+        })
+        .collect();
+    if major >= 18 {
+        changes.push((
+            "DROP PUBLICATION walpost;".to_owned(),
+            "CREATE PUBLICATION walpost FOR TABLE walpost.outbox WITH (publish = 'insert', publish_via_partition_root = true);".to_owned(),
+        ));
+    }
+    changes
+}
+
+/// Streams until a note is made, and ends. What was inserted meanwhile has its receipt.
+async fn end_after_a_note(database: &Database, end: End) {
+    let proxy = Proxy::before_broker(&servers().pulsar_addr);
+    let pulsar = format!("pulsar://{}", proxy.addr());
+    let settings = [
+        OFTEN,
+        ("WALPOST_PULSAR_URL", &*pulsar),
+        ("WALPOST_SHUTDOWN_GRACE", "2s"),
+    ];
+    let mut walpost = database.start(&settings).await;
+    database.sql(INSERT).await;
+    sent(database).await;
+    match end {
+        End::Killed => walpost.sigkill(),
+        End::WithoutReceipts => {
+            proxy.hold_upstream_replies(true);
+            database.sql(INSERT).await;
+            walpost.sigterm();
+        }
+    }
+    walpost.wait_exit(DEADLINE).await;
+}
+
+async fn all_come(database: &Database) {
+    let expected = ids(database, "walpost.outbox").await;
+    eventually(DEADLINE, "every row to arrive", async || {
+        let arrived = arrived(database, expected.len()).await;
+        expected
+            .iter()
+            .all(|id| arrived.contains_key(id))
+            .then_some(())
+    })
+    .await;
+}
+
+async fn rows_hidden_around_an_unclean_end_come(major: i32, end: End) {
+    let database = Database::create_on_major(major, "unclean").await;
+    database.init(&[], &[]).await;
+    database
+        .sql("CREATE TABLE other (id int PRIMARY KEY)")
+        .await;
+    for (hide, mend) in changes(major) {
+        // GIVEN a process that ended without a last note
+        end_after_a_note(&database, end).await;
+        // WHEN the publication hides rows until the next one starts
+        database.sql(&hide).await;
+        database.sql(INSERT).await;
+        database.sql(&mend).await;
+        let mut walpost = database.start(&[OFTEN]).await;
+        // THEN they come
+        reconciled(&database, &mut walpost).await;
+        walpost.stop().await;
+    }
+    all_come(&database).await;
+}
+
+async fn a_first_process_is_killed_before_its_first_note(major: i32) {
+    // GIVEN a slot and a process that is killed before it has noted anything
+    let database = Database::create_on_major(major, "unclean").await;
+    database.init(&[], &[]).await;
+    let mut walpost = database.start(&[("WALPOST_SCAN_INTERVAL", "1h")]).await;
+    database.sql(INSERT).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    walpost.sigkill();
+    walpost.wait_exit(DEADLINE).await;
+    // WHEN the publication hides rows until the next one starts
+    database
+        .sql("ALTER PUBLICATION walpost SET (publish = 'update')")
+        .await;
+    database.sql(INSERT).await;
+    database
+        .sql("ALTER PUBLICATION walpost SET (publish = 'insert')")
+        .await;
+    let mut walpost = database.start(&[OFTEN]).await;
+    // THEN they come
+    reconciled(&database, &mut walpost).await;
+    walpost.stop().await;
+    all_come(&database).await;
+}
+
+async fn nothing_comes_twice_where_nothing_was_changed(major: i32) {
+    // GIVEN a slot
+    let database = Database::create_on_major(major, "unclean").await;
+    database.init(&[], &[]).await;
+    for interval in ["1h", "200ms"] {
+        // WHEN a process is killed before its first note, and one behind a note
+        let often = interval == "200ms";
+        let mut walpost = database.start(&[("WALPOST_SCAN_INTERVAL", interval)]).await;
+        database.sql(INSERT).await;
+        database.wait_all_confirmed(DEADLINE).await;
+        if often {
+            sent(&database).await;
+        }
+        walpost.sigkill();
+        walpost.wait_exit(DEADLINE).await;
+        // AND rows are committed while nobody streams
+        database.sql(INSERT).await;
+        let walpost = database.start(&[OFTEN]).await;
+        sent(&database).await;
+        let said = walpost.output();
+        assert!(!said.contains("did not bring rows"), "{said}");
+        walpost.stop().await;
+    }
+    // THEN each row comes once
+    once_each(&database).await;
+}
+
+on_each_major! {
+    rows_hidden_around_a_kill_come: rows_hidden_around_an_unclean_end_come(End::Killed);
+    rows_hidden_around_a_stop_without_receipts_come: rows_hidden_around_an_unclean_end_come(End::WithoutReceipts);
+    rows_hidden_after_a_kill_before_the_first_note_come: a_first_process_is_killed_before_its_first_note();
+    a_kill_repeats_nothing_where_the_publication_is_as_it_was: nothing_comes_twice_where_nothing_was_changed();
+}
