@@ -4,6 +4,8 @@
 mod support;
 #[path = "failover/synced.rs"]
 mod synced;
+#[path = "failover/two_servers.rs"]
+mod two_servers;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;

@@ -21,6 +21,7 @@ use crate::postgres::{
     published, slot,
 };
 use crate::pulsar::{Publisher, PublisherConfig};
+use crate::scanner::cluster;
 use crate::scanner::delivered::{Carried, Keeper, Start};
 use crate::scanner::gap::{self, Gap};
 use crate::scanner::modes;
@@ -343,6 +344,7 @@ impl Connector {
         let routing = routing(&self.config);
         self.meter.set_phase(Phase::Scanning);
         let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
+        cluster::check_same_server(client, &rows).await?;
         let gap = Gap {
             client,
             rows: &rows,
@@ -451,17 +453,13 @@ fn put_back(log_end: Lsn, received: Lsn) -> Error {
 /// Of several hosts each connection finds its own: what the slot has confirmed on one server says nothing of the slot on another,
 /// and a start beyond it would pass over transactions.
 async fn same_server(client: &Client, replication: &mut ReplicationConnection) -> Result<()> {
-    const STARTED: &str = "SELECT extract(epoch FROM pg_postmaster_start_time())::text";
-    let row = client.query_one(STARTED, &[]).await;
-    let row = row.map_err(|error| postgres::sql_error("ask which server this is", error))?;
-    let started: String = row.get(0);
-    let rows = replication.simple_query(STARTED).await?;
+    let started = cluster::server_start(client).await?;
+    let rows = replication.simple_query(cluster::SERVER_START).await?;
     if rows.first().and_then(|row| row.first()) == Some(&Some(started)) {
         Ok(())
     } else {
-        Err(Error::temporary(
-            "the connection for SQL and the one for replication reached two servers",
-        )
-        .hint("name one, or say target_session_attrs=read-write in the Postgres URL"))
+        Err(cluster::two_servers(
+            "the connection for SQL and the one for replication",
+        ))
     }
 }

@@ -17,6 +17,30 @@ pub(crate) async fn system_id(client: &Client) -> Result<String> {
     Ok(row.get(0))
 }
 
+/// When the server was started: tells servers apart that are copies of each other.
+pub(crate) const SERVER_START: &str = "SELECT extract(epoch FROM pg_postmaster_start_time())::text";
+
+/// The answer to [`SERVER_START`].
+pub(crate) async fn server_start(client: &Client) -> Result<String> {
+    let row = client.query_one(SERVER_START, &[]).await;
+    let row = row.map_err(|error| sql_error("ask which server this is", error))?;
+    Ok(row.get(0))
+}
+
+/// Refuses two sessions of which one reads rows and the other writes what was read of them, unless they are of one server: a standby
+/// may not have the rows yet that the other's snapshot shows.
+pub(crate) async fn check_same_server(one: &Client, other: &Client) -> Result<()> {
+    if server_start(one).await? == server_start(other).await? {
+        return Ok(());
+    }
+    Err(two_servers("two connections for SQL"))
+}
+
+pub(crate) fn two_servers(what: &str) -> Error {
+    Error::temporary(format!("{what} reached two servers"))
+        .hint("name one, or say target_session_attrs=read-write in the Postgres URL")
+}
+
 /// The timeline that the server writes on. (The one in the control file is the last checkpoint's, which a standby that was just
 /// promoted has not made yet.)
 pub(crate) async fn timeline(client: &Client) -> Result<u32> {

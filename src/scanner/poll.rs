@@ -164,6 +164,7 @@ impl<'a> Poller<'a> {
     ) -> Result<Self> {
         let client = connect_sql(&config.postgres, APPLICATION_NAME).await?;
         let rows = connect_sql(&config.postgres, APPLICATION_NAME).await?;
+        cluster::check_same_server(&client, &rows).await?;
         let (progress, claim, timeline) = prepare(&client, config, session).await?;
         let tables = modes::prepare(&client, config).await?;
         let mut publisher = publisher_config(config, meter, &progress.system_id, timeline);
