@@ -36,6 +36,9 @@
 //! * A row with the `txid` of another transaction, a copy (COPY, INSERT … SELECT), that is committed while the tables are compared is not known as brought yet.
 //!   The tables are then compared again behind it, up to three times ([`super::delivered`]). Only where such rows are committed during
 //!   each of these is their transaction taken for short, and its rows are published again.
+//! * Rows are counted by transaction. Where the application deletes streamed rows of a transaction before the note, as many rows of the
+//!   same transaction that the stream left out go unnoticed. (Walpost's own deletions do not hide any: in the modes `mark` and `delete` a row
+//!   that was never marked is found by [`super::unmarked`].)
 //! * A row that is changed by UPDATE keeps its `txid`, so it is not a new event; see `sql/03_outbox.sql`.
 //! * Tables without `txid` and `seq`. Where a table in use is given these columns, its older rows get the transaction of that statement,
 //!   and the stream has not counted them: its comparison begins at the note after the next one. (A table that is new in the settings is
