@@ -84,7 +84,7 @@ async fn a_slot_is_made_beside_a_poller(major: i32, maker: Maker) {
     assert!(over && said.contains("has its lock"), "{said}");
 }
 
-async fn two_makers(major: i32) {
+async fn two_makers(major: i32, second: Maker) {
     // GIVEN a maker that waits for a transaction
     let database = Database::create_on_major(major, "makers").await;
     database.init(&[], &[POLL]).await;
@@ -103,7 +103,7 @@ async fn two_makers(major: i32) {
     insert(&database.client, "between").await;
 
     // WHEN a second one comes
-    let mut second = make_slot(&database, Maker::File);
+    let mut second = make_slot(&database, second);
     second.wait_exit(DEADLINE).await;
 
     // THEN it has written nothing, and the first one's slot is good
@@ -122,5 +122,6 @@ async fn two_makers(major: i32) {
 on_each_major! {
     init_makes_no_slot_beside_a_running_poller_and_no_row_is_lost: a_slot_is_made_beside_a_poller(Maker::Init);
     the_file_of_sql_makes_no_slot_beside_a_running_poller_and_no_row_is_lost: a_slot_is_made_beside_a_poller(Maker::File);
-    two_makers_of_one_slot_make_it_once_and_what_the_first_has_noted_stays: two_makers();
+    two_makers_of_one_slot_make_it_once_and_what_the_first_has_noted_stays: two_makers(Maker::File);
+    init_beside_init_makes_no_second_slot_and_what_the_first_has_noted_stays: two_makers(Maker::Init);
 }

@@ -43,19 +43,8 @@ async fn end_all_processes(database: &Database) {
     }
     assert!(pids.len() > 5, "{pids:?}");
     // First none may go on: one that sees another's end would write what it still has.
-    for signal in ["STOP", "KILL"] {
-        let pids = pids.iter().map(u32::to_string);
-        let sent = std::process::Command::new("sh")
-            .args([
-                "-c",
-                "signal=$1; shift; kill -s $signal \"$@\"",
-                "sh",
-                signal,
-            ])
-            .args(pids)
-            .status();
-        assert!(sent.expect("a shell").success(), "SIG{signal}");
-    }
+    send_signal("STOP", &pids);
+    send_signal("KILL", &pids);
     eventually(DEADLINE, "the processes to be gone", async || {
         let gone = |pid: &u32| {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
@@ -64,6 +53,26 @@ async fn end_all_processes(database: &Database) {
         pids.iter().all(gone).then_some(())
     })
     .await;
+}
+
+/// From now on the log is written to disk by sessions that commit, and by nobody else.
+async fn stop_wal_writer(database: &Database) {
+    let sql = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'";
+    let pid: i32 = database.rows(sql, &[]).await[0].get(0);
+    send_signal("STOP", &[pid.unsigned_abs()]);
+}
+
+fn send_signal(signal: &str, pids: &[u32]) {
+    let sent = std::process::Command::new("sh")
+        .args([
+            "-c",
+            "signal=$1; shift; kill -s $signal \"$@\"",
+            "sh",
+            signal,
+        ])
+        .args(pids.iter().map(u32::to_string))
+        .status();
+    assert!(sent.expect("a shell").success(), "SIG{signal}");
 }
 
 async fn own(major: i32, name: &str) -> (OwnServers, Database) {
@@ -85,12 +94,6 @@ async fn an_event_is_on_disk(major: i32) {
             database.name
         ))
         .await;
-    database
-        .sql("ALTER SYSTEM SET wal_writer_delay = '10s'")
-        .await;
-    servers.stop_postgres();
-    servers.start();
-    database.client = database.connect().await;
     let mut walpost = database.start(&[]).await;
 
     // The slot's own file is written when the LSN passes a record of running transactions that the walsender has read, as a checkpoint
@@ -125,6 +128,7 @@ async fn an_event_is_on_disk(major: i32) {
         .await;
     };
     reached(0).await;
+    stop_wal_writer(&database).await;
     walpost.signal("CONT");
     reached(1).await;
     end_all_processes(&database).await;

@@ -345,6 +345,12 @@ async fn ids_of_another_schema(major: i32, id_type: &str) {
     // AND what lost its mark is found.
     database.sql("UPDATE shop.outbox SET sent_at = NULL").await;
     eventually(DEADLINE, "the marks that were lost", only_one).await;
+    // A replay leaves out what is not noted as delivered.
+    eventually(DEADLINE, "delivery to be noted", async || {
+        let sql = "SELECT FROM shop.outbox, walpost.progress HAVING bool_and(pg_visible_in_snapshot(txid, delivered))";
+        (!database.rows(sql, &[]).await.is_empty()).then_some(())
+    })
+    .await;
     walpost.stop().await;
     for (command, expected) in [
         (&["replay", "--id", "id.8"][..], "id.8"),

@@ -237,6 +237,11 @@ impl Drop for Database {
 
 async fn drop_database(server_url: &str, name: &str) {
     let admin = connect(server_url).await;
+    // A test that failed may have left a server whose commits wait for a standby.
+    admin
+        .batch_execute("SET synchronous_commit = local")
+        .await
+        .expect("a session can have settings");
     // A walsender lets go of its slot a moment after it was told to, and a child process may come back meanwhile.
     eventually(CLEANUP_DEADLINE, "the test's slots to go", async || {
         let left = admin
