@@ -6,6 +6,8 @@
 mod clients;
 #[path = "http/health.rs"]
 mod health;
+#[path = "http/left.rs"]
+mod left;
 #[path = "http/metrics.rs"]
 mod metrics;
 #[path = "http/page.rs"]

@@ -216,6 +216,56 @@ async fn a_table_of_stragglers_from_an_older_version_is_brought_up_to_date_with_
 }
 
 #[tokio::test]
+async fn tables_that_an_older_version_lacked_are_made_for_those_who_had_the_others() {
+    // GIVEN what an older version made, with and without the roles
+    for roles in [&["--roles"][..], &[]] {
+        let database = Database::create("init").await;
+        init(&database, roles).await;
+        let who = match roles {
+            [] => {
+                database
+                    .sql("GRANT SELECT, INSERT, UPDATE, DELETE ON walpost.straggler TO pg_monitor")
+                    .await;
+                "pg_monitor"
+            }
+            _ => "walpost_connector",
+        };
+        database
+            .sql("DROP TABLE walpost.left_undone, walpost.discarded")
+            .await;
+
+        // WHEN init runs again, without the roles
+        let said = init(&database, &[]).await;
+        assert!(said.contains("created table walpost.left_undone"), "{said}");
+        assert!(
+            said.contains("brought up to date table walpost.straggler"),
+            "{said}"
+        );
+        let again = init(&database, &[]).await;
+        assert!(
+            again.contains("exists table walpost.left_undone"),
+            "{again}"
+        );
+
+        // THEN both are there, with the rights that the connector needs and no others
+        for (table, needed) in [
+            ("left_undone", ["SELECT", "INSERT", "UPDATE"]),
+            ("discarded", ["SELECT", "INSERT", "DELETE"]),
+        ] {
+            let query = "select array_agg(a.privilege_type::text order by a.privilege_type)
+                         from pg_class c, aclexplode(c.relacl) a
+                         where c.oid = to_regclass('walpost.' || $1) and a.grantee = $2::text::regrole";
+            let rows = database.rows(query, &[&table, &who]).await;
+            let mut found = rows[0].get::<_, Option<Vec<String>>>(0).unwrap_or_default();
+            let mut needed = needed.map(str::to_owned);
+            found.sort_unstable();
+            needed.sort_unstable();
+            assert_eq!(found, needed, "{table} for {who}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn two_at_once_both_succeed() {
     let database = Database::create("init").await;
     let (one, two) = tokio::join!(init(&database, &[]), init(&database, &[]));

@@ -194,7 +194,7 @@ async fn the_connector_does_all_of_run_in_every_mode() {
 }
 
 /// A right of the connector, and a condition under which a run without it goes wrong.
-const NEEDED: [&str; 9] = [
+const NEEDED: [&str; 14] = [
     "usage on schema walpost",
     "select on walpost.outbox",
     "update (sent_at) on walpost.outbox",
@@ -204,6 +204,11 @@ const NEEDED: [&str; 9] = [
     "insert on walpost.straggler",
     "delete on walpost.straggler",
     "insert on walpost.after_publish",
+    "select on walpost.left_undone",
+    "insert on walpost.left_undone",
+    "update on walpost.left_undone",
+    "select on walpost.discarded",
+    "delete on walpost.discarded",
 ];
 
 #[tokio::test]
@@ -236,6 +241,44 @@ async fn the_connector_needs_each_of_its_rights() {
         walpost.wait_exit(DEADLINE).await;
         roles.drop().await;
     }
+}
+
+#[tokio::test]
+async fn the_connector_can_discard_what_it_has_stored_and_needs_the_right_to_note_it() {
+    // GIVEN a straggler
+    let roles = Roles::create(&[]).await;
+    let database = &roles.database;
+    let walpost = database.start(&[]).await;
+    let poison =
+        "insert into walpost.outbox (aggregatetype, aggregateid, type) values ('a b', 'k', 'T')";
+    assert_eq!(roles.tries(1, poison).await, None);
+    let dead = "select count(*) = $1 from walpost.straggler";
+    eventually(DEADLINE, "a straggler", async || {
+        let rows = database.rows(dead, &[&1_i64]).await;
+        rows[0].get::<_, bool>(0).then_some(())
+    })
+    .await;
+    walpost.stop().await;
+
+    // WHEN the connector discards it: THEN it may, and needs the right to insert
+    let discard = async || {
+        let args = ["stragglers", "discard", "--state", "dead", "--yes"];
+        database.walpost(&args, &[]).run(DEADLINE).await
+    };
+    let right = "insert on walpost.discarded";
+    database
+        .sql(&format!("revoke {right} from walpost_connector"))
+        .await;
+    let (code, said) = discard().await;
+    assert_eq!(code, 69, "{said}");
+    assert!(said.contains("walpost.discarded"), "{said}");
+    database
+        .sql(&format!("grant {right} to walpost_connector"))
+        .await;
+    let (code, said) = discard().await;
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("discarded 1 stragglers"), "{said}");
+    roles.drop().await;
 }
 
 #[tokio::test]

@@ -1,6 +1,8 @@
 //! The test support itself, against the real servers: what it reports must be what happened, or the other tests prove
 //! nothing.
 
+#[path = "selftest/run.rs"]
+mod run;
 mod support;
 
 use std::sync::Arc;

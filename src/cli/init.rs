@@ -213,7 +213,11 @@ async fn apply(
         StragglerTable::Older => "brought up to date table walpost.straggler".to_owned(),
         StragglerTable::Current => line(true, "table walpost.straggler"),
     });
-    lines.push(apply_left_undone(transaction, ddl).await?);
+    let what = "table walpost.left_undone";
+    if !before.has_left_undone {
+        step(transaction, &format!("create {what}"), &ddl.left_undone).await?;
+    }
+    lines.push(line(before.has_left_undone, what));
     if let Some(status) = &ddl.status {
         let own = after.tables.iter().find(|(name, _)| *name == own_table());
         let own = own.and_then(|(_, table)| table.as_ref());
@@ -274,21 +278,6 @@ async fn refuse_updates(transaction: &Transaction<'_>) -> Result<Option<String>>
             Some("brought up to date table walpost.outbox: it refuses updates, which send nothing".to_owned())
         }
     })
-}
-
-/// Makes the table that tells what was left undone.
-async fn apply_left_undone(transaction: &Transaction<'_>, ddl: &Ddl) -> Result<String> {
-    let what = "table walpost.left_undone";
-    let sql = "select exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace
-                              where n.nspname = 'walpost' and c.relname = 'left_undone')";
-    let existed = transaction.query_one(sql, &[]).await;
-    let existed: bool = existed
-        .map_err(|error| sql_error(&format!("look for {what}"), error))?
-        .get(0);
-    if !existed {
-        step(transaction, &format!("create {what}"), &ddl.left_undone).await?;
-    }
-    Ok(line(existed, what))
 }
 
 /// Gives functions of an earlier version a `search_path` of their own; names those that belong to somebody else.

@@ -371,8 +371,9 @@ settings! {
     );
     SCAN_INTERVAL = Setting::new(
         "WALPOST_SCAN_INTERVAL", Value("10s"), Kind::Duration { min: ms(100), max: minutes(60) },
-        "how often it is noted in walpost.progress what is delivered, while events pass; how often poll mode looks, and rows that \
-         were never marked or are past their retention are looked for",
+        "how often walpost looks whether the publication still sends every row of the tables; how often it notes in walpost.progress \
+         what is delivered, while events pass; how often poll mode looks, and rows that were never marked or are past their retention \
+         are looked for",
     );
     RECONCILE = Setting::new(
         "WALPOST_RECONCILE", Value("on"), Kind::Text("on or off"),

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
+use tokio_postgres::Client;
 use tracing::warn;
 
 use crate::Result;
@@ -97,6 +98,18 @@ async fn write(
     let noted = client.execute(SQL, &[&slot, &what]).await;
     noted.map_err(|error| sql_error("note what was left undone", error))?;
     Ok(())
+}
+
+/// Whether there is such a table, with the rights that [`LeftNote`] needs.
+pub(super) async fn is_usable(client: &Client) -> Result<bool> {
+    const SQL: &str = "
+        SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                       WHERE n.nspname = 'walpost' AND c.relname = 'left_undone' AND has_schema_privilege(n.oid, 'USAGE')
+                         AND has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
+                         AND has_table_privilege(c.oid, 'UPDATE'))";
+    let row = client.query_one(SQL, &[]).await;
+    let row = row.map_err(|error| sql_error("look for walpost.left_undone", error))?;
+    Ok(row.get(0))
 }
 
 /// What the process before this one has left of published rows.

@@ -12,7 +12,7 @@ use tokio_postgres::Client;
 use tracing::{info, warn};
 
 use super::after_publish::AfterPublishTask;
-use super::left_note::LeftNote;
+use super::left_note::{self, LeftNote};
 use super::outbox::OutboxTable;
 use super::partitions;
 use super::retention::Retention;
@@ -84,6 +84,13 @@ pub async fn prepare(client: &Client, config: &Config) -> Result<Vec<OutboxTable
         note_keep(client, config).await?;
     } else {
         note_mode(client, config).await?;
+    }
+    if !left_note::is_usable(client).await? {
+        warn!(
+            "walpost may not use the table walpost.left_undone, or there is none: walpost check does not list what was left undone, and a \
+             published row that cannot be marked or deleted is published again after each restart (hint: walpost init makes the table; \
+             GRANT SELECT, INSERT, UPDATE ON walpost.left_undone TO the role that walpost runs as)"
+        );
     }
     Ok(tables)
 }

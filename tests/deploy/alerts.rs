@@ -217,7 +217,7 @@ async fn every_metric_that_alerts_dashboard_and_documents_name_is_one_that_a_run
                 "{source} names {name}, and no walpost serves that"
             );
         }
-        for label in ["state", "role", "side"] {
+        for label in ["state", "role", "side", "work"] {
             for value in words(queries, &format!("{label}=\""), |c| {
                 is_part(c) || "=\"".contains(c)
             }) {

@@ -10,13 +10,13 @@ const HOSTILE: &str =
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">";
 
 /// What a browser made of the page.
-struct Browsed {
-    dom: String,
+pub(super) struct Browsed {
+    pub(super) dom: String,
     picture: PathBuf,
 }
 
 /// Opens the page, lets it fetch and draw, and takes both the document and a picture of it.
-async fn browse(url: &str, picture: &str, more: &[&str]) -> Browsed {
+pub(super) async fn browse(url: &str, picture: &str, more: &[&str]) -> Browsed {
     let chromium = tool("chromium");
     let picture = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(picture);
     let mut answers = Vec::new();

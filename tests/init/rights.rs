@@ -121,6 +121,30 @@ async fn a_role_that_does_not_own_the_publication_is_told_so() {
 }
 
 #[tokio::test]
+async fn a_role_that_may_not_make_what_a_newer_version_needs_is_told_so() {
+    // GIVEN what an older version made
+    let database = Database::create("init").await;
+    let (role, url) = role(&database).await;
+    init(&database, &[]).await;
+    database
+        .sql(&format!(
+            "drop table walpost.left_undone; grant usage on schema walpost to {role}"
+        ))
+        .await;
+    let (code, said) = walpost_at(&url, &database.slot, &["init"]).await;
+    assert_eq!(code, 69, "{said}");
+    let cure = format!(r#"GRANT USAGE, CREATE ON SCHEMA walpost TO "{role}";"#);
+    assert_eq!(cures(&said), cure, "{said}");
+
+    // WHEN just that is granted THEN it works
+    database.sql(cures(&said)).await;
+    let (code, said) = walpost_at(&url, &database.slot, &["init"]).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("created table walpost.left_undone"), "{said}");
+    drop_role(&database, &role).await;
+}
+
+#[tokio::test]
 async fn a_role_without_rights_may_ask_when_there_is_nothing_to_make() {
     let database = Database::create("init").await;
     let (role, url) = role(&database).await;

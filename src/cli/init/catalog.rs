@@ -325,6 +325,7 @@ pub(super) struct Catalog {
     pub(super) progress: ProgressTable,
     pub(super) has_status: bool,
     pub(super) straggler: StragglerTable,
+    pub(super) has_left_undone: bool,
     pub(super) has_emit: bool,
     pub(super) has_emit_transient: bool,
     pub(super) id_function: IdFunction,
@@ -362,7 +363,8 @@ impl Catalog {
                             where i.relname in ('straggler_row', 'straggler_due', 'straggler_key', 'straggler_id'))
                    and exists (select from pg_class c, ours where relnamespace = schema and relname = 'discarded'),
                    3 = (select count(*) from progress join pg_attribute on attrelid = oid
-                        where attname in ('timeline', 'tables', 'streamed') and not attisdropped)
+                        where attname in ('timeline', 'tables', 'streamed') and not attisdropped),
+                   exists (select from pg_class where relnamespace = schema and relname = 'left_undone')
             from ours";
         let schema = client
             .query_one(query, &[])
@@ -395,6 +397,7 @@ impl Catalog {
                 (true, false) => StragglerTable::Older,
                 (true, true) => StragglerTable::Current,
             },
+            has_left_undone: schema.get(12),
             has_emit: schema.get(8),
             has_emit_transient: schema.get(9),
             id_function: match (schema.get(2), schema.get(3)) {

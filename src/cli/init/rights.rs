@@ -57,6 +57,7 @@ fn all(server: &Server, catalog: &Catalog, mode: Mode, slot_missing: bool) -> Ve
     if own_missing
         || catalog.progress == ProgressTable::Missing
         || catalog.straggler == StragglerTable::Missing
+        || !catalog.has_left_undone
         || !catalog.has_emit_transient
         || (own_can_emit && !catalog.has_emit)
     {
