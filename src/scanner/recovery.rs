@@ -27,7 +27,7 @@
 //! snapshot would not do: a transaction's commit record is in the log before the transaction is visible, for a moment, or, where commits wait for a synchronous
 //! standby, for as long as that takes; and the slot may stand beyond the record. (Somebody advanced it; or it was made meanwhile: also the
 //! servers that wait for running transactions when they make a slot do not wait for one that began in the last part of it.) Such a
-//! row would neither be in the gap nor be streamed. The wait costs a start behind an unknown slot as long as the longest
+//! row would neither be in the gap nor be streamed. ([`super::reconcile`] finds it, where it is on and no crash takes its counts.) The wait costs a start behind an unknown slot as long as the longest
 //! transaction takes. Of an
 //! unknown slot that is what is done, rather than to replace it: its log may hold what no table has (events of `emit_transient`, rows that
 //! were deleted since), and whoever made it chose its properties. The rows that come both ways are those that the scan
