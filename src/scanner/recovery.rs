@@ -99,6 +99,8 @@ pub struct Prepared {
     /// The slot is not as an earlier stream of this process left it: it was made anew, or another process has streamed it, or
     /// there is a gap to be closed. What this process still holds of it is out of date.
     pub out_of_date: bool,
+    /// This process was the last to stream the slot: nobody else has published what it has in the air.
+    pub was_ours: bool,
     /// Tables that a scan leaves out, because they have no columns `txid` and `seq`.
     pub left_out: Vec<TableName>,
     /// Set where nobody knows what the slot was told; see [`scan_up_to_now`].
@@ -165,6 +167,7 @@ pub async fn prepare(
     cluster::check_cluster(&progress, &system_id, slot)?;
     let verdict = judge(state.as_ref(), &progress, session, &here);
     let left_out = left_out(client, config, &progress, &verdict).await?;
+    let is_claimed = progress.session.as_ref() == Some(&session.name);
     if let Verdict::Lost(why) = &verdict {
         let progress = make_anew(client, config, state.as_ref(), why).await?;
         let stands = progress.confirmed.unwrap_or(Lsn::ZERO);
@@ -173,13 +176,13 @@ pub async fn prepare(
             progress,
             claim,
             out_of_date: true,
+            was_ours: is_claimed,
             left_out,
             unknown: None,
             stands,
         }));
     }
     let stands = state.as_ref().and_then(|state| state.confirmed_flush);
-    let is_claimed = progress.session.as_ref() == Some(&session.name);
     if let Some(pid) = state.as_ref().and_then(|state| state.active_pid)
         && !is_claimed
     {
@@ -211,6 +214,7 @@ pub async fn prepare(
         progress,
         claim,
         out_of_date,
+        was_ours: is_claimed,
         left_out,
         unknown,
         stands: stands.unwrap_or(Lsn::ZERO),
