@@ -108,10 +108,12 @@ async fn an_event_without_a_table_that_is_in_the_air_is_not_lost_with_a_slot_tha
         .await;
 
     // WHEN the log cannot be read on behind it, so that the slot is made anew
+    walpost.signal("STOP");
     database.sql("DROP PUBLICATION walpost").await;
     insert(&database, "walpost.outbox", "two").await;
     database.init(&[], &[]).await;
     insert(&database, "walpost.outbox", "three").await;
+    walpost.signal("CONT");
     walpost.wait_for_line("making a new slot", DEADLINE).await;
     eventually(DEADLINE, "the new slot to be claimed", async || {
         let sql = "SELECT FROM walpost.progress WHERE scan_upto IS NOT NULL AND scan_before IS NOT NULL AND confirmed_lsn IS NULL";

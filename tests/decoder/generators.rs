@@ -118,8 +118,10 @@ fn number(name: &str, random: &mut Random) -> Option<String> {
         "macaddr8" => hex(&random.bytes(8)),
         "inet" | "cidr" => {
             let [a, b, c, d]: [u8; 4] = array(random);
-            match (name, random.below(2)) {
+            match (name, random.below(if name == "inet" { 4 } else { 2 })) {
                 ("inet", 0) => format!("{a}.{b}.{c}.{d}/{}", random.below(33)),
+                ("inet", 1) => format!("{a}.{b}.{c}.{d}"),
+                ("inet", 2) => format!("{a:x}:{b:x}::{c:x}:{d:x}"),
                 ("inet", _) => format!("{a:x}:{b:x}::{c:x}:{d:x}/{}", random.below(129)),
                 (_, 0) => format!("{a}.{b}.0.0/{}", 16 + random.below(17)),
                 _ => format!("{a:x}:{b:x}::/{}", 32 + random.below(97)),
