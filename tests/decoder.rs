@@ -1,6 +1,8 @@
 //! Guarantee: a row gives the same message whichever way it takes: gap scan, poll mode, stream, or the table of stragglers; whatever
 //! its columns' types are, whatever role and database say about the output of values, and whatever bytes its text has.
 
+#[path = "decoder/generators.rs"]
+mod generators;
 #[path = "decoder/paths.rs"]
 mod paths;
 #[path = "decoder/samples.rs"]

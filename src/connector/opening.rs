@@ -7,11 +7,12 @@
 use std::future::Future;
 use std::sync::Arc;
 
+use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
 use tracing::{info, warn};
 
 use super::publishing::{diversion, publisher_config, routing, subscription};
-use super::{Connector, Shutdown};
+use super::{Connector, Shutdown, TICK_INTERVAL};
 use crate::config::Config;
 use crate::meter::Phase;
 use crate::outbox::Extractor;
@@ -20,7 +21,7 @@ use crate::postgres::{
     self, OutboxRelations, ReplicationConnection, ReplicationStream, StreamOptions, SystemIdentity,
     published, slot,
 };
-use crate::pulsar::{Publisher, PublisherConfig};
+use crate::pulsar::{Flush, Publisher, PublisherConfig};
 use crate::scanner::cluster;
 use crate::scanner::delivered::{Carried, Keeper, Start};
 use crate::scanner::gap::{self, Gap};
@@ -76,7 +77,12 @@ impl Connector {
             .as_ref()
             .is_some_and(|prepared| prepared.out_of_date)
         {
-            // What was in the air is in the gap, or the slot sends it again, or another instance has published it.
+            // What was in the air is in the gap, or the slot sends it again, or another instance has published it; but of our own slot that is lost
+            // it may be in no table (an event of `emit_transient`, a row that was deleted since).
+            let was_ours = prepared.as_ref().is_some_and(|prepared| prepared.was_ours);
+            if was_ours && self.settle(shutdown.as_mut()).await?.is_none() {
+                return Ok(None);
+            }
             self.drop_pipe();
             self.session.told = None;
             self.left = None;
@@ -139,6 +145,41 @@ impl Connector {
         self.scanner = Some(client);
         self.left = None;
         Ok(Some(stream))
+    }
+
+    /// Waits for the receipts of what is in the air, for the grace period at most. `None`: shutdown came first.
+    async fn settle<F: Future<Output = ()>>(
+        &mut self,
+        mut shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<()>> {
+        let by = Instant::now() + self.config.shutdown_grace;
+        let Some((_, pipe)) = &mut self.pipe else {
+            return Ok(Some(()));
+        };
+        if pipe.unfinished() > 0 {
+            info!(
+                events = pipe.unfinished(),
+                "the slot is made anew: waiting for the receipts of what the old one brought"
+            );
+        }
+        while pipe.unfinished() > 0 {
+            let now = Instant::now();
+            if now >= by {
+                warn!(
+                    events = pipe.unfinished(),
+                    "events of the old slot have no receipt: those that are rows are read from the table, and those of emit_transient may be lost"
+                );
+                break;
+            }
+            pipe.publisher().flush(Flush::All);
+            tokio::select! {
+                biased;
+                () = shutdown.as_mut() => return Ok(None),
+                event = pipe.next_event() => pipe.event(event)?,
+                () = sleep_until(by.min(now + TICK_INTERVAL)) => pipe.publisher().tick(Instant::now()),
+            }
+        }
+        Ok(Some(()))
     }
 
     /// What the last stream of the same log left, if it ended in good order, and where the slot stands.

@@ -8,6 +8,15 @@
 //! that mends it. A second failure without a transaction in between is the past, and nothing can mend that: the slot then counts as
 //! lost ([`crate::scanner::recovery`]), which under `WALPOST_SLOT_LOST=recover` makes a new one and publishes the rows in between
 //! from the table. A third is an error.
+//!
+//! # What comes twice, and what may be lost
+//!
+//! Opening again keeps the pipe and the task that notes what is delivered, so nothing of either is lost. For the new slot no last note is
+//! taken, because there can be none: a snapshot is noted when the confirmed LSN has passed the end of the log of that moment, and this slot never
+//! gets past the place that cannot be read. So the rows that were published since the last note are published once more from the table: those of
+//! the last `WALPOST_SCAN_INTERVAL`, or in a backlog all since it began. What is in the air gets its receipts first, for the grace period at
+//! most, because it may be in no table: an event of `emit_transient`, a row that its application has deleted. Such events *behind* that
+//! place are lost with the slot.
 
 use crate::Error;
 use crate::postgres::{is_unreadable, quote_literal};

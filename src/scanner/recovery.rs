@@ -27,7 +27,7 @@
 //! snapshot would not do: a transaction's commit record is in the log before the transaction is visible, for a moment, or, where commits wait for a synchronous
 //! standby, for as long as that takes; and the slot may stand beyond the record. (Somebody advanced it; or it was made meanwhile: also the
 //! servers that wait for running transactions when they make a slot do not wait for one that began in the last part of it.) Such a
-//! row would neither be in the gap nor be streamed. The wait costs a start behind an unknown slot as long as the longest
+//! row would neither be in the gap nor be streamed. ([`super::reconcile`] finds it, where it is on and no crash takes its counts.) The wait costs a start behind an unknown slot as long as the longest
 //! transaction takes. Of an
 //! unknown slot that is what is done, rather than to replace it: its log may hold what no table has (events of `emit_transient`, rows that
 //! were deleted since), and whoever made it chose its properties. The rows that come both ways are those that the scan
@@ -100,6 +100,8 @@ pub struct Prepared {
     /// The slot is not as an earlier stream of this process left it: it was made anew, or another process has streamed it, or
     /// there is a gap to be closed. What this process still holds of it is out of date.
     pub out_of_date: bool,
+    /// This process was the last to stream the slot: nobody else has published what it has in the air.
+    pub was_ours: bool,
     /// Tables that a scan leaves out, because they have no columns `txid` and `seq`.
     pub left_out: Vec<TableName>,
     /// Set where nobody knows what the slot was told; see [`scan_up_to_now`].
@@ -166,6 +168,7 @@ pub async fn prepare(
     cluster::check_cluster(&progress, &system_id, slot)?;
     let verdict = judge(state.as_ref(), &progress, session, &here);
     let left_out = left_out(client, config, &progress, &verdict).await?;
+    let is_claimed = progress.session.as_ref() == Some(&session.name);
     if let Verdict::Lost(why) = &verdict {
         let progress = make_anew(client, config, state.as_ref(), why).await?;
         let stands = progress.confirmed.unwrap_or(Lsn::ZERO);
@@ -174,13 +177,13 @@ pub async fn prepare(
             progress,
             claim,
             out_of_date: true,
+            was_ours: is_claimed,
             left_out,
             unknown: None,
             stands,
         }));
     }
     let stands = state.as_ref().and_then(|state| state.confirmed_flush);
-    let is_claimed = progress.session.as_ref() == Some(&session.name);
     if let Some(pid) = state.as_ref().and_then(|state| state.active_pid)
         && !is_claimed
     {
@@ -212,6 +215,7 @@ pub async fn prepare(
         progress,
         claim,
         out_of_date,
+        was_ours: is_claimed,
         left_out,
         unknown,
         stands: stands.unwrap_or(Lsn::ZERO),

@@ -1,6 +1,6 @@
 //! Mistakes that were mended, and that the log still holds.
 
-use super::support::{Database, eventually, on_each_major};
+use super::support::{Database, Proxy, consume, eventually, on_each_major, servers};
 use super::{DEADLINE, arrived, insert, on, partitioned_on};
 
 async fn stop_and_count(database: &Database, settings: &[(&str, &str)], expected: &[&str]) {
@@ -86,6 +86,61 @@ async fn rows_of_a_time_without_a_publication_arrive_on_14() {
 #[tokio::test]
 async fn rows_of_a_time_without_a_publication_arrive_on_15() {
     rows_without_a_publication(15).await;
+}
+
+#[tokio::test]
+async fn an_event_without_a_table_that_is_in_the_air_is_not_lost_with_a_slot_that_cannot_be_read_on()
+ {
+    // GIVEN a stream that does not look at the publication, and an event without a table that waits for the broker
+    let database = on(15).await;
+    let broker = Proxy::before_broker(&servers().pulsar_addr);
+    let url = format!("pulsar://{}", broker.addr());
+    let settings = [
+        ("WALPOST_PULSAR_URL", url.as_str()),
+        ("WALPOST_SCAN_INTERVAL", "10m"),
+    ];
+    let mut walpost = database.start(&settings).await;
+    insert(&database, "walpost.outbox", "one").await;
+    assert_eq!(arrived(&database, 1).await, ["one"]);
+    broker.hold_requests(true);
+    database
+        .sql("SELECT walpost.emit_transient('x', 'k', 'T', '\"only in the log\"')")
+        .await;
+
+    // WHEN the log cannot be read on behind it, so that the slot is made anew
+    walpost.signal("STOP");
+    database.sql("DROP PUBLICATION walpost").await;
+    insert(&database, "walpost.outbox", "two").await;
+    database.init(&[], &[]).await;
+    insert(&database, "walpost.outbox", "three").await;
+    walpost.signal("CONT");
+    walpost.wait_for_line("making a new slot", DEADLINE).await;
+    eventually(DEADLINE, "the new slot to be claimed", async || {
+        let sql = "SELECT FROM walpost.progress WHERE scan_upto IS NOT NULL AND scan_before IS NOT NULL AND confirmed_lsn IS NULL";
+        (!database.rows(sql, &[]).await.is_empty()).then_some(())
+    })
+    .await;
+    eventually(DEADLINE, "to wait, or to go on", async || {
+        let sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'walpost stragglers'
+                   AND backend_start > (SELECT updated_at FROM walpost.progress)";
+        let goes_on = !database.rows(sql, &[]).await.is_empty();
+        (goes_on || walpost.output().contains("waiting for the receipts")).then_some(())
+    })
+    .await;
+    broker.hold_requests(false);
+
+    // THEN it arrives, and so do the rows
+    let sent = consume(&servers().pulsar_url, &database.topic("x"), 1, DEADLINE).await;
+    assert_eq!(sent[0].payload, b"\"only in the log\"");
+    let payloads = eventually(DEADLINE, "the last row", async || {
+        let payloads = arrived(&database, 3).await;
+        (payloads.last().is_some_and(|last| last == "three")).then_some(payloads)
+    });
+    let mut payloads = payloads.await;
+    payloads.sort_unstable();
+    payloads.dedup();
+    assert_eq!(payloads, ["one", "three", "two"]);
+    walpost.stop().await;
 }
 
 async fn rows_under_other_names(major: i32) {

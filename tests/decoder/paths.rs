@@ -1,10 +1,12 @@
-//! Every base type, domains two deep, arrays, enums and composites, through every way that a row can take.
+//! Every base type, domains two deep, arrays, enums and composites, through every way that a row can take: with chosen values, and with
+//! random ones.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use crate::generators::literal;
 use crate::samples::{BINARY, SAMPLES, WITHOUT_INPUT};
-use crate::support::{Database, admin, consume, eventually, servers};
+use crate::support::{Database, Random, admin, consume, eventually, servers};
 use crate::{DEADLINE, QUICK};
 
 /// What the database says about the output of values, and what the connector's login says.
@@ -39,37 +41,60 @@ struct Message {
     event_time_ms: u64,
 }
 
-/// A type, and the literals of two values.
+/// Random values of each type.
+const RANDOM_VALUES: usize = 4;
+/// Of the chosen values' rows: 2024-02-03 01:02:03.4567 in UTC, in microseconds.
+const CHOSEN_TIME: usize = 1_706_922_123_456_700;
+
+/// A type, and the literals of its values, each with the time of its rows.
 struct Sample {
     /// For names.
     name: String,
     /// As SQL has it.
     sql: String,
-    values: [&'static str; 2],
+    values: Vec<(String, usize)>,
 }
 
-fn samples(only_binary: bool) -> Vec<Sample> {
+/// With a seed: of random values.
+fn samples(only_binary: bool, seed: Option<u64>) -> Vec<Sample> {
+    let chosen = |values: &[&str]| {
+        let values = values.iter();
+        values
+            .map(|value| ((*value).to_owned(), CHOSEN_TIME))
+            .collect::<Vec<_>>()
+    };
+    let mut random = seed.map(Random::new);
+    let mut values = |name: &str, values: &[&str]| match &mut random {
+        Some(random) => (0..RANDOM_VALUES)
+            .map(|_| {
+                // Until 2105; microseconds are cut.
+                let time = random.below(1 << 32) * 1_000_000 + random.below(1_000_000);
+                (literal(name, random), time)
+            })
+            .collect(),
+        None => chosen(values),
+    };
     let mut samples: Vec<Sample> = SAMPLES
         .iter()
         .filter(|(name, _)| !only_binary || BINARY.contains(name))
-        .map(|(name, values)| Sample {
+        .map(|(name, chosen)| Sample {
             name: (*name).to_owned(),
             sql: match *name {
                 "bpchar" => "character(8)".to_owned(),
                 name => format!("pg_catalog.\"{name}\""),
             },
-            values: *values,
+            values: values(name, chosen),
         })
         .collect();
     if !only_binary {
-        let user = |name: &str, values| Sample {
+        let user = |name: &str, values: &[&str]| Sample {
             name: name.to_owned(),
             sql: format!("hidden.{name}"),
-            values,
+            values: chosen(values),
         };
-        samples.push(user("mood", ["sad", "so, so"]));
-        samples.push(user("pair", ["(0.1,\"2024-02-03 01:02:03+00\")", "(,)"]));
-        samples.push(user("floats", ["[0.1,0.30000000000000004)", "empty"]));
+        samples.push(user("mood", &["sad", "so, so"]));
+        samples.push(user("pair", &["(0.1,\"2024-02-03 01:02:03+00\")", "(,)"]));
+        samples.push(user("floats", &["[0.1,0.30000000000000004)", "empty"]));
     }
     samples
 }
@@ -117,7 +142,7 @@ fn insert(samples: &[Sample], only_binary: bool, way: &str) -> String {
         values,
     } in samples
     {
-        for (number, value) in values.iter().enumerate() {
+        for (number, (value, time)) in values.iter().enumerate() {
             let v = format!("'{}'::{of}", value.replace('\'', "''"));
             let (first, second) = if only_binary {
                 (v.clone(), v.clone())
@@ -127,11 +152,13 @@ fn insert(samples: &[Sample], only_binary: bool, way: &str) -> String {
                     format!("ARRAY[{v}, {v}]"),
                 )
             };
-            for (table, event_type) in [("t", first), ("u", second)] {
+            for (table, event_type, epoch) in
+                [("t", first, "timestamptz"), ("u", second, "timestamp")]
+            {
                 let inserted = write!(
                     sql,
                     "INSERT INTO hidden.\"{table}_{name}\" (id, aggregateid, type, payload, created_at, aggregatetype, headers)
-                     VALUES ({v}, {v}, {event_type}, {v}, '2024-02-03 01:02:03.4567', '{way}', '{{\"label\": \"{table}_{name} {number}\"}}');"
+                     VALUES ({v}, {v}, {event_type}, {v}, {epoch} 'epoch' + {time} * interval '1 microsecond', '{way}', '{{\"label\": \"{table}_{name} {number}\"}}');"
                 );
                 inserted.expect("a String takes everything");
             }
@@ -177,7 +204,8 @@ async fn expected(database: &Database, tables: &[String]) -> BTreeMap<String, Me
             "convert_to(format('%s', payload), 'UTF8')"
         };
         let sql = format!(
-            "SELECT headers->>'label', format('%s', aggregateid), {payload}, format('%s', id), format('%s', type)
+            "SELECT headers->>'label', format('%s', aggregateid), {payload}, format('%s', id), format('%s', type),
+                    floor(extract(epoch FROM created_at) * 1000)::int8
              FROM {table} WHERE aggregatetype = 'scan'"
         );
         for row in session.query(&sql, &[]).await.expect("the rows") {
@@ -186,7 +214,7 @@ async fn expected(database: &Database, tables: &[String]) -> BTreeMap<String, Me
                 payload: row.get(2),
                 id: row.get(3),
                 event_type: row.get(4),
-                event_time_ms: 1_706_922_123_456,
+                event_time_ms: row.get::<_, i64>(5).unsigned_abs(),
             };
             expected.insert(row.get(0), message);
         }
@@ -198,11 +226,11 @@ fn path(topic: &str) -> String {
     topic.replace("persistent://", "/admin/v2/persistent/")
 }
 
-/// One row of each type and shape goes every way.
-async fn compare(only_binary: bool) {
+/// One row of each type, shape and value goes every way.
+async fn compare(only_binary: bool, seed: Option<u64>) {
     // GIVEN an outbox table for each type, and settings for the output of values that are not walpost's
     let database = Database::create(if only_binary { "binary" } else { "text" }).await;
-    let samples = samples(only_binary);
+    let samples = samples(only_binary, seed);
     let (sql, tables) = tables(&samples, only_binary);
     database.sql(&sql).await;
     let names = tables.join(", ");
@@ -226,7 +254,10 @@ async fn compare(only_binary: bool) {
             .sql(&format!("ALTER ROLE {login} SET {says}"))
             .await;
     }
-    let rows = tables.len() * 2;
+    let rows = samples
+        .iter()
+        .map(|sample| 2 * sample.values.len())
+        .sum::<usize>();
     let refused = path(&database.topic("straggler"));
     let admin_url = &servers().pulsar_admin_url;
     admin(admin_url, "PUT", &refused, "").await;
@@ -267,7 +298,11 @@ async fn compare(only_binary: bool) {
     for way in WAYS {
         let received = received(&database, way, rows).await;
         for (label, expected) in &expected {
-            assert_eq!(received.get(label), Some(expected), "{way}: {label}");
+            assert_eq!(
+                received.get(label),
+                Some(expected),
+                "{way}: {label}, seed {seed:?}"
+            );
         }
     }
     poller.stop().await;
@@ -275,12 +310,22 @@ async fn compare(only_binary: bool) {
 
 #[tokio::test]
 async fn values_that_the_stream_reads_in_binary_format_are_the_same_on_every_way() {
-    compare(true).await;
+    compare(true, None).await;
+}
+
+#[tokio::test]
+async fn random_values_that_the_stream_reads_in_binary_format_are_the_same_on_every_way() {
+    compare(true, Some(1)).await;
 }
 
 #[tokio::test]
 async fn values_of_every_type_are_the_same_on_every_way() {
-    compare(false).await;
+    compare(false, None).await;
+}
+
+#[tokio::test]
+async fn random_values_of_every_type_are_the_same_on_every_way() {
+    compare(false, Some(2)).await;
 }
 
 #[tokio::test]
