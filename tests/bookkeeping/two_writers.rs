@@ -1,7 +1,7 @@
 //! `walpost init` and the file `sql/11_slot.sql` beside a running walpost.
 
 use crate::support::{Database, Walpost, eventually, on_each_major};
-use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert, wait_all_sent};
+use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert};
 
 /// Who makes the slot.
 #[derive(Clone, Copy)]
@@ -76,7 +76,7 @@ async fn a_slot_is_made_beside_a_poller(major: i32, maker: Maker) {
     assert!(slot_exists(&database, "confirmed_flush_lsn IS NOT NULL").await);
     let walpost = database.start(&[NOTED_SOON]).await;
     insert(&database.client, "last").await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     arrived(&database, &["long", "short", "last"]).await;
 
@@ -124,7 +124,7 @@ async fn two_makers(major: i32, second: Maker) {
     second.wait_exit(DEADLINE).await;
     assert_eq!(now().await, before);
     let walpost = database.start(&[NOTED_SOON]).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     arrived(&database, &["long", "between"]).await;
 }
