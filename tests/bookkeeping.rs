@@ -55,16 +55,6 @@ pub(crate) async fn insert(client: &tokio_postgres::Client, payload: &str) {
     client.execute(sql, &[&payload]).await.expect("a row");
 }
 
-/// Waits until the status of every row is "sent".
-pub(crate) async fn wait_all_sent(database: &Database) {
-    eventually(DEADLINE, "every row to be known as sent", async || {
-        let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status <> 'sent'";
-        let rows = database.client.query(sql, &[]).await.ok()?;
-        (rows[0].get::<_, i64>(0) == 0).then_some(())
-    })
-    .await;
-}
-
 /// The payloads in the topic, once this many messages are there; fails when there are others.
 pub(crate) async fn arrived(database: &Database, expected: &[&str]) -> Vec<String> {
     let topic = database.topic("t");

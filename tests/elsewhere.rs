@@ -5,7 +5,7 @@ mod support;
 
 use std::time::Duration;
 
-use support::{Committed, Database, Load, consume, eventually, insert_many, servers};
+use support::{Committed, Database, Load, consume, insert_many, servers};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const NOTED_SOON: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "100ms");
@@ -43,19 +43,11 @@ async fn refused(database: &Database, settings: &[(&str, &str)]) -> String {
     said
 }
 
-async fn wait_all_sent(database: &Database) {
-    eventually(DEADLINE, "every row to be known as sent", async || {
-        let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status <> 'sent'";
-        (database.rows(sql, &[]).await[0].get::<_, i64>(0) == 0).then_some(())
-    })
-    .await;
-}
-
 /// Runs until every row is known as sent, and expects each committed one once.
 async fn arrives_once(database: &Database) {
     let walpost = database.start(&[NOTED_SOON]).await;
     insert_many(&database.client, "b", 10).await;
-    wait_all_sent(database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     let committed = Committed::read(database).await;
     let topic = Load::topic(database);
@@ -116,7 +108,7 @@ async fn rows_with_a_txid_of_the_future_that_are_published_already_are_not_sent_
     );
     database.sql(progress).await;
     let walpost = database.start(&[NOTED_SOON]).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     insert_many(&database.client, "c", 10).await;
     database.wait_all_confirmed(DEADLINE).await;
     walpost.stop().await;
@@ -148,7 +140,7 @@ async fn polling_refuses_rows_with_a_txid_of_the_future_although_no_other_row_is
         .sql(between(&said, ", and after its commit ", "; if they are"))
         .await;
     let walpost = database.walpost(&["run"], &settings).spawn();
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     let committed = Committed::read(&database).await;
     let topic = Load::topic(&database);
@@ -162,7 +154,7 @@ async fn a_delivered_snapshot_of_the_future_is_refused_and_each_way_out_does_wha
     Load::prepare(&database).await;
     let walpost = database.start(&[NOTED_SOON]).await;
     insert_many(&database.client, "a", 10).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     insert_many(&database.client, "a", 1).await;
     let ahead = "UPDATE walpost.progress SET delivered = '900000000000:900000000000:'";
@@ -189,7 +181,7 @@ async fn a_delivered_snapshot_of_the_future_is_refused_and_each_way_out_does_wha
         .sql(between(&said, "every row again: ", "; after pg_upgrade"))
         .await;
     let walpost = database.start(&[NOTED_SOON]).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     let committed = Committed::read(&database).await;
     let topic = Load::topic(&database);

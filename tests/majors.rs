@@ -8,7 +8,7 @@ mod support;
 use std::collections::HashSet;
 use std::time::Duration;
 
-use support::{Database, Servers, Walpost, consume, eventually, servers};
+use support::{Database, Walpost, consume, eventually, servers};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const OFTEN: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "200ms");
@@ -35,8 +35,7 @@ async fn wait_none(database: &Database, what: &str) {
 
 /// A partitioned outbox whose first rows are older than its slot.
 async fn with_old_rows(major: i32) -> Database {
-    let on = Servers::up(&["--postgres", &major.to_string(), "--no-pulsar"]);
-    let database = Database::create_on(&on, "majors").await;
+    let database = Database::create_on_major(major, "majors").await;
     let partitioned = ["--payload", "text", "--partition-by", "hour"];
     database.init(&partitioned, &[MARK]).await;
     let drop_slot = "SELECT pg_drop_replication_slot($1::text::name)";

@@ -48,15 +48,6 @@ async fn start(database: &Database, settings: &[(&str, &str)]) -> Walpost {
     walpost
 }
 
-async fn wait_all_sent(database: &Database) {
-    eventually(DEADLINE, "every row to be known as sent", async || {
-        let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status <> 'sent'";
-        let rows = database.rows(sql, &[]).await;
-        (rows[0].get::<_, i64>(0) == 0).then_some(())
-    })
-    .await;
-}
-
 async fn received(database: &Database, expected: usize) -> Vec<Received> {
     let topic = Load::topic(database);
     consume(&servers().pulsar_url, &topic, expected, DEADLINE).await
@@ -100,7 +91,7 @@ async fn every_row_arrives_where_there_is_no_logical_replication() {
     load.stop();
 
     // THEN every row comes once, in order, and none that was rolled back
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     let committed = Committed::read(&database).await;
     committed.assert_exactly_once(&received(&database, committed.len()).await);
@@ -125,7 +116,7 @@ async fn a_poller_that_is_killed_goes_on_with_the_look_it_began() {
 
     // THEN every row is there once, in order
     let walpost = start(&database, &POLL).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     let committed = Committed::read(&database).await;
     committed.assert_exactly_once(&received(&database, committed.len()).await);
@@ -160,7 +151,7 @@ async fn a_change_between_poll_and_stream_loses_nothing() {
 
     // THEN nothing is lost
     database.wait_all_confirmed(DEADLINE).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     let committed = Committed::read(&database).await;
     committed.assert_at_least_once(&received(&database, committed.len()).await);

@@ -18,14 +18,6 @@ const OFTEN: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "200ms");
 const INSERT: &str = "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload)
                       SELECT 't', 'key-' || n % 7, 'e', to_json(n) FROM generate_series(1, 5) n;";
 
-async fn sent(database: &Database) {
-    eventually(DEADLINE, "every row to be shown as sent", async || {
-        let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status <> 'sent'";
-        (database.rows(sql, &[]).await[0].get::<_, i64>(0) == 0).then_some(())
-    })
-    .await;
-}
-
 async fn ids(database: &Database, from: &str) -> Vec<String> {
     let sql = format!("SELECT id::text FROM {from} ORDER BY 1");
     let rows = database.rows(&sql, &[]).await;
@@ -63,7 +55,7 @@ async fn reconciled(database: &Database, walpost: &mut Walpost) {
     walpost
         .wait_for_line("the stream did not bring rows", DEADLINE)
         .await;
-    sent(database).await;
+    database.wait_all_sent(DEADLINE).await;
 }
 
 /// What hides rows from a stream, and what mends it.
@@ -91,7 +83,7 @@ async fn rows_that_were_hidden_from_the_stream_come(major: i32) {
         // GIVEN a stream
         let walpost = database.start(&[OFTEN]).await;
         database.sql(INSERT).await;
-        sent(&database).await;
+        database.wait_all_sent(DEADLINE).await;
         walpost.stop().await;
         // WHEN rows are committed while the publication leaves them out, once while nobody streams
         database
@@ -109,9 +101,9 @@ async fn rows_that_were_hidden_from_the_stream_come(major: i32) {
                 "BEGIN; ALTER PUBLICATION walpost {hide}; {INSERT} ALTER PUBLICATION walpost {mend}; COMMIT"
             ))
             .await;
-        sent(&database).await;
+        database.wait_all_sent(DEADLINE).await;
         database.sql(INSERT).await;
-        sent(&database).await;
+        database.wait_all_sent(DEADLINE).await;
         walpost.stop().await;
     }
     // THEN every row came once
@@ -125,7 +117,7 @@ async fn rows_of_a_publication_that_was_dropped_and_made_again_come_once_on_18()
     database.init(&[], &[]).await;
     let walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     // WHEN rows are committed without a publication (Postgres 18 streams on without an error)
     database.sql("DROP PUBLICATION walpost").await;
@@ -155,7 +147,7 @@ async fn partition_with_rows(major: i32, settings: &[(&str, &str)], at_work: &st
     let mut walpost = database.walpost(&["run"], &settings).spawn();
     walpost.wait_for_line(at_work, DEADLINE).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     let table = |age: &str| {
         format!(
             "CREATE TABLE walpost.filled (LIKE walpost.outbox INCLUDING DEFAULTS);
@@ -172,7 +164,7 @@ async fn partition_with_rows(major: i32, settings: &[(&str, &str)], at_work: &st
     // WHEN a table with rows that are older than the last note becomes a partition
     database.sql(&table("40 days")).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     database.sql(attach).await;
 
     // THEN its rows are published
@@ -186,7 +178,7 @@ async fn partition_with_rows(major: i32, settings: &[(&str, &str)], at_work: &st
         .sql("ALTER TABLE walpost.outbox DETACH PARTITION walpost.filled")
         .await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     database
         .sql(
             "INSERT INTO walpost.filled (aggregatetype, aggregateid, type, payload, created_at, seq)
@@ -195,7 +187,7 @@ async fn partition_with_rows(major: i32, settings: &[(&str, &str)], at_work: &st
         )
         .await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     database.sql(attach).await;
 
     // THEN those are published, and no other row again
@@ -270,7 +262,7 @@ async fn a_table_is_added(major: i32) {
     database.init(&[], &[]).await;
     let walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     database
         .sql(&format!(
             "CREATE TABLE second (LIKE walpost.outbox INCLUDING ALL); GRANT SELECT ON second TO walpost_connector;
@@ -279,7 +271,7 @@ async fn a_table_is_added(major: i32) {
         ))
         .await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     database
         .sql("ALTER PUBLICATION walpost ADD TABLE second")
         .await;
@@ -287,7 +279,7 @@ async fn a_table_is_added(major: i32) {
         .sql(&INSERT.replace("walpost.outbox", "second"))
         .await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     database
         .sql(&INSERT.replace("walpost.outbox", "second"))
@@ -318,7 +310,7 @@ async fn an_outbox_is_replaced(major: i32) {
     let mut walpost = database.walpost(&["run"], &[OFTEN]).spawn();
     walpost.wait_for_line("streaming", DEADLINE).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     // WHEN a table that was filled beside it takes its name
     database
         .sql(&format!(
@@ -328,7 +320,7 @@ async fn an_outbox_is_replaced(major: i32) {
              {INSERT}"
         ))
         .await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     let old = ids(&database, "walpost.outbox").await;
     database
         .sql(
@@ -393,7 +385,7 @@ async fn a_stream_ends_and_the_next_one_publishes(major: i32) {
             .sql(&format!("ALTER PUBLICATION walpost {mend}"))
             .await;
         let walpost = database.start(&[OFTEN]).await;
-        sent(&database).await;
+        database.wait_all_sent(DEADLINE).await;
         walpost.stop().await;
     }
     once_each(&database).await;
@@ -406,7 +398,7 @@ async fn of_a_transaction_that_came_in_part_every_row_is_published() {
     database.init(&[], &[]).await;
     let mut walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     // WHEN it brings some rows of a transaction and leaves out others
     database
         .sql(&format!(
@@ -429,7 +421,7 @@ async fn a_missing_row_that_cannot_be_published_becomes_a_straggler_and_the_othe
     database.init(&[], &[]).await;
     let mut walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     // WHEN rows are left out, one of them with a topic that no topic can have
     database
         .sql(&format!(
@@ -477,7 +469,7 @@ async fn rows_that_were_streamed_are_not_taken_for_missing_whatever_happens_to_t
         let mut walpost = database.start(&[OFTEN]).await;
         work(2 * round).await;
         if round % 2 == 0 {
-            sent(&database).await;
+            database.wait_all_sent(DEADLINE).await;
         }
         work(2 * round + 1).await;
         database.wait_all_confirmed(DEADLINE).await;
@@ -486,7 +478,7 @@ async fn rows_that_were_streamed_are_not_taken_for_missing_whatever_happens_to_t
         said.push_str(&walpost.output());
     }
     let walpost = database.start(&[OFTEN]).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     said.push_str(&walpost.output());
     walpost.stop().await;
     // THEN nothing was taken for missing, and nothing came twice
@@ -502,7 +494,7 @@ async fn a_partition_and_a_table_come_behind_a_crash(major: i32) {
     database.init(&["--partition-by", "day"], &[]).await;
     let mut walpost = database.start(&[database.as_owner(), OFTEN]).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.sigkill();
     drop(walpost);
     // WHEN a partition with rows, and a table that is new in the settings, come before the next start
@@ -566,7 +558,7 @@ async fn a_stop_before_there_is_a_stream_keeps_what_the_last_stop_left() {
     assert_eq!(walpost.wait_exit(DEADLINE).await, 0, "{}", walpost.output());
     // THEN the one after it knows what was streamed: it publishes those that were not, and those only
     let walpost = database.start(&[OFTEN]).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     once_each(&database).await;
 }
@@ -582,7 +574,7 @@ async fn a_process_that_is_killed_before_missing_rows_are_published_publishes_th
     let settings = [("WALPOST_PULSAR_URL", &*url), OFTEN];
     let mut walpost = database.start(&settings).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     proxy.hold_upstream_replies(true);
     database
         .sql(&format!(
@@ -606,7 +598,7 @@ async fn a_process_that_is_killed_before_missing_rows_are_published_publishes_th
     let pending = ids(&database, "walpost.outbox_status WHERE status = 'pending'").await;
     assert_eq!(pending.len(), 5);
     let walpost = database.start(&[OFTEN]).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     assert_eq!(arrived(&database, 10).await.len(), 10);
 }
@@ -640,7 +632,7 @@ async fn a_stream_that_leaves_rows_out_again_and_again_is_not_ready() {
         said.starts_with("HTTP/1.1 200").then_some(())
     })
     .await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     once_each(&database).await;
 }
@@ -664,7 +656,7 @@ async fn a_copied_row_that_is_committed_while_the_tables_are_compared_is_not_tak
     database.init(&[], &[]).await;
     let walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     let copier = database.connect().await;
     let lock = "BEGIN; LOCK TABLE walpost.outbox IN ACCESS EXCLUSIVE MODE";
     copier.batch_execute(lock).await.expect("a lock");
@@ -685,9 +677,9 @@ async fn a_copied_row_that_is_committed_while_the_tables_are_compared_is_not_tak
     copier.batch_execute(&copy).await.expect("a copy");
 
     // THEN each row comes once
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     let said = walpost.output();
     assert!(!said.contains("did not bring rows"), "{said}");
     walpost.stop().await;

@@ -439,7 +439,7 @@ impl Task {
                 };
                 match self.heard.during(again).await {
                     None => Ok(Some(Round::Interrupted)),
-                    Some(Err(again)) if !again.is_temporary() => Ok(Some(Round::Refused(error))),
+                    Some(Err(again)) if !again.is_temporary() => Ok(Some(Round::Refused(again))),
                     Some(looked) => looked.map(|()| None),
                 }
             }

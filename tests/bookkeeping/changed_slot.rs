@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use crate::support::{Asked, Database, FakeBroker, Reaction, Walpost, eventually};
-use crate::{DEADLINE, NOTED_SOON, drop_slot, insert, make_slot_by_hand, wait_all_sent};
+use crate::{DEADLINE, NOTED_SOON, drop_slot, insert, make_slot_by_hand};
 
 /// A database with a gap, and a walpost whose scan of it waits for receipts.
 async fn scanning(database: &Database, broker: &FakeBroker) -> Walpost {
@@ -30,7 +30,7 @@ async fn goes_on(database: &Database, broker: &FakeBroker, mut walpost: Walpost)
     walpost.wait_for_line("looking at it again", DEADLINE).await;
     walpost.wait_for_line("streaming", DEADLINE).await;
     insert(&database.client, "new").await;
-    wait_all_sent(database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     let arrived: HashSet<String> = broker.stored().into_iter().map(|event| event.id).collect();
     let rows = database

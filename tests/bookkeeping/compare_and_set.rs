@@ -5,7 +5,7 @@ use walpost::scanner::missing::Leaves;
 use walpost::scanner::progress::{self, Claim, Position, Progress};
 
 use crate::support::{Database, on_each_major};
-use crate::{DEADLINE, NOTED_SOON, insert, wait_all_sent};
+use crate::{DEADLINE, NOTED_SOON, insert};
 
 async fn stored(database: &Database) -> Progress {
     let read = progress::read(&database.client, &database.slot).await;
@@ -158,7 +158,7 @@ async fn a_table_of_an_earlier_version(major: i32) {
     );
     let walpost = database.start(&[NOTED_SOON]).await;
     insert(&database.client, "row").await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
 }
 

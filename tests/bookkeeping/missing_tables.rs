@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use crate::support::{Asked, Database, FakeBroker, Reaction, eventually};
-use crate::{DEADLINE, NOTED_SOON, POLL, arrived, drop_slot, insert, wait_all_sent};
+use crate::{DEADLINE, NOTED_SOON, POLL, arrived, drop_slot, insert};
 
 const TABLES: (&str, &str) = ("WALPOST_OUTBOX_TABLE", "walpost.outbox,public.other");
 
@@ -22,7 +22,7 @@ async fn a_table_is_away_for_a_moment(major: i32) {
     };
     let mut walpost = start().await;
     insert(&database.client, "first").await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
 
     // WHEN one of them is renamed, rows are committed to both, and it comes back when the poller has noticed
     database
@@ -49,10 +49,10 @@ async fn a_table_is_away_for_a_moment(major: i32) {
 
     // THEN both rows arrive
     insert(&database.client, "last").await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     if walpost.try_exit().is_some() {
         walpost = start().await;
-        wait_all_sent(&database).await;
+        database.wait_all_sent(DEADLINE).await;
     }
     walpost.stop().await;
     arrived(&database, &["first", "away", "here", "last"]).await;

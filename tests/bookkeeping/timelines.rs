@@ -1,7 +1,7 @@
 //! The cluster comes back on another timeline, with a slot of the name that may be another one.
 
 use crate::support::{Database, OwnServers, Servers, eventually};
-use crate::{DEADLINE, NOTED_SOON, arrived, drop_slot, insert, make_slot_by_hand, wait_all_sent};
+use crate::{DEADLINE, NOTED_SOON, arrived, drop_slot, insert, make_slot_by_hand};
 
 /// Ends recovery of the server's own files on a new timeline, as archive recovery does.
 async fn new_timeline(own: &OwnServers, database: &mut Database) {
@@ -38,7 +38,7 @@ async fn a_slot_of_the_same_name_on_a_new_timeline(major: &str) {
     database.init(&[], &[]).await;
     let mut walpost = database.start(&[NOTED_SOON]).await;
     insert(&database.client, "delivered").await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.sigkill();
     walpost.wait_exit(DEADLINE).await;
 
@@ -52,7 +52,7 @@ async fn a_slot_of_the_same_name_on_a_new_timeline(major: &str) {
     // THEN the slot is not taken for walpost's own, and each row comes once
     let walpost = database.start(&[NOTED_SOON]).await;
     insert(&database.client, "streamed").await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     let said = walpost.output();
     walpost.stop().await;
     assert!(said.contains("timeline 1 and is on 2"), "{said}");

@@ -1,7 +1,7 @@
 //! `walpost init` and the file `sql/11_slot.sql` beside a running walpost.
 
 use crate::support::{Database, Walpost, eventually, on_each_major};
-use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert, wait_all_sent};
+use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert};
 
 /// Who makes the slot.
 #[derive(Clone, Copy)]
@@ -76,7 +76,7 @@ async fn a_slot_is_made_beside_a_poller(major: i32, maker: Maker) {
     assert!(slot_exists(&database, "confirmed_flush_lsn IS NOT NULL").await);
     let walpost = database.start(&[NOTED_SOON]).await;
     insert(&database.client, "last").await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     arrived(&database, &["long", "short", "last"]).await;
 
@@ -102,19 +102,29 @@ async fn two_makers(major: i32, second: Maker) {
     let before: String = database.rows(noted, &[]).await[0].get(0);
     insert(&database.client, "between").await;
 
-    // WHEN a second one comes
+    // WHEN a second one comes, and ends or waits for the first
     let mut second = make_slot(&database, second);
-    second.wait_exit(DEADLINE).await;
+    eventually(
+        DEADLINE,
+        "the second maker to wait, or to end",
+        async || {
+            let sql = "SELECT FROM pg_locks JOIN pg_database d ON d.oid = database
+                   WHERE locktype = 'advisory' AND NOT granted AND datname = current_database()";
+            let waits = !database.rows(sql, &[]).await.is_empty();
+            (waits || second.try_exit().is_some()).then_some(())
+        },
+    )
+    .await;
+    let now = async || -> String { database.rows(noted, &[]).await[0].get(0) };
 
-    // THEN it has written nothing, and the first one's slot is good
-    assert_eq!(
-        database.rows(noted, &[]).await[0].get::<_, String>(0),
-        before
-    );
+    // THEN it has written nothing, also when the first one has ended, and the first one's slot is good
+    assert_eq!(now().await, before);
     long.batch_execute("COMMIT").await.expect("it commits");
     assert_eq!(first.wait_exit(DEADLINE).await, 0, "{}", first.output());
+    second.wait_exit(DEADLINE).await;
+    assert_eq!(now().await, before);
     let walpost = database.start(&[NOTED_SOON]).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     arrived(&database, &["long", "between"]).await;
 }

@@ -1,9 +1,7 @@
 //! Slots of which `walpost.progress` knows nothing: what the table has is published up to now, and what the slot brings as well is skipped.
 
 use crate::support::{Database, eventually, on_each_major};
-use crate::{
-    DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert, make_slot_by_hand, wait_all_sent,
-};
+use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert, make_slot_by_hand};
 
 /// An outbox and a publication, and no slot.
 async fn without_slot(major: i32) -> Database {
@@ -24,7 +22,7 @@ async fn first_sight(major: i32, progress: &str) {
     // WHEN walpost runs there for the first time
     let walpost = database.start(&[NOTED_SOON]).await;
     insert(&database.client, "streamed").await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
 
     // THEN all of them come, each once
@@ -44,7 +42,7 @@ async fn a_slot_behind_the_last_look_of_poll_mode(major: i32) {
     let mut poller = database.walpost(&["run"], &[POLL, NOTED_SOON]).spawn();
     poller.wait_for_line("polling", DEADLINE).await;
     insert(&database.client, "polled").await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     poller.stop().await;
 
     // WHEN a row is committed, then somebody makes the slot, then another row is committed
@@ -52,7 +50,7 @@ async fn a_slot_behind_the_last_look_of_poll_mode(major: i32) {
     make_slot_by_hand(&database).await;
     insert(&database.client, "behind").await;
     let walpost = database.start(&[NOTED_SOON]).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
 
     // THEN each comes once
@@ -77,7 +75,7 @@ async fn a_first_start_is_killed(major: i32) {
 
     // WHEN the next one starts THEN the row comes
     let walpost = database.start(&[NOTED_SOON]).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     arrived(&database, &["older"]).await;
 }

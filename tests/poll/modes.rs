@@ -100,7 +100,7 @@ async fn a_mark_that_was_lost_with_the_process_is_made_in_the_end() {
     let mut walpost = start(&database, &settings).await;
     insert(&database, 1..=300).await;
     walpost.wait_for_line("could not be marked", DEADLINE).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
 
     // WHEN walpost is killed, and only then they can be
     walpost.sigkill();

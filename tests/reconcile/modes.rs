@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::support::{Asked, Database, FakeBroker, Reaction, Walpost, eventually};
-use crate::{DEADLINE, INSERT, OFTEN, arrived, sent};
+use crate::{DEADLINE, INSERT, OFTEN, arrived};
 
 const OFF: (&str, &str) = ("WALPOST_RECONCILE", "off");
 const RETENTION: (&str, &str) = ("WALPOST_RETENTION", "2s");
@@ -70,7 +70,7 @@ async fn without_the_comparison_delivered_moves_hidden_rows_stay_away_and_check_
     database.init(&[], &[]).await;
     let walpost = database.start(&[OFTEN, OFF]).await;
     database.sql(INSERT).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
 
     // WHEN the publication hides rows for a while
     database
@@ -79,7 +79,7 @@ async fn without_the_comparison_delivered_moves_hidden_rows_stay_away_and_check_
     database.sql(INSERT).await;
 
     // THEN all of them count as delivered, and the hidden ones are not published
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     let said = walpost.output();
     walpost.stop().await;
     assert!(!said.contains("did not bring"), "{said}");
@@ -137,7 +137,7 @@ async fn hidden_rows_come_and_then(mode: &str, waiting: &str, done: (&str, i64))
     let (done, so_far) = done;
     let all = if so_far == 0 { 0 } else { 10 };
     wait_count(&database, done, all).await;
-    sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     assert_eq!(stored(&broker), expected);
     assert_eq!(count(&database, done).await, all);
@@ -173,7 +173,7 @@ async fn hidden_from_the_retention(
     let at_first = [&settings[..], at_first].concat();
     let mut walpost = database.start(&at_first).await;
     insert(database, "0s").await;
-    sent(database).await;
+    database.wait_all_sent(DEADLINE).await;
     // The stream ends, which is not what counts here: rows that are committed before it does are as hidden as those after it.
     database.sql(HIDE).await;
     let mut hidden = insert(database, "9h").await;

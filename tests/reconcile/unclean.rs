@@ -42,7 +42,7 @@ async fn end_after_a_note(database: &Database, end: End) {
     ];
     let mut walpost = database.start(&settings).await;
     database.sql(INSERT).await;
-    sent(database).await;
+    database.wait_all_sent(DEADLINE).await;
     match end {
         End::Killed => walpost.sigkill(),
         End::WithoutReceipts => {
@@ -122,14 +122,14 @@ async fn nothing_comes_twice_where_nothing_was_changed(major: i32) {
         database.sql(INSERT).await;
         database.wait_all_confirmed(DEADLINE).await;
         if often {
-            sent(&database).await;
+            database.wait_all_sent(DEADLINE).await;
         }
         walpost.sigkill();
         walpost.wait_exit(DEADLINE).await;
         // AND rows are committed while nobody streams
         database.sql(INSERT).await;
         let walpost = database.start(&[OFTEN]).await;
-        sent(&database).await;
+        database.wait_all_sent(DEADLINE).await;
         let said = walpost.output();
         assert!(!said.contains("did not bring rows"), "{said}");
         walpost.stop().await;

@@ -45,6 +45,17 @@ impl Database {
         self.wait_confirmed(&self.slot, now, deadline).await;
     }
 
+    /// Waits until the status of every row is "sent".
+    pub(crate) async fn wait_all_sent(&self, deadline: Duration) {
+        eventually(deadline, "every row to be known as sent", async || {
+            let sql = "SELECT FROM walpost.outbox_status WHERE status <> 'sent' LIMIT 1";
+            // The view goes when a test drops its table.
+            let rows = self.client.query(sql, &[]).await.ok()?;
+            rows.is_empty().then_some(())
+        })
+        .await;
+    }
+
     /// Waits until the retention has looked through the table once more from beginning to end.
     pub(crate) async fn retention_walked(&self, deadline: Duration) {
         let sql = "SELECT query_start::text FROM pg_stat_activity

@@ -110,7 +110,14 @@ impl Servers {
             args.push("--no-pulsar");
         }
         let pulsar_home = self.vars.get("WALPOST_LOCAL_PULSAR_HOME").map(Path::new);
-        if let Some(dist) = pulsar_home.and_then(|home| home.parent()?.to_str()) {
+        // Where `up` has unpacked what runs here: a Pulsar, or a Postgres that is not the system's.
+        let unpacked =
+            pulsar_home.or_else(|| Path::new(self.var("WALPOST_LOCAL_POSTGRES_BIN")).parent());
+        let dist = unpacked.and_then(Path::parent);
+        if let Some(dist) = dist
+            .filter(|dist| dist.ends_with("dist"))
+            .and_then(Path::to_str)
+        {
             args.extend(["--dist", dist]);
         }
         let version = pulsar_home.and_then(|home| home.file_name()?.to_str());
