@@ -43,6 +43,7 @@
 //! | a row whose `seq` a scan cannot use is refused, and what mends it loses no row | every scan looks for such rows first; new numbers lie above all others ([`scanner`]) | `tests/numbering.rs` |
 //! | a row is marked or deleted only behind its receipt, and every such row in the end | ids come from receipts alone; what was lost is found ([`scanner::after_publish`], [`scanner::unmarked`]) | `tests/after_publish.rs`, `tests/poll/modes.rs` |
 //! | one row, table or partition that cannot be marked, deleted, dropped or made holds up no other, is told, and is not published again | it is found by halving, left with its reason, and tried again later ([`scanner::after_publish`], [`scanner::retention`], [`upkeep`]) | `tests/isolation/marks.rs`, `tests/isolation/retention.rs` |
+//! | one table that cannot be read holds up no other in poll mode or a gap, and none of its rows counts as delivered | it is left with its reason, and the gap stays open ([`scanner::gap`]) | `tests/isolation/scan.rs` |
 //! | what happens to a row never happens to another of its id | a row is known by table, id and `seq` or `txid` ([`outbox::RowNumber`]) | `tests/isolation/identity.rs` |
 //! | an event without a table takes the same route, in its transaction's place | its envelope is read as a row ([`outbox::Envelopes`]) and counted as one ([`pipe`]) | `tests/ends/transient.rs` |
 //! | a wrong argument fails the business transaction, not the message | `walpost.emit` checks what the route will ask for (`sql/09_emit.sql`) | `tests/ends/emit.rs` |

@@ -464,9 +464,9 @@ impl<'a> Scan<'a> {
                     Ok(()) => self.serve(gap, progress).await,
                     Err(error) => Err(error),
                 };
-                taken.or_else(|error| {
+                taken.map_err(|error| {
                     failed = Some(error);
-                    Err(Error::bug("another error is looked at"))
+                    Error::bug("another error is looked at")
                 })
             });
             let next = next.await;

@@ -393,6 +393,7 @@ async fn may_read_discarded(client: &Client) -> Result<(bool, bool)> {
 }
 
 /// The settings that [`INSERT`] takes with the events.
+#[allow(clippy::struct_excessive_bools)] // Each is a setting, or a fact of the catalogue.
 struct Insert {
     slot: String,
     order: bool,

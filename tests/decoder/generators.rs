@@ -312,7 +312,7 @@ fn text(random: &mut Random, longest: usize) -> String {
 fn word(random: &mut Random) -> String {
     let letter =
         |random: &mut Random| char::from(b'a' + u8::try_from(random.below(26)).expect("a letter"));
-    (0..1 + random.below(8)).map(|_| letter(random)).collect()
+    (0..=random.below(8)).map(|_| letter(random)).collect()
 }
 
 fn pick(random: &mut Random, of: &[&str]) -> String {
@@ -324,7 +324,7 @@ fn small(random: &mut Random) -> String {
 }
 
 fn digits(random: &mut Random) -> String {
-    (0..1 + random.below(20))
+    (0..=random.below(20))
         .map(|_| small(random).pop().expect("a digit"))
         .collect()
 }
@@ -336,16 +336,14 @@ fn sized(random: &mut Random, bits: u32) -> i64 {
 }
 
 fn float4(random: &mut Random) -> String {
-    match random.below(10) {
-        0 => pick(random, &["NaN", "Infinity", "-Infinity", "-0", "0.1"]),
-        _ => {
-            let value = f32::from_bits(u32::from_be_bytes(array(random)));
-            if value.is_normal() {
-                format!("{value:e}")
-            } else {
-                "3.4e38".to_owned()
-            }
-        }
+    if random.below(10) == 0 {
+        return pick(random, &["NaN", "Infinity", "-Infinity", "-0", "0.1"]);
+    }
+    let value = f32::from_bits(u32::from_be_bytes(array(random)));
+    if value.is_normal() {
+        format!("{value:e}")
+    } else {
+        "3.4e38".to_owned()
     }
 }
 
@@ -368,7 +366,9 @@ fn float8(random: &mut Random) -> String {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let digit = |half: u8| char::from_digit(u32::from(half), 16).expect("below 16");
+    let pair = |byte: &u8| [digit(byte >> 4), digit(byte & 15)];
+    bytes.iter().flat_map(pair).collect()
 }
 
 fn array<const N: usize>(random: &mut Random) -> [u8; N] {

@@ -231,3 +231,25 @@ async fn a_row_that_somebody_has_locked_holds_up_no_other() {
     let expected: Vec<u32> = (0..=60).collect();
     assert_eq!(numbers(&database.topic("t"), 61).await, expected);
 }
+
+#[tokio::test]
+async fn that_left_rows_cannot_be_noted_is_said_at_once_and_once() {
+    // GIVEN no table to note them in
+    let database = Database::create("isolation").await;
+    database.init(&["--payload", "text"], &[MARK]).await;
+    database.sql("DROP TABLE walpost.left_undone").await;
+
+    // WHEN walpost runs THEN it says so, once
+    let mut walpost = database.start(&[MARK, SOON[0], SOON[1]]).await;
+    let said = [
+        "nothing is known of rows that the process before left unmarked",
+        "cannot be noted in walpost.left_undone",
+    ];
+    for said in said {
+        let line = walpost.wait_for_line(said, DEADLINE).await;
+        assert!(line.contains("WARN"), "{line}");
+    }
+    insert(&database, 1..=3).await;
+    wait_count(&database, UNMARKED, 0).await;
+    walpost.stop().await;
+}

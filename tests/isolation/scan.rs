@@ -182,8 +182,8 @@ async fn a_table_that_is_mended_under_a_running_poller_comes_and_it_is_ready_aga
         insert(&database, number..=number).await;
         wait_count(
             &database,
-            &format!("walpost.progress WHERE scan_position -> 'ahead' -> 'walpost.outbox' IS NOT NULL
-                      AND pg_visible_in_snapshot((SELECT max(txid) FROM walpost.outbox), scan_upto)"),
+            "walpost.progress WHERE scan_position -> 'ahead' -> 'walpost.outbox' IS NOT NULL
+             AND pg_visible_in_snapshot((SELECT max(txid) FROM walpost.outbox), scan_upto)",
             1,
         )
         .await;

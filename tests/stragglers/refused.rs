@@ -1,6 +1,6 @@
 //! Topics that are refused and heal, kills meanwhile, the limit, and an instance that takes over.
 
-use crate::support::{consume, eventually, servers};
+use crate::support::{Proxy, consume, eventually, servers};
 use crate::*;
 
 #[tokio::test]
@@ -219,4 +219,30 @@ async fn an_instance_that_takes_over_knows_what_the_other_has_stored() {
     let all = payloads(&database.topic("t"), 3).await;
     assert_eq!(all, ["goes on", "smaller", "behind"]);
     second.stop().await;
+}
+
+#[tokio::test]
+async fn that_no_broker_answers_a_retry_is_said_and_the_straggler_arrives_when_one_does() {
+    // GIVEN a straggler, and a broker that is away
+    let database = prepared("away").await;
+    let broker = Proxy::before_broker(&servers().pulsar_addr);
+    let url = format!("pulsar://{}", broker.addr());
+    let settings = [("WALPOST_PULSAR_URL", url.as_str()), QUICK[0], QUICK[1]];
+    let (mut walpost, topic) = with_terminated(&database, &settings).await;
+    insert(&database, "t", "k", "late").await;
+    wait_for_count(&database, "retrying", 1).await;
+    broker.refuse(true);
+    broker.cut();
+
+    // WHEN it is to be retried THEN the log says why it is not
+    let said = "no straggler is retried while no broker answers";
+    let line = walpost.wait_for_line(said, DEADLINE).await;
+    assert!(line.contains("WARN"), "{line}");
+
+    // AND it arrives when a broker answers
+    delete(&topic).await;
+    broker.refuse(false);
+    wait_for_none(&database).await;
+    assert_eq!(payloads(&topic, 1).await, ["late"]);
+    walpost.stop().await;
 }
