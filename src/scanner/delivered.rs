@@ -314,6 +314,15 @@ struct Task {
     noted: u64,
 }
 
+/// What a note is of.
+struct Moment {
+    /// The publication's version before the snapshot.
+    publication: Option<String>,
+    snapshot: Snapshot,
+    /// Everything visible in the snapshot was committed before it.
+    position: Lsn,
+}
+
 /// How a round ended.
 enum Round {
     Over,
@@ -469,23 +478,14 @@ impl Task {
             None => return Ok(Round::Interrupted),
             Some(tables) => tables?.iter().map(Option::is_some).collect(),
         };
-        // In this order: see the module above, and `reconcile`.
-        let reading = published::version(client, &self.start.subscription.publication);
-        let Some(publication) = self.heard.during(reading).await else {
+        let Some(Moment {
+            publication,
+            snapshot: taken,
+            position,
+        }) = self.moment(client).await?
+        else {
             return Ok(Round::Interrupted);
         };
-        let publication = publication?;
-        let (log, known) = (&self.start.log, self.heard.confirmed);
-        let asked = async {
-            let snapshot: Snapshot = ask(client, "SELECT pg_current_snapshot()::text").await?;
-            let position = insert_position(client).await?;
-            check_log(client, log, known, position).await?;
-            Ok::<_, Error>((snapshot, position))
-        };
-        let Some(asked) = self.heard.during(asked).await else {
-            return Ok(Round::Interrupted);
-        };
-        let (taken, position) = asked?;
         let stored = self.start.progress.delivered.clone();
         if done == self.noted && stored.as_ref() == Some(&taken) {
             return Ok(Round::Over);
@@ -552,6 +552,25 @@ impl Task {
             self.noted = done;
         }
         Ok(Round::Over)
+    }
+
+    /// What the next note is of; `None` when the task is to end.
+    async fn moment(&mut self, client: &Client) -> Result<Option<Moment>> {
+        let (log, confirmed) = (&self.start.log, self.heard.confirmed);
+        let publication = &self.start.subscription.publication;
+        // In this order: see the module above, and `reconcile`.
+        let asked = async {
+            let publication = published::version(client, publication).await?;
+            let snapshot: Snapshot = ask(client, "SELECT pg_current_snapshot()::text").await?;
+            let position = insert_position(client).await?;
+            check_log(client, log, confirmed, position).await?;
+            Ok(Moment {
+                publication,
+                snapshot,
+                position,
+            })
+        };
+        self.heard.during(asked).await.transpose()
     }
 
     /// Waits until everything before this position is confirmed; `None`: it is.
