@@ -28,9 +28,15 @@ async fn a_slot_that_the_standby_kept_in_step_goes_on_and_what_is_not_known_as_d
     );
     let standby = Standby::build_with(&own, &database, &settings).await;
 
-    // AND a row that the slot has confirmed, there too, and that no note says is delivered
+    // AND a row that the slot has confirmed, there too, and that no note says is delivered, because none can be written
     let seldom = ("WALPOST_SCAN_INTERVAL", "1h");
     let mut walpost = database.start(&[seldom]).await;
+    database
+        .sql(
+            "CREATE FUNCTION refused() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no note''; END';
+             CREATE TRIGGER refused BEFORE UPDATE OF delivered ON walpost.progress FOR EACH ROW EXECUTE FUNCTION refused()",
+        )
+        .await;
     insert(&database.client, "confirmed").await;
     let upto = database.current_wal_lsn().await;
     database.wait_all_confirmed(DEADLINE).await;
@@ -54,8 +60,12 @@ async fn a_slot_that_the_standby_kept_in_step_goes_on_and_what_is_not_known_as_d
         ("WALPOST_POSTGRES_URL", &*url),
         ("WALPOST_SCAN_INTERVAL", "100ms"),
     ];
-    let walpost = database.start(&settings).await;
     let client = standby.client().await;
+    client
+        .batch_execute("DROP TRIGGER refused ON walpost.progress")
+        .await
+        .expect("notes are taken again");
+    let walpost = database.start(&settings).await;
     insert(&client, "late").await;
     eventually(DEADLINE, "everything to be known as sent", async || {
         let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status <> 'sent'";
