@@ -285,7 +285,7 @@ impl Connector {
         relations: OutboxRelations,
     ) -> Result<ReplicationStream> {
         let (slot, publication) = (&self.config.slot.clone(), &self.config.publication.clone());
-        let binary = self.binary;
+        let (binary, claimed) = (self.binary, self.claimed.clone());
         let pipe = self.pipe();
         pipe.begin_stream(binary, relations);
         let options = StreamOptions {
@@ -293,6 +293,10 @@ impl Connector {
             messages: true,
             ..StreamOptions::default()
         };
+        // Only now: of a start that comes no further the next one must still know where the slot was left.
+        if let Some(claim) = &claimed {
+            progress::streaming(client, claim).await?;
+        }
         let started = connection.start_replication(slot, pipe.flush_lsn(), publication, options);
         let stream = match started.await {
             Ok(stream) => stream,

@@ -454,9 +454,8 @@ pub async fn closed(client: &Client, claim: &Claim, progress: &mut Progress) -> 
     Ok(())
 }
 
-/// `session` has the slot's lock and streams now, on this timeline (`None`: the one that is stored stays). Until it stops in good
-/// order nobody knows what the slot was told last. `from`, the row as it was read, keeps what the last process left in `confirmed`; the
-/// table does not. (`streamed` stays: it names the position at which it holds.)
+/// `session` has the slot's lock from now on, on this timeline (`None`: the one that is stored stays). What the last process left in
+/// `confirmed` holds until this one streams: see [`streaming`].
 ///
 /// # Errors
 /// Temporary when the row is not as it was read.
@@ -467,7 +466,7 @@ pub async fn claim(
     session: &str,
     timeline: Option<u32>,
 ) -> Result<Claim> {
-    let sql = "UPDATE walpost.progress SET session = $6, timeline = coalesce($7, timeline), confirmed_lsn = NULL
+    let sql = "UPDATE walpost.progress SET session = $6, timeline = coalesce($7, timeline)
                WHERE slot = $1 AND session IS NOT DISTINCT FROM $2 AND delivered::text IS NOT DISTINCT FROM $3
                  AND scan_before::text IS NOT DISTINCT FROM $4 AND scan_upto::text IS NOT DISTINCT FROM $5";
     let values: [&(dyn ToSql + Sync); 7] = [
@@ -484,6 +483,16 @@ pub async fn claim(
         slot: slot.to_owned(),
         session: session.to_owned(),
     })
+}
+
+/// The slot is about to be streamed: until the process stops in good order nobody knows what the slot was told last. (`streamed` stays:
+/// it names the position at which it holds.)
+///
+/// # Errors
+/// Temporary when another process has claimed the row.
+pub async fn streaming(client: &Client, claim: &Claim) -> Result<()> {
+    let sql = "UPDATE walpost.progress SET confirmed_lsn = NULL WHERE slot = $1 AND session = $2";
+    store(client, &claim.slot, sql, &[&claim.slot, &claim.session]).await
 }
 
 /// A stop in good order: what the slot was told last, and what the stream brought since `delivered` (JSON), if that is known.
