@@ -112,7 +112,7 @@ end
 $walpost$;
 commit;
 
--- Only in the row as it was written above. With it the position that the slot stands at until somebody streams it.
+-- Writes only to the row that was made above, and not if somebody has changed it since. confirmed_lsn is where the new slot stands.
 update walpost.progress set scan_upto = pg_current_snapshot(), confirmed_lsn = s.confirmed_flush_lsn
     from pg_replication_slots s
     where slot = current_setting('walpost.slot') and s.slot_name = slot

@@ -37,7 +37,7 @@
 //!   it). With `Shared` and `Key_Shared` it may come to a process in the middle of its work, and such a death does not count.
 //!   (The broker's redelivery count would not tell: it counts for those two only, and the pulsar crate does not hand it on.)
 //!
-//! A run that is dropped takes such a count back, as far as its connection still goes out: a stop is no death.
+//! A run that is dropped takes such a count back, while its connection still works: a graceful stop does not count as a failed attempt.
 //!
 //! What is not the message's fault is tried again for ever and is no attempt: the connection breaks; a conflict with another
 //! transaction (serialization failure, deadlock, lock timeout); a statement is cancelled, by `statement_timeout` or by an operator;

@@ -24,7 +24,7 @@ mod support;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use support::{Database, Servers, consume, eventually, servers};
+use support::{Database, consume, eventually, servers};
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 /// So that what is delivered is noted at once.
@@ -33,17 +33,6 @@ pub(crate) const NOTED_SOON: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "100ms");
 pub(crate) const POLL: (&str, &str) = ("WALPOST_MODE", "poll");
 /// What `walpost init` makes for the stream.
 pub(crate) const PUBLISH: &str = "CREATE PUBLICATION walpost FOR TABLE walpost.outbox WITH (publish = 'insert', publish_via_partition_root = true)";
-
-/// A database on the shared server, or on one of another major.
-pub(crate) async fn database_on(major: Option<i32>, prefix: &str) -> Database {
-    match major {
-        None => Database::create(prefix).await,
-        Some(major) => {
-            let on = Servers::up(&["--postgres", &major.to_string(), "--no-pulsar"]);
-            Database::create_on(&on, prefix).await
-        }
-    }
-}
 
 /// Makes the test's slot as anybody may.
 pub(crate) async fn make_slot_by_hand(database: &Database) {

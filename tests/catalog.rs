@@ -1,7 +1,7 @@
 //! Guarantee: what the catalogue keeps out of the stream is told at once, with the statement that mends it; what it kept out for a time
 //! and was mended does not stop the stream for ever; and a row that is changed in place is refused, because it would be no event.
 //!
-//! Each case that may differ between majors runs on the oldest and the newest Postgres besides the shared one.
+//! Each case runs on the oldest and the newest Postgres besides the shared one, if they have what it needs.
 
 mod support;
 
@@ -11,24 +11,30 @@ mod past;
 mod publication;
 #[path = "catalog/stream.rs"]
 mod stream;
+#[path = "catalog/unfit.rs"]
+mod unfit;
 #[path = "catalog/updates.rs"]
 mod updates;
 
 use std::time::Duration;
 
-use support::{Database, Received, Servers, consume, servers};
+use support::{Database, Received, consume, servers};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// An outbox with payloads of text on a server of that major.
 async fn on(major: i32) -> Database {
-    let database = if major == 15 {
-        Database::create("catalog").await
-    } else {
-        let on = Servers::up(&["--postgres", &major.to_string(), "--no-pulsar"]);
-        Database::create_on(&on, "catalog").await
-    };
-    database.init(&["--payload", "text"], &[]).await;
+    initialized_on(major, &["--payload", "text"]).await
+}
+
+/// The same in partitions of a day each.
+async fn partitioned_on(major: i32) -> Database {
+    initialized_on(major, &["--payload", "text", "--partition-by", "day"]).await
+}
+
+async fn initialized_on(major: i32, args: &[&str]) -> Database {
+    let database = Database::create_on_major(major, "catalog").await;
+    database.init(args, &[]).await;
     database
 }
 

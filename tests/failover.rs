@@ -10,7 +10,10 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use support::{Database, Load, Received, Servers, consume, eventually, insert_many, servers};
+use support::{
+    Asked, Database, FakeBroker, Load, OwnServers, Reaction, Received, Servers, Walpost, consume,
+    eventually, insert_many, servers,
+};
 use tokio_postgres::NoTls;
 
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -258,4 +261,186 @@ async fn a_promoted_standby_without_the_slot_is_followed_and_every_row_it_has_ar
     for id in &committed["early"] {
         assert_eq!(times[id], 1, "{id} was sent again");
     }
+}
+
+/// Cuts a standby off its primary: from now on it stays where it is.
+async fn cut_off(standby: &Standby) {
+    let client = standby.client().await;
+    for sql in [
+        "ALTER SYSTEM SET primary_conninfo = ''",
+        "SELECT pg_reload_conf()",
+    ] {
+        client.batch_execute(sql).await.expect("a superuser");
+    }
+    eventually(DEADLINE, "the standby to receive nothing", async || {
+        let sql = "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)";
+        let row = client.query_one(sql, &[]).await.ok()?;
+        row.get::<_, bool>(0).then_some(())
+    })
+    .await;
+}
+
+/// Waits until a row that was committed before the call has been looked at by whoever notes what is delivered, several times.
+async fn looked_at(client: &tokio_postgres::Client) {
+    let now = "SELECT clock_timestamp()::text";
+    let since: String = client.query_one(now, &[]).await.expect("a time").get(0);
+    // Each look asks the catalogue first, and again while it waits.
+    let sql = "SELECT query_start::text FROM pg_stat_activity
+               WHERE datname = current_database() AND application_name = 'walpost scanner' AND query_start > $1::text::timestamptz";
+    let mut seen = HashSet::new();
+    eventually(DEADLINE, "looks at what is delivered", async || {
+        let row = client.query_opt(sql, &[&since]).await.ok()??;
+        seen.insert(row.get::<_, String>(0));
+        (seen.len() > 5).then_some(())
+    })
+    .await;
+}
+
+/// A stream that is far beyond a standby, whose primary is then killed; the standby is promoted.
+struct Behind {
+    walpost: Walpost,
+    broker: FakeBroker,
+    standby: Standby,
+    /// On the old primary.
+    confirmed: String,
+    /// Dropped behind what uses them.
+    _servers: (Database, OwnServers),
+}
+
+const INSERT: &str = "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload) VALUES ('t', 'k', 'e', '1')";
+
+const OFF: (&str, &str) = ("WALPOST_RECONCILE", "off");
+
+impl Behind {
+    async fn promoted(name: &str, settings: &[(&str, &str)]) -> Self {
+        let own = Servers::own(name, &["--no-pulsar"]);
+        let database = Database::create_on(&own, "behind").await;
+        database.init(&[], &[]).await;
+        let standby = Standby::build(&own, &database).await;
+        let addrs = format!("{},127.0.0.1:{}", own.postgres_addr, standby.port);
+        let both = database.url_through(&addrs) + "?target_session_attrs=read-write";
+        let broker = FakeBroker::start().await;
+        let url = broker.url();
+        let always = [
+            ("WALPOST_POSTGRES_URL", &*both),
+            ("WALPOST_PULSAR_URL", &*url),
+            ("WALPOST_SCAN_INTERVAL", "100ms"),
+        ];
+        let walpost = database.start(&[&always[..], settings].concat()).await;
+        database.sql(INSERT).await;
+        eventually(DEADLINE, "a note, on the standby too", async || {
+            let client = standby.client().await;
+            let sql = "SELECT count(*) FILTER (WHERE status = 'sent') FROM walpost.outbox_status";
+            (client.query_one(sql, &[]).await.ok()?.get::<_, i64>(0) == 1).then_some(())
+        })
+        .await;
+        cut_off(&standby).await;
+        for _ in 0..4 {
+            database.sql(INSERT).await;
+            database.sql("SELECT pg_switch_wal()").await;
+        }
+        database.sql(INSERT).await;
+        database.wait_all_confirmed(DEADLINE).await;
+        let confirmed = database.current_wal_lsn().await.to_string();
+        let pid = own.var("WALPOST_LOCAL_POSTGRES_PID").to_owned();
+        let killed = Command::new("sh")
+            .args(["-c", "kill -s KILL \"$1\"", "sh", &pid])
+            .status();
+        assert!(killed.is_ok_and(|status| status.success()));
+        standby.promote().await;
+        Self {
+            walpost,
+            broker,
+            standby,
+            confirmed,
+            _servers: (database, own),
+        }
+    }
+
+    /// Commits a row on the new primary; its position is one that the stream confirmed on the old one.
+    async fn insert(&self, client: &tokio_postgres::Client) {
+        client.batch_execute(INSERT).await.expect("a row");
+        let sql = "SELECT pg_current_wal_insert_lsn() < $1::text::pg_lsn";
+        let row = client.query_one(sql, &[&self.confirmed]).await;
+        assert!(
+            row.expect("a position").get::<_, bool>(0),
+            "it is not behind"
+        );
+    }
+
+    /// Waits until every row is known as sent, and has arrived.
+    async fn all_arrive(self, client: &tokio_postgres::Client) {
+        let Self {
+            broker, walpost, ..
+        } = self;
+        eventually(DEADLINE, "every row to be known as sent", async || {
+            (pending(client).await == 0).then_some(())
+        })
+        .await;
+walpost.stop().await;
+        let stored: HashSet<String> = broker.stored().into_iter().map(|event| event.id).collect();
+        let ids = client
+            .query("SELECT id::text FROM walpost.outbox", &[])
+            .await;
+        for row in ids.expect("an outbox") {
+            assert!(stored.contains(row.get::<_, &str>(0)), "a row was lost");
+        }
+    }
+}
+
+async fn pending(client: &tokio_postgres::Client) -> i64 {
+    let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status = 'pending'";
+    client.query_one(sql, &[]).await.expect("a status").get(0)
+}
+
+#[tokio::test]
+async fn a_position_that_the_old_primary_confirmed_proves_nothing_on_the_new_one() {
+    // GIVEN a stream that has followed to a standby, whose log ends before what was confirmed, and nothing that would find what it leaves
+    // out
+    let behind = Behind::promoted("behind", &[OFF]).await;
+    let client = behind.standby.client().await;
+    eventually(DEADLINE, "the stream of the new primary", async || {
+        let said = behind.walpost.output();
+        (said.matches("opening: streaming").count() > 1).then_some(())
+    })
+    .await;
+
+    // WHEN a row gets no receipt there
+    behind.broker.script_rest(|asked, _| match asked {
+        Asked::Send => Reaction::Hold,
+        _ => Reaction::Obey,
+    });
+    behind.insert(&client).await;
+
+    // THEN it does not count as delivered, and with its receipt it does
+    looked_at(&client).await;
+    assert_eq!(pending(&client).await, 1);
+    behind.broker.heal();
+    behind.broker.release(|_| {});
+    behind.all_arrive(&client).await;
+}
+
+#[tokio::test]
+async fn nothing_counts_as_delivered_on_the_new_primary_before_it_is_streamed() {
+    // GIVEN a stream that takes its time to follow, and nothing that would find what it leaves out
+    let pause = ("WALPOST_RECONNECT_INITIAL", "20s");
+    let longest = ("WALPOST_RECONNECT_MAX", "20s");
+    let settings = [pause, longest, OFF];
+    let behind = Behind::promoted("meanwhile", &settings).await;
+
+    // WHEN a row is committed there meanwhile, and who notes what is delivered comes before the stream
+    let client = behind.standby.client().await;
+    behind.insert(&client).await;
+    eventually(DEADLINE, "a note, or a word", async || {
+        let is_told = behind
+            .walpost
+            .output()
+            .contains("is not the one that was streamed");
+        (is_told || pending(&client).await == 0).then_some(())
+    })
+    .await;
+
+    // THEN it is not delivered, and arrives
+    assert_eq!(pending(&client).await, 1);
+    behind.all_arrive(&client).await;
 }

@@ -1,12 +1,14 @@
 //! Guarantee: a row that the table holds and the stream did not bring is found and published within a scan interval, and nothing counts
 //! as delivered before it is.
 
+#[path = "reconcile/modes.rs"]
+mod modes;
 mod support;
 
 use std::collections::HashMap;
 use std::time::Duration;
 
-use support::{Database, Servers, Walpost, consume, eventually, servers};
+use support::{Database, Walpost, consume, eventually, on_each_major, servers};
 
 const DEADLINE: Duration = Duration::from_secs(90);
 /// So that what is delivered is noted at once.
@@ -77,8 +79,8 @@ fn ways(major: i32) -> Vec<(&'static str, &'static str)> {
     ways
 }
 
-async fn rows_that_were_hidden_from_the_stream_come(servers: &Servers, major: i32) {
-    let database = Database::create_on(servers, "hidden").await;
+async fn rows_that_were_hidden_from_the_stream_come(major: i32) {
+    let database = Database::create_on_major(major, "hidden").await;
     database.init(&[], &[]).await;
     database
         .sql("CREATE TABLE other (id int PRIMARY KEY)")
@@ -115,27 +117,9 @@ async fn rows_that_were_hidden_from_the_stream_come(servers: &Servers, major: i3
 }
 
 #[tokio::test]
-async fn rows_that_the_publication_hides_for_a_while_come_once() {
-    rows_that_were_hidden_from_the_stream_come(servers(), 15).await;
-}
-
-#[tokio::test]
-async fn rows_that_the_publication_hides_for_a_while_come_once_on_14() {
-    let on = Servers::up(&["--postgres", "14", "--no-pulsar"]);
-    rows_that_were_hidden_from_the_stream_come(&on, 14).await;
-}
-
-#[tokio::test]
-async fn rows_that_the_publication_hides_for_a_while_come_once_on_18() {
-    let on = Servers::up(&["--postgres", "18", "--no-pulsar"]);
-    rows_that_were_hidden_from_the_stream_come(&on, 18).await;
-}
-
-#[tokio::test]
 async fn rows_of_a_publication_that_was_dropped_and_made_again_come_once_on_18() {
     // GIVEN a stream that was stopped
-    let on = Servers::up(&["--postgres", "18", "--no-pulsar"]);
-    let database = Database::create_on(&on, "dropped").await;
+    let database = Database::create_on_major(18, "dropped").await;
     database.init(&[], &[]).await;
     let walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
@@ -161,20 +145,9 @@ async fn rows_of_a_publication_that_was_dropped_and_made_again_come_once_on_18()
     once_each(&database).await;
 }
 
-#[tokio::test]
-async fn a_partition_that_comes_with_rows_in_it_is_published_by_polling_too() {
-    partition_with_rows(&[("WALPOST_MODE", "poll")], "polling").await;
-}
-
-#[tokio::test]
-async fn a_partition_that_comes_with_rows_in_it_is_published_and_one_that_comes_back_only_from_its_going_on()
- {
-    partition_with_rows(&[], "streaming").await;
-}
-
-async fn partition_with_rows(settings: &[(&str, &str)], at_work: &str) {
+async fn partition_with_rows(major: i32, settings: &[(&str, &str)], at_work: &str) {
     // GIVEN a partitioned outbox that is streamed, or polled
-    let database = Database::create("attach").await;
+    let database = Database::create_on_major(major, "attach").await;
     database.init(&["--partition-by", "day"], &[]).await;
     let settings = [&[database.as_owner(), OFTEN], settings].concat();
     let mut walpost = database.walpost(&["run"], &settings).spawn();
@@ -232,10 +205,9 @@ async fn partition_with_rows(settings: &[(&str, &str)], at_work: &str) {
     once_each(&database).await;
 }
 
-#[tokio::test]
-async fn a_table_that_is_given_txid_and_seq_while_it_is_streamed_is_not_published_again() {
+async fn a_table_is_given_txid_and_seq(major: i32) {
     // GIVEN a table of one's own without these columns, streamed by walpost, and older rows in it
-    let database = Database::create("given").await;
+    let database = Database::create_on_major(major, "given").await;
     database
         .sql("CREATE TABLE plain (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), aggregatetype text, aggregateid text, type text, payload json)")
         .await;
@@ -290,10 +262,9 @@ async fn a_table_that_is_given_txid_and_seq_while_it_is_streamed_is_not_publishe
     assert_eq!(arrived(&database, 25).await.len(), 25);
 }
 
-#[tokio::test]
-async fn a_table_that_is_added_to_the_settings_brings_its_older_rows() {
+async fn a_table_is_added(major: i32) {
     // GIVEN a stream of one table, and another one with rows, which a publication already sends
-    let database = Database::create("added").await;
+    let database = Database::create_on_major(major, "added").await;
     database.init(&[], &[]).await;
     let walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
@@ -338,10 +309,9 @@ async fn a_table_that_is_added_to_the_settings_brings_its_older_rows() {
     assert!(counts.values().all(|times| *times == 1), "{counts:?}");
 }
 
-#[tokio::test]
-async fn an_outbox_that_is_replaced_by_another_of_its_name_loses_nothing() {
+async fn an_outbox_is_replaced(major: i32) {
     // GIVEN a stream
-    let database = Database::create("replaced").await;
+    let database = Database::create_on_major(major, "replaced").await;
     database.init(&[], &[]).await;
     let mut walpost = database.walpost(&["run"], &[OFTEN]).spawn();
     walpost.wait_for_line("streaming", DEADLINE).await;
@@ -389,16 +359,14 @@ async fn an_outbox_that_is_replaced_by_another_of_its_name_loses_nothing() {
     .await;
 }
 
-#[tokio::test]
-async fn a_publication_that_leaves_rows_out_ends_a_running_stream_and_the_next_one_publishes_them()
-{
+async fn a_stream_ends_and_the_next_one_publishes(major: i32) {
     // GIVEN a stream
-    let database = Database::create("ends").await;
+    let database = Database::create_on_major(major, "ends").await;
     database.init(&[], &[]).await;
     database
         .sql("CREATE TABLE other (id int PRIMARY KEY)")
         .await;
-    for (hide, mend) in ways(15) {
+    for (hide, mend) in ways(major) {
         let mut walpost = database.start(&[OFTEN]).await;
         database.sql(INSERT).await;
         // WHEN the publication leaves rows out, and stays so
@@ -526,11 +494,9 @@ async fn rows_that_were_streamed_are_not_taken_for_missing_whatever_happens_to_t
     assert!(arrived.values().all(|times| *times == 1), "{arrived:?}");
 }
 
-#[tokio::test]
-async fn a_partition_and_a_table_that_come_behind_a_crash_are_published_although_nothing_else_can_be_compared()
- {
+async fn a_partition_and_a_table_come_behind_a_crash(major: i32) {
     // GIVEN a partitioned outbox whose connector was killed
-    let database = Database::create("crashed").await;
+    let database = Database::create_on_major(major, "crashed").await;
     database.init(&["--partition-by", "day"], &[]).await;
     let mut walpost = database.start(&[database.as_owner(), OFTEN]).await;
     database.sql(INSERT).await;
@@ -687,4 +653,16 @@ async fn ready(addr: &str) -> Option<String> {
     let mut said = String::new();
     stream.read_to_string(&mut said).await.ok()?;
     Some(said)
+}
+
+on_each_major! {
+    rows_that_the_publication_hides_for_a_while_come_once: rows_that_were_hidden_from_the_stream_come();
+    a_partition_that_comes_with_rows_in_it_is_published_by_polling_too: partition_with_rows(&[("WALPOST_MODE", "poll")], "polling");
+    a_partition_that_comes_with_rows_in_it_is_published_and_one_that_comes_back_only_from_its_going_on:
+        partition_with_rows(&[], "streaming");
+    a_table_that_is_given_txid_and_seq_while_it_is_streamed_is_not_published_again: a_table_is_given_txid_and_seq();
+    a_table_that_is_added_to_the_settings_brings_its_older_rows: a_table_is_added();
+    an_outbox_that_is_replaced_by_another_of_its_name_loses_nothing: an_outbox_is_replaced();
+    a_publication_that_leaves_rows_out_ends_a_running_stream_and_the_next_one_publishes_them: a_stream_ends_and_the_next_one_publishes();
+    a_partition_and_a_table_that_come_behind_a_crash_are_published_although_nothing_else_can_be_compared: a_partition_and_a_table_come_behind_a_crash();
 }

@@ -1,7 +1,7 @@
 //! Sessions are walpost's own: what role, database and URL set changes neither what names mean, nor which rows are seen, nor how
 //! values are printed, nor how long a statement may take; and what releases an LSN is durable and waits for nobody.
 //!
-//! What depends on the version is tried on the oldest, the newest and the shared major between them.
+//! Each case runs on the oldest Postgres, the newest and the shared one between them.
 
 mod support;
 
@@ -18,18 +18,9 @@ mod settings;
 
 use std::time::Duration;
 
-use support::{Database, Servers, servers};
+use support::{Database, servers};
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
-
-/// A database on that major's shared server.
-async fn on(major: u32, prefix: &str) -> Database {
-    if major == 15 {
-        return Database::create(prefix).await;
-    }
-    let servers = Servers::up(&["--postgres", &major.to_string(), "--no-pulsar"]);
-    Database::create_on(&servers, prefix).await
-}
 
 /// A role that is gone, with what it owns, when this is dropped by hand.
 async fn drop_role(database: &Database, role: &str) {

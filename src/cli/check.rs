@@ -172,8 +172,27 @@ async fn streamed(client: &Client, config: &Config) -> Vec<Finding> {
         Err(error) => Finding::fail(POSTGRES, &error),
     };
     let mut findings = vec![server, slot_state(client, &config.slot).await];
+    findings.extend(no_comparison(config));
     findings.extend(server::check(client, config).await);
     findings
+}
+
+/// What `WALPOST_RECONCILE=off` gives up. (What a table without `txid` cannot have stands in the table's own finding.)
+fn no_comparison(config: &Config) -> Option<Finding> {
+    if config.reconcile {
+        return None;
+    }
+    let mut text = "off: a row that the stream leaves out (the publication was changed for a while, a partition was attached with rows \
+                    in it) is not looked for, is never published, and counts as delivered"
+        .to_owned();
+    if config.retention.is_some() {
+        text.push_str(", and WALPOST_RETENTION deletes it");
+    }
+    Some(Finding::warn(
+        "reconcile",
+        text,
+        "set WALPOST_RECONCILE to on; rows of the time before: walpost verify finds them",
+    ))
 }
 
 /// What poll mode needs of it: neither a slot nor logical replication.

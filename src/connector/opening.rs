@@ -83,7 +83,7 @@ impl Connector {
         }
         self.claimed = prepared.as_ref().map(|prepared| prepared.claim.clone());
         let (carried, confirmed) = self.carried_on(&identity, confirmed, prepared.as_ref());
-        // Wherever it stands later: beyond this it has not been told anything yet.
+        // The highest position that the slot may have been told so far.
         let known = self.session.told.unwrap_or(stands).max(stands);
         self.session.told = Some(known);
         if !self.has_pipe_of(&identity)? {
@@ -191,6 +191,9 @@ impl Connector {
             scannable.push(ScanTable::describe(client, table).await?.is_some());
         }
         let began = progress::snapshot(client).await?;
+        let Some((log, _)) = &self.pipe else {
+            return Err(Error::bug("there is no pipe to note anything of"));
+        };
         let config = &self.config;
         let is_known = carried
             .as_ref()
@@ -203,6 +206,7 @@ impl Connector {
         }
         let start = Start {
             postgres: config.postgres.clone(),
+            log: log.clone(),
             claim: prepared.claim.clone(),
             interval: config.scan_interval,
             compares: config.reconcile,

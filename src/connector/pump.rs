@@ -141,7 +141,7 @@ pub(super) async fn pump<F: Future<Output = ()>>(
     }
 }
 
-/// What the keeper found; nothing for ever where there is none.
+/// The keeper's next verdict; pending for ever without a keeper. Cancel safe.
 async fn verdict(keeper: Option<&mut Keeper>) -> Verdict {
     match keeper {
         Some(keeper) => keeper.verdict().await,

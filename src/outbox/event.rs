@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::headers::Span;
+use super::value::RepeatedText;
 
 /// What a `Scratch` keeps of its memory from one row to the next; one huge row must not hold its size for ever.
 const KEPT_BYTES: usize = 1024 * 1024;
@@ -17,6 +18,8 @@ pub struct Scratch {
     /// A payload decoded from `bytea` text.
     pub(super) bytes: Vec<u8>,
     pub(super) headers: Vec<Span>,
+    /// Of the columns aggregatetype and type; not cleared.
+    pub(super) repeated: [RepeatedText; 2],
 }
 
 impl Scratch {

@@ -18,20 +18,22 @@ use crate::pgoutput::types::{
 use crate::pgoutput::{Column, Relation, RelationColumn, Tuple};
 use crate::{Error, Result};
 
-/// The slot of a role whose column the table does not have: always NULL.
-const ABSENT: usize = Role::ALL.len();
+/// A power of two, so that a slot needs no bounds check: one for each role, and the three below.
+const SLOTS: usize = 16;
+/// The slot of a column that nobody reads.
+const UNREAD: u8 = 13;
 /// The slot of the column `txid`, unless it has a role as well.
-const TXID_SLOT: u8 = 10;
-const _: () = assert!(TXID_SLOT as usize == ABSENT + 1);
+const TXID_SLOT: u8 = 14;
+/// The slot of a role whose column the table does not have: always NULL.
+const ABSENT: u8 = 15;
+const _: () = assert!(Role::ALL.len() <= UNREAD as usize);
 /// The column with the id of the inserting transaction, of type `xid8`.
 const TXID: &str = "txid";
-/// In [`Extractor::plan`]: nobody reads this column.
-const UNREAD: u8 = u8::MAX;
 /// Characters of a row's id in an error.
 const ID_SHOWN_CHARS: usize = 100;
 
-/// The values of the columns that have a role, by slot; the last two are [`ABSENT`] and [`TXID_SLOT`].
-pub(super) type Slots<'a> = [Column<'a>; ABSENT + 2];
+/// The values of the columns, by slot.
+pub(super) type Slots<'a> = [Column<'a>; SLOTS];
 
 /// Reads the rows of one outbox table.
 #[derive(Clone, Debug)]
@@ -44,7 +46,7 @@ pub struct Extractor {
     /// For each role: the slot its value is in, and its type.
     roles: [RoleColumn; Role::ALL.len()],
     /// Where the row's `txid` is; [`ABSENT`] in a table that has none.
-    txid_slot: usize,
+    txid_slot: u8,
     columns: Columns,
     router: Router,
     number: Option<NumberColumn>,
@@ -52,7 +54,7 @@ pub struct Extractor {
 
 #[derive(Clone, Copy, Debug)]
 struct RoleColumn {
-    slot: usize,
+    slot: u8,
     type_oid: u32,
 }
 
@@ -87,7 +89,7 @@ impl Extractor {
                 slots += 1;
             }
             roles[role.index()] = RoleColumn {
-                slot: usize::from(*place),
+                slot: *place,
                 type_oid: column.type_oid,
             };
         }
@@ -97,7 +99,7 @@ impl Extractor {
                 if *place == UNREAD {
                     *place = TXID_SLOT;
                 }
-                txid_slot = usize::from(*place);
+                txid_slot = *place;
             }
         }
         while plan.pop_if(|slot| *slot == UNREAD).is_some() {}
@@ -186,8 +188,13 @@ impl Extractor {
         let aggregateid = self.at(Role::AggregateId, &slots, |column, oid| {
             value::text(column, oid, arena)
         })?;
-        let aggregatetype = self.text(&slots, Role::AggregateType, arena)?;
-        let event_type = self.text(&slots, Role::Type, arena)?;
+        let [kept_aggregatetype, kept_type] = &mut scratch.repeated;
+        let aggregatetype = self.optional(Role::AggregateType, &slots, |column, oid| {
+            kept_aggregatetype.read(column, oid, arena)
+        })?;
+        let event_type = self.optional(Role::Type, &slots, |column, oid| {
+            kept_type.read(column, oid, arena)
+        })?;
         let topic = self.text(&slots, Role::Topic, arena)?;
         let payload = self.optional(Role::Payload, &slots, |column, oid| {
             value::bytes(column, oid, arena, &mut scratch.bytes)
@@ -206,13 +213,14 @@ impl Extractor {
             text: arena,
             bytes,
             headers: spans,
+            repeated: [kept_aggregatetype, kept_type],
         } = scratch;
         let (arena, spans) = (arena.as_str(), spans.as_slice());
         Ok(OutboxEvent {
             id: id.resolve(arena),
-            aggregatetype: aggregatetype.map(|piece| piece.resolve(arena)),
+            aggregatetype: aggregatetype.map(|text| kept_aggregatetype.resolve(text, arena)),
             aggregateid: aggregateid.resolve(arena),
-            event_type: event_type.map(|piece| piece.resolve(arena)),
+            event_type: event_type.map(|text| kept_type.resolve(text, arena)),
             payload: payload.map(|payload| match payload {
                 Bytes::Row(bytes) => bytes,
                 Bytes::Text(piece) => piece.resolve(arena).as_bytes(),
@@ -222,13 +230,13 @@ impl Extractor {
             topic: topic.map(|piece| piece.resolve(arena)),
             deliver_at_ms: deliver_at.map(Instant::ceil_ms),
             event_time_ms: created_at.map_or(0, |at| u64::try_from(at.floor_ms()).unwrap_or(0)),
-            txid: xid(slots[self.txid_slot]),
+            txid: xid(in_slot(&slots, self.txid_slot)),
         })
     }
 
     /// The row's `txid`, of a row that is no event; `None` where it is NULL or there is no such column.
     pub fn txid(&self, tuple: &Tuple<'_>) -> Option<u64> {
-        xid(self.slots(tuple)[self.txid_slot])
+        xid(in_slot(&self.slots(tuple), self.txid_slot))
     }
 
     /// Full name of the topic for `event`, which must come from `tuple`: the row's own topic where it has one, else the
@@ -254,17 +262,21 @@ impl Extractor {
 
     #[inline]
     pub(super) fn slots<'a>(&self, tuple: &Tuple<'a>) -> Slots<'a> {
-        let mut slots = [Column::Null; ABSENT + 2];
-        for (&slot, column) in self.plan.iter().zip(tuple.columns()) {
-            if let Some(place) = slots.get_mut(usize::from(slot)) {
-                *place = column;
-            }
+        let mut slots = [Column::Null; SLOTS];
+        let mut columns = tuple.columns();
+        for &slot in &self.plan {
+            let Some(column) = columns.next() else { break };
+            slots[usize::from(slot) % SLOTS] = column;
         }
         slots
     }
 
     /// Reads the column of `role`; what `read` finds wrong becomes an error that names row and column.
-    #[inline]
+    #[expect(
+        clippy::inline_always,
+        reason = "the error is made out of line, so that what is left is a call of `read`"
+    )]
+    #[inline(always)]
     pub(super) fn at<'a, T>(
         &self,
         role: Role,
@@ -272,8 +284,8 @@ impl Extractor {
         read: impl FnOnce(Column<'a>, u32) -> Result<T, Problem>,
     ) -> Result<T, EventError> {
         let RoleColumn { slot, type_oid } = self.roles[role.index()];
-        read(slots[slot], type_oid)
-            .map_err(|problem| self.error(slots, self.columns.name(role).to_owned(), problem))
+        read(in_slot(slots, slot), type_oid)
+            .map_err(|problem| self.role_error(slots, role, problem))
     }
 
     /// The same for a column that may be NULL, which is `None`.
@@ -288,7 +300,7 @@ impl Extractor {
         slots: &Slots<'a>,
         read: impl FnOnce(Column<'a>, u32) -> Result<T, Problem>,
     ) -> Result<Option<T>, EventError> {
-        match slots[self.roles[role.index()].slot] {
+        match in_slot(slots, self.roles[role.index()].slot) {
             Column::Null => Ok(None),
             _ => self.at(role, slots, read).map(Some),
         }
@@ -309,6 +321,12 @@ impl Extractor {
     }
 
     #[cold]
+    #[inline(never)]
+    fn role_error(&self, slots: &Slots<'_>, role: Role, problem: Problem) -> EventError {
+        self.error(slots, self.columns.name(role).to_owned(), problem)
+    }
+
+    #[cold]
     fn error(&self, slots: &Slots<'_>, column: String, problem: Problem) -> EventError {
         let RoleColumn { slot, type_oid } = self.roles[Role::Id.index()];
         let mut arena = String::new();
@@ -316,14 +334,21 @@ impl Extractor {
             let shown = text.chars().take(ID_SHOWN_CHARS);
             shown.flat_map(char::escape_debug).collect()
         };
-        let row_id = match value::text(slots[slot], type_oid, &mut arena) {
+        let row_id = match value::text(in_slot(slots, slot), type_oid, &mut arena) {
             Ok(piece) => shown(piece.resolve(&arena)),
             Err(Problem::Null) => "NULL".to_owned(),
-            Err(Problem::NotUtf8 | Problem::Unconvertible) => shown(&value::escaped(slots[slot])),
+            Err(Problem::NotUtf8 | Problem::Unconvertible) => {
+                shown(&value::escaped(in_slot(slots, slot)))
+            }
             Err(_) => "(unreadable)".to_owned(),
         };
         EventError::new(self.table.clone(), row_id, column, problem)
     }
+}
+
+#[inline]
+fn in_slot<'a>(slots: &Slots<'a>, slot: u8) -> Column<'a> {
+    slots[usize::from(slot) % SLOTS]
 }
 
 /// A value of type `xid8`.
@@ -331,8 +356,13 @@ impl Extractor {
 fn xid(value: Column<'_>) -> Option<u64> {
     match value {
         Column::Binary(bytes) => bytes.try_into().ok().map(u64::from_be_bytes),
-        Column::Text(text) | Column::Held(text) => std::str::from_utf8(text).ok()?.parse().ok(),
-        Column::Null | Column::Unchanged => None,
+        Column::Text(digits) | Column::Held(digits) if !digits.is_empty() => {
+            digits.iter().try_fold(0_u64, |number, byte| {
+                let digit = byte.checked_sub(b'0').filter(|digit| *digit < 10)?;
+                number.checked_mul(10)?.checked_add(u64::from(digit))
+            })
+        }
+        _ => None,
     }
 }
 
@@ -385,4 +415,25 @@ fn check_type(relation: &Relation, role: Role, column: &RelationColumn) -> Resul
         "set {} to another column, or to nothing to do without",
         role.env_var()
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_txid_is_the_same_in_text_and_binary_and_anything_else_is_none() {
+        for txid in [0, 7, 1_234_567, u64::MAX] {
+            let text = txid.to_string();
+            assert_eq!(xid(Column::Text(text.as_bytes())), Some(txid));
+            assert_eq!(xid(Column::Held(text.as_bytes())), Some(txid));
+            assert_eq!(xid(Column::Binary(&txid.to_be_bytes())), Some(txid));
+        }
+        for text in ["", "-1", "7x", "18446744073709551616"] {
+            assert_eq!(xid(Column::Text(text.as_bytes())), None, "{text}");
+        }
+        for none in [Column::Null, Column::Unchanged, Column::Binary(&[0; 4])] {
+            assert_eq!(xid(none), None, "{none:?}");
+        }
+    }
 }

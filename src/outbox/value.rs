@@ -84,6 +84,50 @@ pub(super) fn text<'a>(
     }
 }
 
+/// The last text of a column that most rows share with the row before: equal bytes are the same text, and need no look for UTF-8.
+#[derive(Debug, Default)]
+pub(super) struct RepeatedText(String);
+
+impl RepeatedText {
+    /// Longer texts are not kept.
+    const MAX_BYTES: usize = 256;
+
+    /// The value's text; `None` when it is the one of the last row.
+    #[inline]
+    pub(super) fn read<'a>(
+        &mut self,
+        column: Column<'a>,
+        type_oid: u32,
+        arena: &mut String,
+    ) -> Result<Option<Piece<'a>>, Problem> {
+        if self.is_same(column, type_oid) {
+            return Ok(None);
+        }
+        let piece = text(column, type_oid, arena)?;
+        if let Piece::Row(text) = piece
+            && text.len() <= Self::MAX_BYTES
+        {
+            self.0.clear();
+            self.0.push_str(text);
+        }
+        Ok(Some(piece))
+    }
+
+    /// The text that [`Self::read`] gave.
+    pub(super) fn resolve<'a>(&'a self, piece: Option<Piece<'a>>, arena: &'a str) -> &'a str {
+        piece.map_or(&self.0, |piece| piece.resolve(arena))
+    }
+
+    #[inline]
+    fn is_same(&self, column: Column<'_>, type_oid: u32) -> bool {
+        match column {
+            Column::Text(bytes) => self.0.as_bytes() == bytes,
+            Column::Binary(bytes) => is_text(type_oid) && self.0.as_bytes() == bytes,
+            _ => false,
+        }
+    }
+}
+
 /// Appends the value's text to `out`.
 pub(super) fn append_text(
     column: Column<'_>,
@@ -151,8 +195,7 @@ pub(super) fn instant(column: Column<'_>, type_oid: u32) -> Result<Instant, Prob
     match column {
         Column::Null => Err(Problem::Null),
         Column::Unchanged => Err(Problem::Unchanged),
-        Column::Text(text) => Instant::from_text(utf8(text)?),
-        Column::Held(text) => Instant::from_text(held(text)?),
+        Column::Text(text) | Column::Held(text) => Instant::from_text(text),
         Column::Binary(bytes) if matches!(type_oid, TIMESTAMPTZ | TIMESTAMP) => {
             Instant::from_pg_us(i64::from_be_bytes(array(bytes, type_oid)?))
         }

@@ -23,6 +23,7 @@
 //!
 //! `tests/catalog` tries each of these on Postgres 14, 15 and 18.
 
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{GenericClient, Row};
 
@@ -86,9 +87,11 @@ pub async fn relations(
                      CROSS JOIN LATERAL pg_catalog.pg_get_publication_tables(p.pubname::text) t WHERE p.pubname = $1)";
     // The position first: what is committed between the two is then looked at again, and not taken for known.
     let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&subscription.publication, Type::TEXT)];
-    let row = client.query_typed_one(OTHERS, &parameters).await;
-    let row = row.map_err(|error| sql_error("read the publication's tables", error))?;
-    let read_at: &str = get(&row, 0)?;
+    let rows = query_catalogue(client, OTHERS, &parameters).await;
+    let rows = rows.map_err(|error| sql_error("read the publication's tables", error))?;
+    let row = rows.first();
+    let row = row.ok_or_else(|| Error::bug("a SELECT without FROM has given no row"))?;
+    let read_at: &str = get(row, 0)?;
     let read_at = read_at
         .parse()
         .map_err(|_| Error::bug("a log position is not of the form X/X"))?;
@@ -97,7 +100,7 @@ pub async fn relations(
     let mut relations = OutboxRelations {
         members: Vec::new(),
         roots: tables.iter().flatten().map(|table| table.oid).collect(),
-        others: get(&row, 1)?,
+        others: get(row, 1)?,
         read_at,
     };
     for (place, table) in (0..).zip(&tables) {
@@ -215,7 +218,7 @@ async fn read(
         (&names, Type::TEXT_ARRAY),
         (&subscription.columns, Type::TEXT_ARRAY),
     ];
-    let rows = client.query_typed(FACTS, &parameters).await;
+    let rows = query_catalogue(client, FACTS, &parameters).await;
     let rows = rows.map_err(|error| sql_error("look at the publication", error))?;
     let mut options = None;
     let mut tables = vec![None; subscription.tables.len()];
@@ -258,6 +261,22 @@ async fn read(
         }
     }
     Ok((options, tables))
+}
+
+/// Asks again, at most twice, when the publication is dropped while the statement runs: the statement's snapshot still shows it, and
+/// `pg_get_publication_tables` looks it up anew and raises 42704 (`undefined_object`). The next snapshot shows what is true now.
+async fn query_catalogue(
+    client: &impl GenericClient,
+    statement: &str,
+    parameters: &[(&(dyn ToSql + Sync), Type)],
+) -> std::result::Result<Vec<Row>, tokio_postgres::Error> {
+    for _ in 0..2 {
+        match client.query_typed(statement, parameters).await {
+            Err(error) if error.code() == Some(&SqlState::UNDEFINED_OBJECT) => {}
+            answer => return answer,
+        }
+    }
+    client.query_typed(statement, parameters).await
 }
 
 /// The table that a row of the answer is about.

@@ -11,7 +11,8 @@
 //! # One note
 //!
 //! 1. Ask the catalogue whether the publication sends every row of the tables ([`published`]). What it leaves out now ends the stream (69).
-//! 2. Take a snapshot `N`, then read where the log's insert position L is.
+//! 2. Take a snapshot `N`, then read where the log's insert position L is, and whose log that is: the session is another one than the
+//!    stream's, and may have found a promoted standby before the stream did.
 //! 3. Wait until the confirmed LSN is at L. All rows taken before that were handed over with it or before it: a handover holds all rows that
 //!    were taken before its confirmed LSN was read.
 //! 4. Compare ([`super::reconcile`]): first the leaf tables, then the rows. (In this order, because a leaf that is attached between the two is in the
@@ -31,6 +32,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
+use super::cluster;
 use super::missing::{Leaves, Missing, MissingRows};
 use super::progress::{self, Snapshot};
 use super::reconcile::{self, Window, compare, covered_now, leaf_changes};
@@ -39,7 +41,7 @@ use super::streamed::{Run, StreamedRows};
 use super::table::ScanTable;
 use crate::meter::Meter;
 use crate::postgres::published::{self, Subscription};
-use crate::postgres::{PostgresConfig, TableName, connect_sql, sql_error};
+use crate::postgres::{PostgresConfig, SystemIdentity, TableName, connect_sql, sql_error};
 use crate::{Error, Lsn, Result};
 
 /// Handovers that wait to be taken. Each is at most [`StreamedRuns::FULL`](super::streamed::StreamedRuns::FULL) entries, and a pipe with so many takes no further row.
@@ -122,6 +124,8 @@ impl Carried {
 pub struct Start {
     /// Where the tables are.
     pub postgres: PostgresConfig,
+    /// The log that the pipe reads.
+    pub log: SystemIdentity,
     /// The right to write the slot's row.
     pub claim: progress::Claim,
     /// `WALPOST_SCAN_INTERVAL`.
@@ -462,12 +466,14 @@ impl Task {
             Some(tables) => tables?.iter().map(Option::is_some).collect(),
         };
         // In this order: see the module above.
+        let (log, known) = (&self.start.log, self.heard.confirmed);
         let asked = async {
             let snapshot: Snapshot = ask(client, "SELECT pg_current_snapshot()::text").await?;
             let position = ask(client, "SELECT pg_current_wal_insert_lsn()::text").await?;
             let position: Lsn = position
                 .parse()
                 .map_err(|_| Error::bug("a log position is not of the form X/X"))?;
+            check_log(client, log, known, position).await?;
             Ok::<_, Error>((snapshot, position))
         };
         let Some(asked) = self.heard.during(asked).await else {
@@ -706,6 +712,27 @@ fn tell(table: &ScanTable, compared: &reconcile::Compared, leaves: &Leaves) {
             "partitions came with rows in them: these rows are published from the table"
         );
     }
+}
+
+/// The session may have reached another server than the stream did: a standby that was promoted while the stream is lost, or a database
+/// that was put back. A position of its log is none of the stream's. (Asked behind the position: a server that gives one is no standby,
+/// and its timeline stays.)
+async fn check_log(
+    client: &Client,
+    log: &SystemIdentity,
+    confirmed: Lsn,
+    position: Lsn,
+) -> Result<()> {
+    let system_id = cluster::system_id(client).await?;
+    let timeline = cluster::timeline(client).await?;
+    if system_id == log.system_id.to_string() && timeline == log.timeline && confirmed <= position {
+        return Ok(());
+    }
+    Err(Error::temporary(format!(
+        "the server's log is not the one that was streamed (cluster {system_id}, timeline {timeline}, end {position}; streamed: cluster {}, \
+         timeline {}, confirmed {confirmed}): nothing counts as delivered there before it is streamed",
+        log.system_id, log.timeline
+    )))
 }
 
 async fn ask(client: &Client, sql: &str) -> Result<String> {

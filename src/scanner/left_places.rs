@@ -24,10 +24,10 @@ use crate::{Error, Result};
 const MAX_ROWS: usize = 10_000;
 /// Statements that may fail in one stretch: enough to find twenty rows.
 const FAILURES: u32 = 512;
-/// What one counts that waited for a lock.
+/// How many of them a statement counts as that waited for a lock in vain.
 const LOCK_FAILURE: u32 = 20;
 const LOCK_NOT_AVAILABLE: &str = "55P03";
-/// What was due so long ago and was not tried is not there any more.
+/// An entry that was not tried for so long after it was due is dropped: its table or partition is gone.
 const FORGOTTEN: Duration = Duration::from_secs(600);
 /// A page has fewer rows than that, however large it is.
 const PAGE_ROWS: u32 = 8192;
@@ -89,7 +89,7 @@ impl LeftPlaces {
         self.others = Undone::default();
     }
 
-    /// All that is left at the end of a round. What nobody came by any more is gone with its table.
+    /// All that is left at the end of a round. Entries of tables that are gone are dropped.
     pub(super) fn end_round(&mut self) -> Undone {
         let now = Instant::now();
         let is_known = |waiting: &Waiting| waiting.next + FORGOTTEN > now;

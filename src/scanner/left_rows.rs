@@ -106,7 +106,7 @@ impl LeftRows {
         self.rows.is_empty()
     }
 
-    /// True while rows were forgotten that nobody can tell from lost ones.
+    /// True when rows had to be dropped from this list: from then on they look like rows that were never marked.
     pub(super) fn is_full(&self) -> bool {
         self.has_forgotten
     }

@@ -40,11 +40,11 @@ use crate::{Error, Result};
 pub(super) const STATEMENT_ROWS: usize = 1_000;
 /// Statements that may fail while one table's rows are marked: enough to find 25 rows among a thousand.
 const FAILURES: u32 = 256;
-/// What one counts that waited for a lock: it took that much longer.
+/// How many of them a statement counts as that waited for a lock in vain: it took that much longer.
 const LOCK_FAILURE: u32 = 20;
 /// How long a statement waits for a lock.
 const LOCK_TIMEOUT: &str = "200ms";
-/// A lock was not to be had in time.
+/// SQLSTATE `lock_not_available`: `lock_timeout` has ended the wait.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
 /// The reason of a row that a statement passed over.
 const PASSED_OVER: &str = "the statement changed nothing without an error: a trigger of the table returns NULL or takes the mark back, or a rule replaces the statement";

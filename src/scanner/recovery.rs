@@ -45,9 +45,9 @@
 //! `stats_reset` could carry a mark, but a crash of the server wipes it, a standby does not get it, and setting it takes a superuser.
 //! One thing would do: to store each position before it is told, so that whatever stands beyond the stored one is not ours. It
 //! would cost a write and a flush for each step of the confirmed LSN, also while the outbox is idle (or hold the server's log
-//! back by that much), which is dear for a case in which a person drops the slot of a connector that has just crashed. A scan up to now after each
-//! crash would do too, but it publishes what was acknowledged since the last note a second time. Who drops such a slot
-//! says so: `UPDATE walpost.progress SET scan_upto = pg_current_snapshot(), scan_position = NULL WHERE slot = '…'` before the next
+//! back by that much). That is too much for this case: a person drops the slot of a connector that has just crashed. A scan up to now after each
+//! crash would help too, but it publishes what was acknowledged since the last note a second time. An operator who drops such a slot
+//! asks for the scan: `UPDATE walpost.progress SET scan_upto = pg_current_snapshot(), scan_position = NULL WHERE slot = '…'` before the next
 //! start publishes every row that is not known as delivered (what was delivered in the last `WALPOST_SCAN_INTERVAL` comes twice).
 //!
 //! # From the look to the stream

@@ -379,9 +379,9 @@ struct Round {
 }
 
 impl Round {
-    /// The rest of a table, or of a page, has to wait.
+    /// Leaves the rest of a table, or of a page, to the next round.
     fn leave(&mut self, table: &OutboxTable, error: &Error) {
-        // What of it has no receipt would be waited for with the next rows.
+        // The next rows get a new outlet: this one may hold events that have no receipt yet.
         self.again = None;
         let table = &table.name;
         warn!(

@@ -3,9 +3,7 @@
 use std::collections::HashSet;
 
 use crate::support::{Asked, Database, FakeBroker, Reaction, Walpost, eventually};
-use crate::{
-    DEADLINE, NOTED_SOON, database_on, drop_slot, insert, make_slot_by_hand, wait_all_sent,
-};
+use crate::{DEADLINE, NOTED_SOON, drop_slot, insert, make_slot_by_hand, wait_all_sent};
 
 /// A database with a gap, and a walpost whose scan of it waits for receipts.
 async fn scanning(database: &Database, broker: &FakeBroker) -> Walpost {
@@ -42,9 +40,9 @@ async fn goes_on(database: &Database, broker: &FakeBroker, mut walpost: Walpost)
     assert_eq!(arrived, rows);
 }
 
-async fn dropped(major: Option<i32>) {
+async fn dropped(major: i32) {
     let (database, broker) = (
-        database_on(major, "changed").await,
+        Database::create_on_major(major, "changed").await,
         FakeBroker::start().await,
     );
     let walpost = scanning(&database, &broker).await;
@@ -53,9 +51,9 @@ async fn dropped(major: Option<i32>) {
     goes_on(&database, &broker, walpost).await;
 }
 
-async fn replaced(major: Option<i32>) {
+async fn replaced(major: i32) {
     let (database, broker) = (
-        database_on(major, "changed").await,
+        Database::create_on_major(major, "changed").await,
         FakeBroker::start().await,
     );
     let walpost = scanning(&database, &broker).await;
@@ -67,24 +65,24 @@ async fn replaced(major: Option<i32>) {
 
 #[tokio::test]
 async fn a_slot_that_is_dropped_during_the_scan_is_recovered() {
-    dropped(None).await;
+    dropped(15).await;
 }
 
 #[tokio::test]
 async fn a_slot_that_is_replaced_during_the_scan_is_not_streamed_as_ours() {
-    replaced(None).await;
+    replaced(15).await;
 }
 
 #[tokio::test]
 async fn on_postgres_14_a_slot_that_is_dropped_or_replaced_during_the_scan_is_recovered() {
-    dropped(Some(14)).await;
-    replaced(Some(14)).await;
+    dropped(14).await;
+    replaced(14).await;
 }
 
 #[tokio::test]
 async fn on_postgres_18_a_slot_that_is_dropped_or_replaced_during_the_scan_is_recovered() {
-    dropped(Some(18)).await;
-    replaced(Some(18)).await;
+    dropped(18).await;
+    replaced(18).await;
 }
 
 async fn invalidated(major: &str) {

@@ -4,7 +4,7 @@ use walpost::Lsn;
 use walpost::scanner::missing::Leaves;
 use walpost::scanner::progress::{self, Claim, Position, Progress};
 
-use crate::support::Database;
+use crate::support::{Database, on_each_major};
 use crate::{DEADLINE, NOTED_SOON, insert, wait_all_sent};
 
 async fn stored(database: &Database) -> Progress {
@@ -31,10 +31,9 @@ async fn snapshot(database: &Database) -> String {
         .expect("a snapshot")
 }
 
-#[tokio::test]
-async fn a_change_that_was_computed_from_what_is_not_stored_any_more_changes_nothing() {
+async fn a_change_from_what_is_not_stored(major: i32) {
     // GIVEN a process that has claimed the row, and knows it
-    let database = Database::create("cas").await;
+    let database = Database::create_on_major(major, "cas").await;
     database.init(&[], &[]).await;
     let client = &database.client;
     let (ours, mut known) = claim(&database, "we").await;
@@ -96,9 +95,8 @@ async fn a_change_that_was_computed_from_what_is_not_stored_any_more_changes_not
     );
 }
 
-#[tokio::test]
-async fn what_the_slot_was_told_last_is_read_once_and_a_stop_of_an_earlier_claim_is_refused() {
-    let database = Database::create("cas").await;
+async fn two_claims(major: i32) {
+    let database = Database::create_on_major(major, "cas").await;
     database.init(&[], &[]).await;
     let client = &database.client;
     // GIVEN a process that stopped in good order
@@ -129,10 +127,9 @@ async fn what_the_slot_was_told_last_is_read_once_and_a_stop_of_an_earlier_claim
     assert!(progress::reread(client, &first).await.is_err());
 }
 
-#[tokio::test]
-async fn a_table_of_an_earlier_version_is_refused_until_init_has_brought_it_up_to_date() {
+async fn a_table_of_an_earlier_version(major: i32) {
     // GIVEN an installation of an earlier version
-    let database = Database::create("older").await;
+    let database = Database::create_on_major(major, "older").await;
     database.init(&[], &[]).await;
     database
         .sql("ALTER TABLE walpost.progress DROP COLUMN timeline, DROP COLUMN tables, DROP COLUMN streamed")
@@ -154,4 +151,10 @@ async fn a_table_of_an_earlier_version_is_refused_until_init_has_brought_it_up_t
     insert(&database.client, "row").await;
     wait_all_sent(&database).await;
     walpost.stop().await;
+}
+
+on_each_major! {
+    a_change_that_was_computed_from_what_is_not_stored_any_more_changes_nothing: a_change_from_what_is_not_stored();
+    what_the_slot_was_told_last_is_read_once_and_a_stop_of_an_earlier_claim_is_refused: two_claims();
+    a_table_of_an_earlier_version_is_refused_until_init_has_brought_it_up_to_date: a_table_of_an_earlier_version();
 }

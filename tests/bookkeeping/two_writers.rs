@@ -1,10 +1,7 @@
 //! `walpost init` and the file `sql/11_slot.sql` beside a running walpost.
 
-use crate::support::{Database, Walpost, eventually};
-use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, database_on, insert, wait_all_sent};
-
-/// Long enough for the steps between two looks.
-const SELDOM: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "8s");
+use crate::support::{Database, Walpost, eventually, on_each_major};
+use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert, wait_all_sent};
 
 /// Who makes the slot.
 #[derive(Clone, Copy)]
@@ -36,12 +33,12 @@ async fn slot_exists(database: &Database, what: &str) -> bool {
 }
 
 /// The interleaving in which a slot's maker that knows nothing of a poller loses a row.
-async fn a_slot_is_made_beside_a_poller(major: Option<i32>, maker: Maker) {
-    // GIVEN a poller that looks seldom, and a transaction that is open with a row
-    let database = database_on(major, "makers").await;
+async fn a_slot_is_made_beside_a_poller(major: i32, maker: Maker) {
+    // GIVEN a poller, and a transaction that is open with a row
+    let database = Database::create_on_major(major, "makers").await;
     database.init(&[], &[POLL]).await;
     database.sql(PUBLISH).await;
-    let mut poller = database.walpost(&["run"], &[POLL, SELDOM]).spawn();
+    let mut poller = database.walpost(&["run"], &[POLL, NOTED_SOON]).spawn();
     poller.wait_for_line("polling", DEADLINE).await;
     let long = database.connect().await;
     long.batch_execute("BEGIN").await.expect("a transaction");
@@ -55,20 +52,25 @@ async fn a_slot_is_made_beside_a_poller(major: Option<i32>, maker: Maker) {
         (over || waits).then_some(over)
     })
     .await;
-    // AND another row is committed and looked at, and then the first one is committed, and the poller stopped before it looks again
+    // AND another row is committed and looked at, and then the first one is committed, and the poller ends without another look
     insert(&database.client, "short").await;
     eventually(DEADLINE, "the poller's look", async || {
         let sql = "SELECT FROM walpost.outbox_status WHERE status = 'sent'";
         (!database.rows(sql, &[]).await.is_empty()).then_some(())
     })
     .await;
+    poller.signal("STOP");
     long.batch_execute("COMMIT").await.expect("it commits");
-    poller.stop().await;
+    poller.sigkill();
     making.wait_exit(DEADLINE).await;
-
     let said = making.output();
+    eventually(DEADLINE, "the slot's lock to be free", async || {
+        let sql = "SELECT FROM pg_locks JOIN pg_database d ON d.oid = database WHERE locktype = 'advisory' AND datname = current_database()";
+        database.rows(sql, &[]).await.is_empty().then_some(())
+    })
+    .await;
 
-    // THEN once the poller has stopped the slot is made, and every row arrives, once
+    // THEN once the poller has ended the slot is made, and every row arrives, once
     let mut making = make_slot(&database, maker);
     assert_eq!(making.wait_exit(DEADLINE).await, 0, "{}", making.output());
     assert!(slot_exists(&database, "confirmed_flush_lsn IS NOT NULL").await);
@@ -82,30 +84,9 @@ async fn a_slot_is_made_beside_a_poller(major: Option<i32>, maker: Maker) {
     assert!(over && said.contains("has its lock"), "{said}");
 }
 
-#[tokio::test]
-async fn init_makes_no_slot_beside_a_running_poller_and_no_row_is_lost() {
-    a_slot_is_made_beside_a_poller(None, Maker::Init).await;
-}
-
-#[tokio::test]
-async fn the_file_of_sql_makes_no_slot_beside_a_running_poller_and_no_row_is_lost() {
-    a_slot_is_made_beside_a_poller(None, Maker::File).await;
-}
-
-#[tokio::test]
-async fn on_postgres_14_no_slot_is_made_beside_a_running_poller() {
-    a_slot_is_made_beside_a_poller(Some(14), Maker::File).await;
-}
-
-#[tokio::test]
-async fn on_postgres_18_no_slot_is_made_beside_a_running_poller() {
-    a_slot_is_made_beside_a_poller(Some(18), Maker::File).await;
-}
-
-#[tokio::test]
-async fn two_makers_of_one_slot_make_it_once_and_what_the_first_has_noted_stays() {
+async fn two_makers(major: i32) {
     // GIVEN a maker that waits for a transaction
-    let database = Database::create("makers").await;
+    let database = Database::create_on_major(major, "makers").await;
     database.init(&[], &[POLL]).await;
     let long = database.connect().await;
     long.batch_execute("BEGIN").await.expect("a transaction");
@@ -136,4 +117,10 @@ async fn two_makers_of_one_slot_make_it_once_and_what_the_first_has_noted_stays(
     wait_all_sent(&database).await;
     walpost.stop().await;
     arrived(&database, &["long", "between"]).await;
+}
+
+on_each_major! {
+    init_makes_no_slot_beside_a_running_poller_and_no_row_is_lost: a_slot_is_made_beside_a_poller(Maker::Init);
+    the_file_of_sql_makes_no_slot_beside_a_running_poller_and_no_row_is_lost: a_slot_is_made_beside_a_poller(Maker::File);
+    two_makers_of_one_slot_make_it_once_and_what_the_first_has_noted_stays: two_makers();
 }

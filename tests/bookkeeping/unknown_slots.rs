@@ -1,20 +1,19 @@
 //! Slots of which `walpost.progress` knows nothing: what the table has is published up to now, and what the slot brings as well is skipped.
 
-use crate::support::{Database, eventually};
+use crate::support::{Database, eventually, on_each_major};
 use crate::{
-    DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, database_on, insert, make_slot_by_hand,
-    wait_all_sent,
+    DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert, make_slot_by_hand, wait_all_sent,
 };
 
 /// An outbox and a publication, and no slot.
-async fn without_slot(major: Option<i32>) -> Database {
-    let database = database_on(major, "unknown").await;
+async fn without_slot(major: i32) -> Database {
+    let database = Database::create_on_major(major, "unknown").await;
     database.init(&[], &[POLL]).await;
     database.sql(PUBLISH).await;
     database
 }
 
-async fn first_sight(major: Option<i32>, progress: &str) {
+async fn first_sight(major: i32, progress: &str) {
     // GIVEN rows from before a slot that somebody made, and rows from after it
     let database = without_slot(major).await;
     insert(&database.client, "older").await;
@@ -34,35 +33,14 @@ async fn first_sight(major: Option<i32>, progress: &str) {
 }
 
 const NO_ROW: &str = "DELETE FROM walpost.progress";
-
-#[tokio::test]
-async fn a_slot_that_was_there_before_walpost_is_read_with_the_table_and_no_older_row_counts_as_delivered()
- {
-    first_sight(None, NO_ROW).await;
-}
-
-#[tokio::test]
-async fn a_row_without_snapshots_is_no_better_than_none() {
-    let row = "INSERT INTO walpost.progress (slot, system_id, session, timeline)
+const ROW_WITHOUT_SNAPSHOTS: &str =
+    "INSERT INTO walpost.progress (slot, system_id, session, timeline)
                SELECT slot_name, system_identifier::text, 'an earlier one', 1
                FROM pg_replication_slots, pg_control_system() WHERE database = current_database()";
-    first_sight(None, row).await;
-}
 
-#[tokio::test]
-async fn on_postgres_14_no_row_older_than_a_found_slot_counts_as_delivered() {
-    first_sight(Some(14), NO_ROW).await;
-}
-
-#[tokio::test]
-async fn on_postgres_18_no_row_older_than_a_found_slot_counts_as_delivered() {
-    first_sight(Some(18), NO_ROW).await;
-}
-
-#[tokio::test]
-async fn rows_between_the_last_look_of_poll_mode_and_a_slot_made_by_hand_arrive() {
+async fn a_slot_behind_the_last_look_of_poll_mode(major: i32) {
     // GIVEN a poller that has delivered a row and stopped
-    let database = without_slot(None).await;
+    let database = without_slot(major).await;
     let mut poller = database.walpost(&["run"], &[POLL, NOTED_SOON]).spawn();
     poller.wait_for_line("polling", DEADLINE).await;
     insert(&database.client, "polled").await;
@@ -82,10 +60,9 @@ async fn rows_between_the_last_look_of_poll_mode_and_a_slot_made_by_hand_arrive(
     assert_eq!(rows.len(), 3, "{rows:?}");
 }
 
-#[tokio::test]
-async fn a_first_start_that_is_killed_in_its_scan_does_not_take_the_slot_for_known() {
+async fn a_first_start_is_killed(major: i32) {
     // GIVEN a found slot, an older row, and a start whose scan never ends because the broker is away
-    let database = without_slot(None).await;
+    let database = without_slot(major).await;
     insert(&database.client, "older").await;
     make_slot_by_hand(&database).await;
     let away = [NOTED_SOON, ("WALPOST_PULSAR_URL", "pulsar://127.0.0.1:1")];
@@ -103,4 +80,11 @@ async fn a_first_start_that_is_killed_in_its_scan_does_not_take_the_slot_for_kno
     wait_all_sent(&database).await;
     walpost.stop().await;
     arrived(&database, &["older"]).await;
+}
+
+on_each_major! {
+    a_slot_that_was_there_before_walpost_is_read_with_the_table_and_no_older_row_counts_as_delivered: first_sight(NO_ROW);
+    a_row_without_snapshots_is_no_better_than_none: first_sight(ROW_WITHOUT_SNAPSHOTS);
+    rows_between_the_last_look_of_poll_mode_and_a_slot_made_by_hand_arrive: a_slot_behind_the_last_look_of_poll_mode();
+    a_first_start_that_is_killed_in_its_scan_does_not_take_the_slot_for_known: a_first_start_is_killed();
 }

@@ -1,7 +1,7 @@
 //! Tables without `txid` and `seq`, as Debezium's, and a slot that is lost.
 
-use crate::support::{Database, Walpost, eventually};
-use crate::{DEADLINE, NOTED_SOON, arrived, database_on, drop_slot};
+use crate::support::{Database, Walpost, eventually, on_each_major};
+use crate::{DEADLINE, NOTED_SOON, arrived, drop_slot};
 
 const TABLE: (&str, &str) = ("WALPOST_OUTBOX_TABLE", "public.outboxevent");
 const RESTART: (&str, &str) = ("WALPOST_SLOT_LOST", "restart");
@@ -13,8 +13,8 @@ async fn put(database: &Database, payload: &str) -> String {
 }
 
 /// Debezium's table, a row that was delivered, and one that was committed when there was no slot.
-async fn with_lost_slot(major: Option<i32>) -> Database {
-    let database = database_on(major, "unscan").await;
+async fn with_lost_slot(major: i32) -> Database {
+    let database = Database::create_on_major(major, "unscan").await;
     database
         .sql(
             "CREATE TABLE public.outboxevent (
@@ -47,7 +47,7 @@ async fn refused(database: &Database) -> String {
     said
 }
 
-async fn recovers_with_the_columns(major: Option<i32>) {
+async fn recovers_with_the_columns(major: i32) {
     // GIVEN a lost slot, and a table whose rows no snapshot can be compared with THEN walpost refuses, with the statement
     let database = with_lost_slot(major).await;
     let said = refused(&database).await;
@@ -75,25 +75,9 @@ async fn recovers_with_the_columns(major: Option<i32>) {
     .await;
 }
 
-#[tokio::test]
-async fn a_lost_slot_is_refused_where_the_gap_cannot_be_read_and_the_statement_mends_it() {
-    recovers_with_the_columns(None).await;
-}
-
-#[tokio::test]
-async fn on_postgres_14_a_gap_that_cannot_be_read_is_refused() {
-    recovers_with_the_columns(Some(14)).await;
-}
-
-#[tokio::test]
-async fn on_postgres_18_a_gap_that_cannot_be_read_is_refused() {
-    recovers_with_the_columns(Some(18)).await;
-}
-
-#[tokio::test]
-async fn the_statements_for_a_table_in_use_let_it_recover() {
+async fn recovers_with_the_statements_for_a_table_in_use(major: i32) {
     // GIVEN a lost slot, and OPERATIONS' statements for a table in use
-    let database = with_lost_slot(None).await;
+    let database = with_lost_slot(major).await;
     refused(&database).await;
     let operations = include_str!("../../deploy/OPERATIONS.md");
     let (_, section) = operations
@@ -117,10 +101,9 @@ async fn the_statements_for_a_table_in_use_let_it_recover() {
     arrived(&database, &["delivered", "between", "streamed"]).await;
 }
 
-#[tokio::test]
-async fn who_drops_the_slot_and_makes_another_is_told_of_the_gap_as_well() {
+async fn the_slot_is_made_anew_by_init(major: i32) {
     // GIVEN a slot that was dropped, and made again by init
-    let database = with_lost_slot(None).await;
+    let database = with_lost_slot(major).await;
     let (code, said) = database.walpost(&["init"], &[TABLE]).run(DEADLINE).await;
     assert_eq!(code, 0, "{said}");
 
@@ -140,9 +123,8 @@ async fn who_drops_the_slot_and_makes_another_is_told_of_the_gap_as_well() {
     arrived(&database, &["delivered", "streamed"]).await;
 }
 
-#[tokio::test]
-async fn restart_gives_up_the_rows_of_a_lost_slot_that_cannot_be_read_and_goes_on() {
-    let database = with_lost_slot(None).await;
+async fn restarts(major: i32) {
+    let database = with_lost_slot(major).await;
     let walpost = database.start(&[TABLE, NOTED_SOON, RESTART]).await;
     let last = put(&database, "streamed").await;
     stop_when_noted(&database, walpost, &last).await;
@@ -150,4 +132,11 @@ async fn restart_gives_up_the_rows_of_a_lost_slot_that_cannot_be_read_and_goes_o
     // AND afterwards nothing is refused
     let walpost = database.start(&[TABLE, NOTED_SOON]).await;
     walpost.stop().await;
+}
+
+on_each_major! {
+    a_lost_slot_is_refused_where_the_gap_cannot_be_read_and_the_statement_mends_it: recovers_with_the_columns();
+    the_statements_for_a_table_in_use_let_it_recover: recovers_with_the_statements_for_a_table_in_use();
+    who_drops_the_slot_and_makes_another_is_told_of_the_gap_as_well: the_slot_is_made_anew_by_init();
+    restart_gives_up_the_rows_of_a_lost_slot_that_cannot_be_read_and_goes_on: restarts();
 }

@@ -1,7 +1,7 @@
 //! Mistakes that were mended, and that the log still holds.
 
-use super::support::{Database, eventually};
-use super::{DEADLINE, arrived, insert, on};
+use super::support::{Database, eventually, on_each_major};
+use super::{DEADLINE, arrived, insert, on, partitioned_on};
 
 async fn stop_and_count(database: &Database, settings: &[(&str, &str)], expected: &[&str]) {
     let walpost = database.walpost(&["run"], settings).spawn();
@@ -88,12 +88,9 @@ async fn rows_of_a_time_without_a_publication_arrive_on_15() {
     rows_without_a_publication(15).await;
 }
 
-#[tokio::test]
-async fn rows_that_came_under_a_partitions_own_name_or_under_another_are_published() {
+async fn rows_under_other_names(major: i32) {
     // GIVEN an outbox whose partitions were published under their own names for a time, and that had another name for a time
-    let database = Database::create("catalog").await;
-    let partitioned = ["--payload", "text", "--partition-by", "day"];
-    database.init(&partitioned, &[]).await;
+    let database = partitioned_on(major).await;
     insert(&database, "walpost.outbox", "one").await;
     database
         .sql("ALTER PUBLICATION walpost SET (publish_via_partition_root = false)")
@@ -113,4 +110,8 @@ async fn rows_that_came_under_a_partitions_own_name_or_under_another_are_publish
 
     // WHEN walpost runs: THEN the rows of that time are the outbox' rows
     stop_and_count(&database, &[], &["one", "two", "three", "four"]).await;
+}
+
+on_each_major! {
+    rows_that_came_under_a_partitions_own_name_or_under_another_are_published: rows_under_other_names();
 }

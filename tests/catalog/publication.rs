@@ -259,6 +259,11 @@ async fn a_generated_column_that_is_read_is_refused_before_the_first_row_on_14()
 }
 
 #[tokio::test]
+async fn a_generated_column_that_is_read_is_refused_before_the_first_row_on_15() {
+    a_generated_column_is_refused(15).await;
+}
+
+#[tokio::test]
 async fn a_generated_column_that_is_read_is_refused_before_the_first_row_unless_it_is_sent_on_18() {
     a_generated_column_is_refused(18).await;
 }

@@ -1,7 +1,7 @@
 //! What changes under a running stream, told by the stream itself. Nothing is looked at on a timer here.
 
-use super::support::{Database, Walpost};
-use super::{DEADLINE, arrived, insert, on};
+use super::support::{Database, Walpost, on_each_major};
+use super::{DEADLINE, arrived, insert, on, partitioned_on};
 
 /// No look at the catalogue but those that the stream asks for.
 const SELDOM: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "1h");
@@ -54,11 +54,8 @@ async fn a_publication_that_is_dropped_is_told_by_the_stream_on_18() {
     a_publication_that_goes_is_told(18).await;
 }
 
-#[tokio::test]
-async fn rows_under_a_partitions_own_name_end_the_stream_with_the_statement() {
-    let database = Database::create("catalog").await;
-    let partitioned = ["--payload", "text", "--partition-by", "day"];
-    database.init(&partitioned, &[]).await;
+async fn rows_under_a_partitions_own_name(major: i32) {
+    let database = partitioned_on(major).await;
     let walpost = running(&database).await;
     database
         .sql("ALTER PUBLICATION walpost SET (publish_via_partition_root = false)")
@@ -74,9 +71,8 @@ async fn rows_under_a_partitions_own_name_end_the_stream_with_the_statement() {
     walpost.stop().await;
 }
 
-#[tokio::test]
-async fn an_outbox_that_is_renamed_ends_the_stream_when_its_rows_come() {
-    let database = on(15).await;
+async fn a_renamed_outbox(major: i32) {
+    let database = on(major).await;
     let walpost = running(&database).await;
     database
         .sql("ALTER TABLE walpost.outbox RENAME TO hidden")
@@ -99,10 +95,9 @@ const REPLACE: &str = "
     GRANT SELECT ON walpost.outbox TO walpost_connector;
     COMMIT";
 
-#[tokio::test]
-async fn a_new_table_of_that_name_is_followed_and_rows_of_the_former_one_are_told() {
+async fn a_replaced_outbox(major: i32) {
     // GIVEN an outbox that is replaced under a running stream
-    let database = on(15).await;
+    let database = on(major).await;
     let walpost = running(&database).await;
     database.sql(REPLACE).await;
 
@@ -130,9 +125,8 @@ async fn a_new_table_of_that_name_is_followed_and_rows_of_the_former_one_are_tol
     walpost.stop().await;
 }
 
-#[tokio::test]
-async fn an_outbox_that_is_dropped_and_made_anew_goes_on() {
-    let database = on(15).await;
+async fn an_outbox_that_is_made_anew(major: i32) {
+    let database = on(major).await;
     let walpost = running(&database).await;
     database
         .sql(
@@ -150,9 +144,8 @@ async fn an_outbox_that_is_dropped_and_made_anew_goes_on() {
     walpost.stop().await;
 }
 
-#[tokio::test]
-async fn other_tables_in_the_publication_are_skipped_and_cost_one_look_at_the_catalogue() {
-    let database = on(15).await;
+async fn other_tables(major: i32) {
+    let database = on(major).await;
     database
         .sql("CREATE TABLE known (id int); ALTER PUBLICATION walpost ADD TABLE known")
         .await;
@@ -186,10 +179,9 @@ async fn other_tables_in_the_publication_are_skipped_and_cost_one_look_at_the_ca
     walpost.stop().await;
 }
 
-#[tokio::test]
-async fn another_table_is_added_by_stop_init_start_and_init_tells_when_the_order_is_another() {
+async fn another_table_is_added(major: i32) {
     // GIVEN a running connector, and another table
-    let database = on(15).await;
+    let database = on(major).await;
     let walpost = running(&database).await;
     database
         .sql("CREATE TABLE more (LIKE walpost.outbox INCLUDING ALL)")
@@ -225,4 +217,13 @@ async fn another_table_is_added_by_stop_init_start_and_init_tells_when_the_order
     );
     assert_eq!(arrived(&database, 3).await, ["one", "two", "three"]);
     walpost.stop().await;
+}
+
+on_each_major! {
+    rows_under_a_partitions_own_name_end_the_stream_with_the_statement: rows_under_a_partitions_own_name();
+    an_outbox_that_is_renamed_ends_the_stream_when_its_rows_come: a_renamed_outbox();
+    a_new_table_of_that_name_is_followed_and_rows_of_the_former_one_are_told: a_replaced_outbox();
+    an_outbox_that_is_dropped_and_made_anew_goes_on: an_outbox_that_is_made_anew();
+    other_tables_in_the_publication_are_skipped_and_cost_one_look_at_the_catalogue: other_tables();
+    another_table_is_added_by_stop_init_start_and_init_tells_when_the_order_is_another: another_table_is_added();
 }

@@ -1,6 +1,8 @@
-use super::support::Database;
-use super::{DEADLINE, insert, on};
+use super::support::{Database, on_each_major};
+use super::{DEADLINE, initialized_on, insert, on};
 
+const PLAIN: &[&str] = &["--payload", "text"];
+const PARTITIONED: &[&str] = &["--payload", "text", "--partition-by", "day"];
 const REFUSED: &str = "an update of walpost.outbox sends no event";
 
 /// What the server says of a statement in a session that has not said that it mends.
@@ -20,12 +22,8 @@ async fn refusal(database: &Database, statement: &str) -> String {
     }
 }
 
-async fn updates_are_refused(args: &[&str], major: i32) {
-    let database = on(major).await;
-    if !args.is_empty() {
-        database.sql("DROP TABLE walpost.outbox CASCADE").await;
-        database.init(args, &[]).await;
-    }
+async fn updates_are_refused(major: i32, args: &[&str]) {
+    let database = initialized_on(major, args).await;
     insert(&database, "walpost.outbox", "one").await;
 
     // A change of an event is refused, also by an upsert, and through a partition
@@ -33,7 +31,7 @@ async fn updates_are_refused(args: &[&str], major: i32) {
         "INSERT INTO walpost.outbox (id, aggregatetype, aggregateid, type, payload, created_at)
                     SELECT id, 't', 'k', 'e', 'two', created_at FROM walpost.outbox ON CONFLICT";
     let partition = "DO $$ BEGIN EXECUTE (SELECT format('UPDATE %s SET payload = %L', tableoid::regclass, 'x') FROM walpost.outbox); END $$";
-    let key = if args.is_empty() {
+    let key = if args == PLAIN {
         "(id)"
     } else {
         "(id, created_at)"
@@ -70,19 +68,8 @@ async fn updates_are_refused(args: &[&str], major: i32) {
     }
 }
 
-#[tokio::test]
-async fn a_row_of_the_outbox_is_not_changed_in_place() {
-    updates_are_refused(&[], 15).await;
-}
-
-#[tokio::test]
-async fn a_row_of_a_partitioned_outbox_is_not_changed_in_place() {
-    updates_are_refused(&["--payload", "text", "--partition-by", "day"], 14).await;
-}
-
-#[tokio::test]
-async fn init_brings_the_refusal_to_an_outbox_of_an_earlier_version_and_check_warns_until_then() {
-    let database = on(15).await;
+async fn init_brings_the_refusal(major: i32) {
+    let database = on(major).await;
     database
         .sql("DROP FUNCTION walpost.refuse_update CASCADE")
         .await;
@@ -108,10 +95,9 @@ async fn init_brings_the_refusal_to_an_outbox_of_an_earlier_version_and_check_wa
     assert!(!said.contains("brought up to date"), "{said}");
 }
 
-#[tokio::test]
-async fn check_tells_of_row_level_security_of_updaters_and_of_a_missing_index() {
+async fn check_tells(major: i32) {
     // GIVEN a table of the application's own, which others may update, with policies that apply to the connector
-    let database = on(15).await;
+    let database = on(major).await;
     let role = format!("{}_app", database.name);
     database
         .sql(&format!(
@@ -166,4 +152,11 @@ async fn check_tells_of_row_level_security_of_updaters_and_of_a_missing_index() 
     database
         .sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}"))
         .await;
+}
+
+on_each_major! {
+    a_row_of_the_outbox_is_not_changed_in_place: updates_are_refused(PLAIN);
+    a_row_of_a_partitioned_outbox_is_not_changed_in_place: updates_are_refused(PARTITIONED);
+    init_brings_the_refusal_to_an_outbox_of_an_earlier_version_and_check_warns_until_then: init_brings_the_refusal();
+    check_tells_of_row_level_security_of_updaters_and_of_a_missing_index: check_tells();
 }

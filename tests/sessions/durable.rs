@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::DEADLINE;
-use super::support::{Database, OwnServers, Servers, eventually};
+use super::support::{Database, OwnServers, Servers, eventually, on_each_major};
 
 /// An event that no topic takes, so that it becomes a straggler.
 fn unpublishable(key: &str) -> String {
@@ -66,8 +66,10 @@ async fn end_all_processes(database: &Database) {
     .await;
 }
 
-async fn own(name: &str) -> (OwnServers, Database) {
-    let servers = Servers::own(name, &["--no-pulsar"]);
+async fn own(major: i32, name: &str) -> (OwnServers, Database) {
+    let major = major.to_string();
+    let args = ["--postgres", &major, "--no-pulsar"];
+    let servers = Servers::own(&format!("{name}-{major}"), &args);
     let database = Database::create_on(&servers, "durable").await;
     database.init(&[], &[]).await;
     (servers, database)
@@ -75,9 +77,8 @@ async fn own(name: &str) -> (OwnServers, Database) {
 
 /// GIVEN a database whose commits are not flushed by default WHEN an event has become a straggler, the LSN is past it, and all of the server's
 /// processes end at once THEN the event is there.
-#[tokio::test]
-async fn an_event_is_on_disk_before_the_lsn_passes_it() {
-    let (servers, mut database) = own("sessions-crash").await;
+async fn an_event_is_on_disk(major: i32) {
+    let (servers, mut database) = own(major, "sessions-crash").await;
     database
         .sql(&format!(
             "ALTER DATABASE {} SET synchronous_commit = off",
@@ -146,9 +147,8 @@ async fn an_event_is_on_disk_before_the_lsn_passes_it() {
 
 /// GIVEN `synchronous_standby_names = '*'`, so that walpost's own walsender is a standby that commits wait for
 /// WHEN an event becomes a straggler THEN the application's commits return: storing it waits for nobody.
-#[tokio::test]
-async fn a_straggler_is_stored_without_waiting_for_walposts_own_confirmation() {
-    let (_servers, database) = own("sessions-standby").await;
+async fn a_straggler_waits_for_nobody(major: i32) {
+    let (_servers, database) = own(major, "sessions-standby").await;
     let walpost = database.start(&[("WALPOST_SCAN_INTERVAL", "200ms")]).await;
     database
         .sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
@@ -182,4 +182,9 @@ async fn a_straggler_is_stored_without_waiting_for_walposts_own_confirmation() {
     let reset = "ALTER SYSTEM RESET synchronous_standby_names";
     database.sql(reset).await;
     database.sql("SELECT pg_reload_conf()").await;
+}
+
+on_each_major! {
+    an_event_is_on_disk_before_the_lsn_passes_it: an_event_is_on_disk();
+    a_straggler_is_stored_without_waiting_for_walposts_own_confirmation: a_straggler_waits_for_nobody();
 }

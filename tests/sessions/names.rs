@@ -2,8 +2,8 @@
 
 use std::process::Command;
 
-use super::support::{Database, eventually, unique};
-use super::{DEADLINE, drop_role, insert, on};
+use super::support::{Database, eventually, on_each_major, unique};
+use super::{DEADLINE, drop_role, insert};
 
 /// Functions and operators that fit walpost's calls better than those of `pg_catalog`, whose arguments are of wider types. Each makes its
 /// caller's rights mallory's, and gives back what its model would.
@@ -111,8 +111,8 @@ async fn is_superuser(database: &Database, role: &str) -> bool {
 }
 
 /// A database in which a login that may make functions in `public` has laid its traps; before Postgres 15 each may.
-async fn trapped(major: u32) -> (Database, String) {
-    let database = on(major, "names").await;
+async fn trapped(major: i32) -> (Database, String) {
+    let database = Database::create_on_major(major, "names").await;
     let mallory = unique("mallory");
     database
         .sql(&format!(
@@ -145,7 +145,7 @@ async fn nobody_was_caught(database: &Database, mallory: &str, by: &str) {
 
 /// GIVEN a login's functions and operators in `public` WHEN a superuser runs walpost's commands
 /// THEN none of them is called.
-async fn no_command_calls_a_function_of_others(major: u32) {
+async fn no_command_calls_a_function_of_others(major: i32) {
     let (database, mallory) = trapped(major).await;
     for mode in ["keep", "mark"] {
         let settings = [("WALPOST_AFTER_PUBLISH", mode)];
@@ -221,7 +221,7 @@ fn psql(database: &Database, sql: &str) -> String {
 
 /// GIVEN the same WHEN a superuser applies what `walpost sql` prints, and calls walpost's functions, with a `search_path` that has
 /// `public` first THEN none of the others' functions is called, and the `search_path` of the session is as before.
-async fn no_sql_of_ours_calls_a_function_of_others(major: u32) {
+async fn no_sql_of_ours_calls_a_function_of_others(major: i32) {
     let (database, mallory) = trapped(major).await;
     let mode = [("WALPOST_AFTER_PUBLISH", "mark")];
     for part in [&["sql"][..], &["sql", "--roles"], &["sql", "--inbox"]] {
@@ -276,9 +276,8 @@ async fn sql_that_a_dba_applies_and_functions_of_walpost_call_nothing_of_others_
 }
 
 /// GIVEN functions as an earlier version made them WHEN init runs THEN they have a `search_path` of their own, and keep their grants.
-#[tokio::test]
-async fn functions_of_an_earlier_version_are_given_a_search_path_by_init() {
-    let database = on(15, "names").await;
+async fn functions_of_an_earlier_version(major: i32) {
+    let database = Database::create_on_major(major, "names").await;
     database.init(&[], &[]).await;
     database
         .sql(
@@ -313,16 +312,15 @@ async fn functions_of_an_earlier_version_are_given_a_search_path_by_init() {
 
 /// GIVEN a table whose id is of a type with operators in another schema than `pg_catalog` WHEN its rows are marked, discarded and replayed
 /// THEN they are found by these.
-#[tokio::test]
-async fn an_id_of_a_type_from_another_schema_is_compared_with_the_operators_of_that_type() {
-    let database = on(15, "names").await;
+async fn ids_of_another_schema(major: i32, id_type: &str) {
+    let database = Database::create_on_major(major, "names").await;
     database
-        .sql(
-            "CREATE EXTENSION ltree; CREATE SCHEMA shop;
-             CREATE TABLE shop.outbox (id ltree PRIMARY KEY, aggregatetype text, aggregateid text, type text, payload json,
+        .sql(&format!(
+            "CREATE EXTENSION ltree; CREATE SCHEMA shop; CREATE DOMAIN shop.path AS ltree; CREATE DOMAIN shop.number AS shop.path;
+             CREATE TABLE shop.outbox (id {id_type} PRIMARY KEY, aggregatetype text, aggregateid text, type text, payload json,
                  created_at timestamptz NOT NULL DEFAULT now(), seq bigint GENERATED ALWAYS AS IDENTITY,
-                 txid xid8 NOT NULL DEFAULT pg_current_xact_id(), sent_at timestamptz)",
-        )
+                 txid xid8 NOT NULL DEFAULT pg_current_xact_id(), sent_at timestamptz)"
+        ))
         .await;
     let settings = [
         ("WALPOST_OUTBOX_TABLE", "shop.outbox"),
@@ -332,22 +330,39 @@ async fn an_id_of_a_type_from_another_schema_is_compared_with_the_operators_of_t
     ];
     database.init(&[], &settings).await;
     let walpost = database.start(&settings).await;
+    // One of them cannot be published.
     database
-        .sql("INSERT INTO shop.outbox (id, aggregatetype, aggregateid, type, payload) SELECT text2ltree('id.' || n), 't', 'k', 'e', '{}' FROM generate_series(1, 3000) n")
+        .sql("INSERT INTO shop.outbox (id, aggregatetype, aggregateid, type, payload)
+              SELECT text2ltree('id.' || n), CASE n WHEN 7 THEN 'no topic' ELSE 't' END, 'k' || n, 'e', '{}' FROM generate_series(1, 3000) n")
         .await;
-    let unmarked = "SELECT count(*) FROM shop.outbox WHERE sent_at IS NULL";
-    let none_unmarked =
-        async || (database.rows(unmarked, &[]).await[0].get::<_, i64>(0) == 0).then_some(());
-    eventually(DEADLINE, "the marks", none_unmarked).await;
+    let unmarked = async || -> Vec<String> {
+        let sql = "SELECT id::text FROM shop.outbox WHERE sent_at IS NULL LIMIT 10";
+        let rows = database.rows(sql, &[]).await;
+        rows.iter().map(|row| row.get(0)).collect()
+    };
+    let only_one = async || (unmarked().await == ["id.7"]).then_some(());
+    eventually(DEADLINE, "the marks", only_one).await;
     // AND what lost its mark is found.
     database.sql("UPDATE shop.outbox SET sent_at = NULL").await;
-    eventually(DEADLINE, "the marks that were lost", none_unmarked).await;
+    eventually(DEADLINE, "the marks that were lost", only_one).await;
     walpost.stop().await;
-    for command in [
-        &["replay", "--id", "id.7"][..],
-        &["stragglers", "discard", "--yes", "--id", "id.7"],
+    for (command, expected) in [
+        (&["replay", "--id", "id.8"][..], "id.8"),
+        (
+            &["stragglers", "discard", "--yes", "--id", "id.7"],
+            "discarded 1 stragglers",
+        ),
     ] {
         let (code, said) = database.walpost(command, &settings).run(DEADLINE).await;
         assert_eq!(code, 0, "{said}");
+        assert!(said.contains(expected), "{said}");
     }
+    // AND the discarded one's row is marked.
+    assert_eq!(unmarked().await, [""; 0]);
+}
+
+on_each_major! {
+    functions_of_an_earlier_version_are_given_a_search_path_by_init: functions_of_an_earlier_version();
+    an_id_of_a_type_from_another_schema_is_compared_with_the_operators_of_that_type: ids_of_another_schema("ltree");
+    an_id_of_a_domain_over_a_domain_is_compared_with_the_operators_of_its_type: ids_of_another_schema("shop.number");
 }

@@ -1,13 +1,13 @@
 //! Row-level security that hides rows from walpost is an error and never a table without rows.
 
-use super::support::Database;
-use super::{DEADLINE, insert, on};
+use super::support::{Database, eventually, on_each_major};
+use super::{DEADLINE, insert};
 
 const SECURITY: &str = "ALTER TABLE walpost.outbox ENABLE ROW LEVEL SECURITY";
 
 /// Rows from before the slot, hidden by a policy.
-async fn hidden(major: u32) -> Database {
-    let database = on(major, "security").await;
+async fn hidden(major: i32) -> Database {
+    let database = Database::create_on_major(major, "security").await;
     database.init(&[], &[]).await;
     let login = format!("{}_run", database.name);
     database
@@ -23,7 +23,7 @@ async fn hidden(major: u32) -> Database {
 
 /// GIVEN a policy that hides rows WHEN walpost's commands run with a plain role THEN each is refused with the way out and notes nothing as
 /// delivered; and each way out is one.
-async fn is_refused_with_the_way_out(major: u32) {
+async fn is_refused_with_the_way_out(major: i32) {
     let database = hidden(major).await;
     let login = format!("{}_run", database.name);
     let url = database.run_url();
@@ -84,16 +84,15 @@ async fn a_policy_that_hides_rows_is_refused_with_the_way_out_on_18() {
 }
 
 /// GIVEN a running walpost WHEN a policy begins to hide rows THEN no row is noted as delivered that was not published.
-#[tokio::test]
-async fn a_policy_that_comes_later_makes_the_scan_fail_and_not_end() {
-    let database = on(15, "security").await;
+async fn a_policy_comes_later(major: i32) {
+    let database = Database::create_on_major(major, "security").await;
     database.init(&[], &[]).await;
     let poll = [("WALPOST_MODE", "poll"), ("WALPOST_SCAN_INTERVAL", "300ms")];
     let mut walpost = database.walpost(&["run"], &poll).spawn();
     insert(&database, 5).await;
     let delivered = "SELECT count(*) FROM walpost.outbox_status WHERE status = 'sent'";
     let sent = async || database.rows(delivered, &[]).await[0].get::<_, i64>(0);
-    super::support::eventually(DEADLINE, "the first rows", async || {
+    eventually(DEADLINE, "the first rows", async || {
         (sent().await == 5).then_some(())
     })
     .await;
@@ -107,4 +106,8 @@ async fn a_policy_that_comes_later_makes_the_scan_fail_and_not_end() {
     let said = walpost.output();
     assert!(said.contains("BYPASSRLS"), "{said}");
     assert_eq!(sent().await, 5);
+}
+
+on_each_major! {
+    a_policy_that_comes_later_makes_the_scan_fail_and_not_end: a_policy_comes_later();
 }

@@ -5,7 +5,7 @@ use walpost::postgres::session::SETTINGS;
 use walpost::postgres::{PostgresConfig, ReplicationConnection, connect_application, connect_sql};
 
 use super::support::{Database, eventually, unique};
-use super::{DEADLINE, as_user, drop_role, insert, on, received};
+use super::{DEADLINE, as_user, drop_role, insert, received};
 
 /// For each setting of the list a value that walpost could not work with, as far as there is one.
 const OPPOSITES: [(&str, &str); 26] = [
@@ -70,8 +70,8 @@ async fn shown(client: &Client, name: &str) -> Option<String> {
 
 /// GIVEN role, database and URL with the opposite of each setting WHEN walpost opens a session of either kind THEN it has the
 /// list's values; and an application's session has the role's.
-async fn every_session_has_the_list(major: u32) {
-    let database = on(major, "settings").await;
+async fn every_session_has_the_list(major: i32) {
+    let database = Database::create_on_major(major, "settings").await;
     let role = unique("set");
     database
         .sql(&format!(
@@ -136,8 +136,8 @@ async fn every_session_has_the_settings_of_the_list_on_18() {
 
 /// GIVEN rows from before the slot, and a login whose settings are hostile WHEN walpost runs with it
 /// THEN the scan of the gap gets to its end, the stream goes on, and transactions are noted as delivered.
-async fn runs_with_hostile_settings(major: u32) {
-    let mut database = on(major, "hostile").await;
+async fn runs_with_hostile_settings(major: i32) {
+    let mut database = Database::create_on_major(major, "hostile").await;
     let rows = 20_000;
     database.init(&[], &[]).await;
     database

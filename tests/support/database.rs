@@ -45,6 +45,16 @@ impl Database {
         Self::create_with(servers, prefix, "").await
     }
 
+    /// The same on the shared server of that major, whichever one `servers` gives.
+    pub(crate) async fn create_on_major(major: i32, prefix: &str) -> Self {
+        let major = major.to_string();
+        if servers().var("WALPOST_LOCAL_POSTGRES_MAJOR") == major {
+            return Self::create(prefix).await;
+        }
+        let of_major = super::Servers::up(&["--postgres", &major, "--no-pulsar"]);
+        Self::create_on(&of_major, prefix).await
+    }
+
     /// The same on the shared server, with a text encoding of its own.
     pub(crate) async fn create_in(encoding: &str, prefix: &str) -> Self {
         let options =

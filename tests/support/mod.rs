@@ -20,6 +20,7 @@
 #![allow(
     dead_code,
     unused_imports,
+    unused_macros,
     reason = "each test file is a crate of its own and uses its own part of this module"
 )]
 
@@ -52,6 +53,32 @@ pub(crate) use python::{Judged, Python, hex};
 pub(crate) use random::Random;
 pub(crate) use servers::{OwnServers, Servers, servers, tool};
 pub(crate) use wire::{Entry, EntryMessage, parse_entry, read_entries, sized};
+
+/// Tests of cases that take a major: `name: case(more);` makes `name::on_14`, `name::on_15` and `name::on_18`, which call
+/// `case(14, more)` and so on. (The oldest Postgres, the newest, and the shared one between them.)
+macro_rules! on_each_major {
+    ($($name:ident: $case:ident($($argument:expr),*);)+) => {$(
+        mod $name {
+            use super::*;
+
+            #[tokio::test]
+            async fn on_14() {
+                $case(14, $($argument),*).await;
+            }
+
+            #[tokio::test]
+            async fn on_15() {
+                $case(15, $($argument),*).await;
+            }
+
+            #[tokio::test]
+            async fn on_18() {
+                $case(18, $($argument),*).await;
+            }
+        }
+    )+};
+}
+pub(crate) use on_each_major;
 
 /// A name no other test, and no earlier run on the same servers, has: `<prefix>_<time>_<pid>_<count>`.
 ///

@@ -170,6 +170,24 @@ proptest! {
         }
     }
 
+    /// What is kept of one row's types (see `RepeatedText`) never shows in another.
+    #[test]
+    fn rows_that_follow_each_other_keep_their_own_types(
+        rows in vec(("(|a|b|ab|b{300})", "(|a|b|ab|a{300})", any::<bool>()), 1..16),
+        meant in meant(),
+    ) {
+        let extractor = extractor(&full_table(BYTEA));
+        let mut scratch = Scratch::new();
+        for (aggregatetype, event_type, binary) in rows {
+            let meant = Meant { aggregatetype, event_type, ..meant.clone() };
+            let bytes = meant.encode(binary);
+            let tuple = Tuple::decode(&bytes).expect("well encoded");
+            let event = extractor.extract(&tuple, &mut scratch).expect("a good row");
+            prop_assert_eq!(event.aggregatetype, Some(meant.aggregatetype.as_str()));
+            prop_assert_eq!(event.event_type, Some(meant.event_type.as_str()));
+        }
+    }
+
     #[test]
     fn no_row_of_any_types_panics(
         oids in vec(select(ANY_OIDS.to_vec()), 9),

@@ -187,7 +187,7 @@ fn times() {
                 Problem::InfiniteTime,
             ),
             (Column::Text(b"tomorrow"), Problem::NotTime),
-            (Column::Text(b"\xff"), Problem::NotUtf8),
+            (Column::Text(b"\xff"), Problem::NotTime),
             (
                 Column::Binary(&[0; 4]),
                 Problem::BinaryValue {
