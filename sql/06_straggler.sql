@@ -32,11 +32,14 @@ create table if not exists walpost.straggler (
     attempts          integer not null default 0,
     next_attempt_at   timestamptz not null default now(),
     dead_letter_at    timestamptz,            -- when a copy went to WALPOST_DEAD_LETTER_TOPIC
-    created_at        timestamptz not null default clock_timestamp()
+    created_at        timestamptz not null default clock_timestamp(),
+    row_seq           bigint,                 -- which of the table's rows with this id it is: its seq,
+    row_txid          bigint                  -- or, in a table without seq, its txid; both NULL: not known
 );
 
--- What an earlier version made: jsonb, and B-tree entries that hold only keys and ids of up to 2.7 kB.
+-- What an earlier version made: jsonb, no number of the row, and B-tree entries that hold only keys and ids of up to 2.7 kB.
 alter table walpost.straggler alter column properties type json;
+alter table walpost.straggler add column if not exists row_seq bigint, add column if not exists row_txid bigint;
 drop index if exists walpost.straggler_once, walpost.straggler_identity, walpost.straggler_order, walpost.straggler_event;
 
 -- A transaction that Postgres sends again, or a scan that goes on after a crash, stores nothing twice. (With the id: another

@@ -207,7 +207,9 @@ impl Outlet {
                 let id = salvaged.id.as_deref();
                 let is_new = !is_discarded(id) && !id.is_some_and(is_known);
                 if is_new {
-                    self.unusable(error, salvaged, origin)?;
+                    let number = number.filter(|_| origin.is_row);
+                    let number = number.map_or(RowNumber::Unknown, |column| column.read(tuple));
+                    self.unusable(error, salvaged, (origin, number))?;
                 }
                 return Ok(Taken { is_new, txid });
             }
@@ -280,14 +282,14 @@ impl Outlet {
         &mut self,
         error: EventError,
         salvaged: Salvaged,
-        origin: Origin,
+        (origin, number): (Origin, RowNumber),
     ) -> Result<()> {
         match &mut self.stragglers {
             Some(stragglers) if error.problem().is_of_the_row() => {
                 let why = Error::from(error).report();
                 warn!("an event cannot be published, it becomes a dead straggler: {why}");
                 let known_by = self.source.known_by(origin.commit_lsn);
-                let row = (origin.txn, known_by, origin.row);
+                let row = (origin.txn, known_by, origin.row, number);
                 if let Some((topic, key)) = stragglers.unusable(salvaged, row, why) {
                     self.publisher.park(&topic, &key, 1);
                 }

@@ -32,15 +32,18 @@ pub enum Work {
     Retention,
     /// Partitions are to be made ahead.
     Partitions,
+    /// Rows are to be read from the table: a gap scan, or poll mode.
+    Scan,
 }
 
 impl Work {
     /// All of them.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::AfterPublish,
         Self::Unmarked,
         Self::Retention,
         Self::Partitions,
+        Self::Scan,
     ];
 
     /// Its name, in `/status` and metrics.
@@ -50,6 +53,7 @@ impl Work {
             Self::Unmarked => "unmarked",
             Self::Retention => "retention",
             Self::Partitions => "partitions",
+            Self::Scan => "scan",
         }
     }
 }
@@ -159,6 +163,13 @@ impl Upkeep {
         });
     }
 
+    /// Whether this work has left the table with this reason.
+    pub fn has(&self, work: Work, table: &str, why: &str) -> bool {
+        let all = self.undone.borrow();
+        let mut listed = all[work as usize].listed.iter();
+        listed.any(|left| left.table == table && left.reason == why)
+    }
+
     /// How many rows, partitions and tables this work has left.
     pub fn count(&self, work: Work) -> u64 {
         self.undone.borrow()[work as usize].count
@@ -219,6 +230,26 @@ pub fn from_json(noted: &Value, work: Work) -> Vec<Left> {
         })
     };
     of_work.filter_map(read).take(LISTED).collect()
+}
+
+/// Says which reasons are news, so that an operator is warned once of each and not once for every attempt.
+#[derive(Debug, Default)]
+pub struct News(Option<String>);
+
+impl News {
+    /// Whether this was not the reason before.
+    pub fn is_new(&mut self, why: &str) -> bool {
+        let is_new = self.0.as_deref() != Some(why);
+        if is_new {
+            self.0 = Some(why.to_owned());
+        }
+        is_new
+    }
+
+    /// It has gone well: the same reason is news again.
+    pub fn over(&mut self) {
+        self.0 = None;
+    }
 }
 
 /// A reason, cut to what is kept.
@@ -288,6 +319,15 @@ mod tests {
             .map(|attempts| pause(attempts).as_secs())
             .to_vec();
         assert_eq!(seconds, [1, 1, 2, 4, 256, 300, 300]);
+    }
+
+    #[test]
+    fn a_reason_is_news_once_until_it_has_gone_well_or_another_comes() {
+        let mut news = News::default();
+        let said = ["a", "a", "b", "b", "a"].map(|why| news.is_new(why));
+        assert_eq!(said, [true, false, true, false, true]);
+        news.over();
+        assert!(news.is_new("a"));
     }
 
     #[test]

@@ -377,7 +377,7 @@ impl Behind {
             (pending(client).await == 0).then_some(())
         })
         .await;
-walpost.stop().await;
+        walpost.stop().await;
         let stored: HashSet<String> = broker.stored().into_iter().map(|event| event.id).collect();
         let ids = client
             .query("SELECT id::text FROM walpost.outbox", &[])

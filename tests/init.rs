@@ -161,6 +161,7 @@ async fn a_table_of_stragglers_from_an_older_version_is_brought_up_to_date_with_
     database
         .sql(
             r#"ALTER TABLE walpost.straggler ALTER COLUMN properties TYPE jsonb;
+               ALTER TABLE walpost.straggler DROP COLUMN row_seq, DROP COLUMN row_txid;
                DROP INDEX walpost.straggler_row, walpost.straggler_key, walpost.straggler_id;
                CREATE UNIQUE INDEX straggler_once ON walpost.straggler (slot, commit_lsn, ordinal);
                CREATE INDEX straggler_order ON walpost.straggler (slot, topic, key, number);
@@ -187,6 +188,17 @@ async fn a_table_of_stragglers_from_an_older_version_is_brought_up_to_date_with_
     let query = "SELECT pg_typeof(properties)::text || ' ' || (properties #>> '{0,1}') FROM walpost.straggler";
     let row: String = database.rows(query, &[]).await[0].get(0);
     assert_eq!(row, "json b");
+    let query = "SELECT row_seq IS NULL AND row_txid IS NULL FROM walpost.straggler";
+    assert!(database.rows(query, &[]).await[0].get::<_, bool>(0));
+    // AND so it is where nothing but the columns is missing
+    database
+        .sql("ALTER TABLE walpost.straggler DROP COLUMN row_seq")
+        .await;
+    let third = init(&database, &[]).await;
+    assert!(
+        third.contains("brought up to date table walpost.straggler"),
+        "{third}"
+    );
     let query = "SELECT has_table_privilege('pg_monitor', 'walpost.discarded', 'SELECT')
                     AND has_table_privilege('pg_monitor', 'walpost.discarded', 'DELETE')";
     assert!(database.rows(query, &[]).await[0].get::<_, bool>(0));

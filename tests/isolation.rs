@@ -8,6 +8,8 @@ mod identity;
 mod marks;
 #[path = "isolation/retention.rs"]
 mod retention;
+#[path = "isolation/scan.rs"]
+mod scan;
 mod support;
 
 use std::time::Duration;

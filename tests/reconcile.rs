@@ -655,6 +655,43 @@ async fn ready(addr: &str) -> Option<String> {
     Some(said)
 }
 
+#[tokio::test]
+async fn a_copied_row_that_is_committed_while_the_tables_are_compared_is_not_taken_for_missing() {
+    // GIVEN a stream whose rows are noted, and a table that is locked
+    let database = Database::create("reconcile").await;
+    database.init(&[], &[]).await;
+    let walpost = database.start(&[OFTEN]).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    let copier = database.connect().await;
+    let lock = "BEGIN; LOCK TABLE walpost.outbox IN ACCESS EXCLUSIVE MODE";
+    copier.batch_execute(lock).await.expect("a lock");
+
+    // WHEN a transaction is to be noted, the comparison waits for the lock, and a row with the txid of that transaction is copied meanwhile
+    let sql = "SELECT pg_current_xact_id()::text";
+    let txid: String = database.rows(sql, &[]).await[0].get(0);
+    eventually(DEADLINE, "the comparison to wait", async || {
+        let sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'walpost scanner'
+                   AND wait_event_type = 'Lock'";
+        (!database.rows(sql, &[]).await.is_empty()).then_some(())
+    })
+    .await;
+    let copy = format!(
+        "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, txid)
+         SELECT 't', 'copied', 'e', to_json(n), '{txid}' FROM generate_series(6, 8) n; COMMIT"
+    );
+    copier.batch_execute(&copy).await.expect("a copy");
+
+    // THEN each row comes once
+    sent(&database).await;
+    database.sql(INSERT).await;
+    sent(&database).await;
+    let said = walpost.output();
+    assert!(!said.contains("did not bring rows"), "{said}");
+    walpost.stop().await;
+    once_each(&database).await;
+}
+
 on_each_major! {
     rows_that_the_publication_hides_for_a_while_come_once: rows_that_were_hidden_from_the_stream_come();
     a_partition_that_comes_with_rows_in_it_is_published_by_polling_too: partition_with_rows(&[("WALPOST_MODE", "poll")], "polling");

@@ -13,6 +13,7 @@
 //!   table, but something keeps them out of the stream;
 //! * so many published rows wait to be marked or deleted that the stream waits for them, and for [`PATIENCE`] none of them was: not ready. Rows
 //!   that cannot be marked or deleted do not wait; `/status` lists them;
+//! * a table cannot be read by a scan or in poll mode: not ready. Its rows wait; those of the other tables do not;
 //! * it is stopping: not ready.
 //!
 //! **A standby is ready**: it waits for the slot and can take over, which is all that is asked of it. Were it not, a rolling
@@ -58,6 +59,8 @@ pub(super) struct Reading {
     pub(super) log_end: Option<Lsn>,
     /// Comparisons in a row that found rows which the stream left out.
     pub(super) short_rounds: u64,
+    /// Tables that cannot be read by a scan.
+    pub(super) unread: u64,
 }
 
 /// The answer of `/readyz`.
@@ -150,6 +153,10 @@ impl Health {
                  tables, row filters and publish_via_partition_root (walpost check)",
                 now.short_rounds
             )),
+            _ if now.unread > 0 => not(format!(
+                "{} outbox tables cannot be read, and their rows wait: /status and walpost check say why",
+                now.unread
+            )),
             phase => yes(phase.name()),
         }
     }
@@ -199,6 +206,7 @@ mod tests {
                 received: Lsn::new(100),
                 log_end: Some(Lsn::new(100)),
                 short_rounds: 0,
+                unread: 0,
             };
             Self {
                 health: Health::default(),
@@ -295,6 +303,18 @@ mod tests {
             "{said:?}"
         );
         assert!(clock.seconds(1, |now| now.short_rounds = 0).ready);
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_read_is_not_ready() {
+        let mut clock = Clock::new(Phase::Polling);
+        assert!(clock.seconds(5, |_| {}).ready);
+        let said = clock.seconds(1, |now| now.unread = 1);
+        assert!(
+            !said.ready && said.reason.contains("1 outbox tables"),
+            "{said:?}"
+        );
+        assert!(clock.seconds(1, |now| now.unread = 0).ready);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use super::observer::Observed;
 use crate::Lsn;
 use crate::logging::{Warning, Warnings};
 use crate::meter::{Meter, Phase};
+use crate::upkeep::Work;
 
 const TICK: Duration = Duration::from_secs(1);
 /// A sample of the history each so many ticks.
@@ -118,6 +119,7 @@ fn reading(meter: &Meter, fresh: Option<&Observed>) -> Reading {
         received: meter.received(),
         log_end: fresh.map(|seen| seen.log_end),
         short_rounds: meter.short_rounds(),
+        unread: meter.upkeep().count(Work::Scan),
     }
 }
 

@@ -9,7 +9,8 @@
 //!
 //! In the modes mark and delete a row that is not marked, or still there, is taken for lost and published again. So `discard`
 //! marks or deletes the outbox rows of what it deletes, in the same transaction. The mode is the one that `walpost run` has
-//! noted in `walpost.after_publish`; where there is no note, that of the settings.
+//! noted in `walpost.after_publish`; where there is no note, that of the settings. Of several rows with the straggler's id it is the one
+//! with its number ([`crate::outbox::RowNumber`]); where that is not known, none.
 
 use std::io::{self, IsTerminal as _, Write};
 
@@ -182,9 +183,14 @@ impl Table<'_> {
         let doing = "discard stragglers, and mark or delete their rows";
         let mode = self.mode(config).await?;
         let tables = self.tables(config, mode).await?;
+        let numbers = if self.has_numbers().await? {
+            "row_seq, row_txid"
+        } else {
+            "null::int8 as row_seq, null::int8 as row_txid"
+        };
         let mut parts = vec![
             format!(
-                "gone as (delete from walpost.straggler where {WHERE} returning slot, outbox, id, commit_lsn, ordinal)"
+                "gone as (delete from walpost.straggler where {WHERE} returning slot, outbox, id, commit_lsn, ordinal, {numbers})"
             ),
             format!(
                 "noted as (insert into walpost.discarded (slot, outbox, id, commit_lsn, ordinal, seq)
@@ -195,27 +201,19 @@ impl Table<'_> {
         if mode != AfterPublish::Keep {
             for (number, table) in tables.iter().enumerate() {
                 let (name, id) = (&table.name, table.id_column());
-                let equals = table.id.operator("=");
-                // Where several rows have the id it cannot be told which one it is: none is touched.
-                let is_one = if table.has_unique_id {
-                    String::new()
-                } else {
-                    format!(
-                        " and (select count(*) from {name} d where d.{id} {equals} gone.id::{}) = 1",
-                        table.id.sql_type
-                    )
-                };
-                let ids = format!(
-                    "(select gone.id::{} from gone where gone.outbox = {} and gone.id is not null{is_one})",
+                let is_it = format!(
+                    "gone.outbox = {} and o.{id} {} gone.id::{} and {}",
+                    quote_literal(&name.to_string()),
+                    table.id.operator("="),
                     table.id.sql_type,
-                    quote_literal(&name.to_string())
+                    is_the_row(table)
                 );
                 match mode {
                     AfterPublish::Delete => parts.push(format!(
-                        "row_{number} as (delete from {name} where {id} {equals} any {ids})"
+                        "row_{number} as (delete from {name} o using gone where {is_it})"
                     )),
                     _ if table.has_sent_at => parts.push(format!(
-                        "row_{number} as (update {name} set sent_at = clock_timestamp() where {id} {equals} any {ids} and num_nulls(sent_at) = 1)"
+                        "row_{number} as (update {name} o set sent_at = clock_timestamp() from gone where {is_it} and num_nulls(o.sent_at) = 1)"
                     )),
                     _ => {}
                 }
@@ -224,6 +222,15 @@ impl Table<'_> {
         let sql = format!("with {} select count(*) from gone", parts.join(", "));
         let row = self.client.query_one(&sql, &self.parameters()).await;
         Ok(row.map_err(|error| failed(doing, error))?.get(0))
+    }
+
+    /// Whether the table has columns for the row's number: one that an earlier version made has not.
+    async fn has_numbers(&self) -> Result<bool> {
+        let sql = "select count(*) = 2 from pg_attribute
+                   where attrelid = to_regclass('walpost.straggler') and attname in ('row_seq', 'row_txid') and not attisdropped";
+        let row = self.client.query_one(sql, &[]).await;
+        let row = row.map_err(|error| failed("look at walpost.straggler", error))?;
+        Ok(row.get(0))
     }
 
     /// What becomes of published rows.
@@ -288,8 +295,31 @@ impl Table<'_> {
     }
 }
 
-/// SQL: the `seq` of the outbox row of a row of `gone`, where that can be told quickly and for certain: the table has the column
-/// and an index over the id, and one row with that id.
+/// SQL: whether row `o` of the table is the one of a row of `gone`, whose id it has. Where the number of that one is not known and several rows
+/// have the id it cannot be told which one it is: none is touched.
+fn is_the_row(table: &OutboxTable) -> String {
+    let is_one = if table.has_unique_id {
+        "true".to_owned()
+    } else {
+        let id = table.id_column();
+        format!(
+            "(select count(*) from {} d where d.{id} {} gone.id::{}) = 1",
+            table.name,
+            table.id.operator("="),
+            table.id.sql_type
+        )
+    };
+    match table.number {
+        // As text: whatever number type the column has.
+        Some(number) => format!(
+            "case when gone.row_{number} is null then {is_one} else o.{number}::text = gone.row_{number}::text end"
+        ),
+        None => is_one,
+    }
+}
+
+/// SQL: the `seq` of the outbox row of a row of `gone`: as it was stored, or where that can be told quickly and for certain: the table has
+/// the column and an index over the id, and one row with that id.
 fn seq_of(tables: &[OutboxTable]) -> String {
     let tables = tables.iter().filter(|table| table.tells_seq());
     let cases = tables.map(|table| {
@@ -304,9 +334,12 @@ fn seq_of(tables: &[OutboxTable]) -> String {
     });
     let cases: Vec<String> = cases.collect();
     if cases.is_empty() {
-        return "null::bigint".to_owned();
+        return "row_seq".to_owned();
     }
-    format!("case outbox {} end", cases.join(" "))
+    format!(
+        "case when row_seq is not null then row_seq else case outbox {} end end",
+        cases.join(" ")
+    )
 }
 
 /// One straggler as a line; without payload and properties, which belong to the application.

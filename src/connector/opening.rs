@@ -349,9 +349,14 @@ impl Connector {
         };
         // The lock is held, so nobody else does.
         retry(&stragglers, true);
-        stragglers = gap::close(&gap, &mut prepared.progress, stragglers).await?;
+        let left;
+        (stragglers, left) = gap::close(&gap, &mut prepared.progress, stragglers).await?;
         retry(&stragglers, false);
-        Ok(stragglers)
+        // The others' rows are published, and the stream waits: see the module.
+        match left.into_iter().next() {
+            Some((_, why)) => Err(why),
+            None => Ok(stragglers),
+        }
     }
 }
 

@@ -12,7 +12,7 @@
 use tracing::warn;
 
 use super::{Format, Pipe};
-use crate::outbox::{ENVELOPE_OID, EventError, PREFIX, Salvaged};
+use crate::outbox::{ENVELOPE_OID, EventError, PREFIX, RowNumber, Salvaged};
 use crate::pgoutput::{LogicalMessage, Tuple};
 use crate::{Error, Lsn, Result};
 
@@ -70,7 +70,8 @@ impl Pipe {
             ..Salvaged::default()
         };
         let origin = open.origin(self.envelope_place(), false);
-        self.outlet.unusable(error, whole, origin)?;
+        self.outlet
+            .unusable(error, whole, (origin, RowNumber::Unknown))?;
         Ok(Format::Fits)
     }
 }

@@ -98,17 +98,6 @@ pub async fn never_streamed(client: &Client, name: &str) -> Result<Option<String
     row.map_or(Ok(None), |row| get(&row, "snapshot"))
 }
 
-/// Whether making a slot on this server waits for every transaction that was running. Before 14.13, 15.8 and 16.4 a slot may take
-/// the stored snapshot of another slot for its own and begin inside of one.
-pub fn waits_when_made(version_num: u32) -> bool {
-    match version_num / 10_000 {
-        14 => version_num >= 140_013,
-        15 => version_num >= 150_008,
-        16 => version_num >= 160_004,
-        major => major > 16,
-    }
-}
-
 /// A transaction id that is younger than every one that is running now. (The `xmax` of a snapshot is not: transactions that run may lie
 /// beyond it.)
 pub async fn next_transaction(client: &Client) -> Result<String> {

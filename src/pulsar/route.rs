@@ -29,7 +29,7 @@ use super::publisher::{Drain, Placed, Publisher, Topic};
 use super::rows::{Row, Rows};
 use crate::ack::TxnNo;
 use crate::meter::TopicId;
-use crate::outbox::key_hash;
+use crate::outbox::{RowNumber, key_hash};
 use crate::retry::Backoff;
 use crate::{Error, Lsn, Result};
 
@@ -434,6 +434,11 @@ impl Held {
             row: self.row,
             mark: self.mark(),
         }
+    }
+
+    /// Which of its table's rows with its id it is, where receipts tell rows.
+    pub fn number(&self) -> RowNumber {
+        self.mark().map_or(RowNumber::Unknown, |row| row.number)
     }
 
     pub(super) fn mark(&self) -> Option<Row<'_>> {

@@ -152,7 +152,10 @@ impl AfterPublishTask {
         let noted = match left_note::read(&self.postgres, &self.slot).await {
             Ok(noted) => noted,
             Err(error) => {
-                debug!("nothing is known of rows left earlier: {}", error.report());
+                warn!(
+                    "nothing is known of rows that the process before left unmarked: they are published again: {}",
+                    error.report()
+                );
                 return;
             }
         };

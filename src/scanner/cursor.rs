@@ -22,8 +22,11 @@ impl ScanTable {
     pub async fn open<'a>(&'a self, client: &'a Client, gap: &str, after: i64) -> Result<Rows<'a>> {
         let clause = format!("WHERE o.seq > {after} AND {gap} ORDER BY o.seq");
         let sql = format!("BEGIN; {}; COMMIT", self.declare(&clause));
-        let opened = client.batch_execute(&sql).await;
-        opened.map_err(|error| sql_error(&format!("scan table {}", self.name), error))?;
+        if let Err(error) = client.batch_execute(&sql).await {
+            // What failed may have left its transaction open; else this does nothing.
+            let _session_is_gone = client.batch_execute("ROLLBACK").await;
+            return Err(sql_error(&format!("scan table {}", self.name), error));
+        }
         Ok(Rows::new(self, client, Some((clause, Vec::new()))))
     }
 

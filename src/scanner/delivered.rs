@@ -17,6 +17,8 @@
 //!    were taken before its confirmed LSN was read.
 //! 4. Compare ([`super::reconcile`]): first the leaf tables, then the rows. (In this order, because a leaf that is attached between the two is in the
 //!    comparison then, and is new at the next note: published twice at worst. In the other order its rows would be left out.)
+//!    Rows that seem to be missing are looked for again, behind the log position of then, up to [`LOOKS`] times: a copy of a row, with the `txid` of the
+//!    row that it was copied from, may have been committed between 3 and 4, and the stream has brought it by the next look.
 //! 5. Nothing is missing: store `N`. Otherwise store what is missing as a gap, and let the connector publish it: it waits
 //!    for its receipts, ends the stream, and opens again, which closes the gap before the next stream starts. So a straggler among
 //!    these rows, and the order of a key's stragglers, are treated as in every scan; and a crash in between loses nothing.
@@ -46,6 +48,8 @@ use crate::{Error, Lsn, Result};
 
 /// Handovers that wait to be taken. Each is at most [`StreamedRuns::FULL`](super::streamed::StreamedRuns::FULL) entries, and a pipe with so many takes no further row.
 const HANDOVERS: usize = 4;
+/// So often the tables are compared before rows count as missing.
+const LOOKS: u32 = 3;
 /// How long after a refusal the catalogue is asked once more.
 const AGAIN: Duration = Duration::from_millis(200);
 /// A comparison may take a tenth of the time, not more: a table without an index on `txid` is read whole.
@@ -461,7 +465,7 @@ impl Task {
         // then was not counted from it on.
         let done = self.heard.done;
         let describing = scannable(client, &self.start.tables);
-        let had_columns = match self.heard.during(describing).await {
+        let had_columns: Vec<bool> = match self.heard.during(describing).await {
             None => return Ok(Round::Interrupted),
             Some(tables) => tables?.iter().map(Option::is_some).collect(),
         };
@@ -469,56 +473,58 @@ impl Task {
         let (log, known) = (&self.start.log, self.heard.confirmed);
         let asked = async {
             let snapshot: Snapshot = ask(client, "SELECT pg_current_snapshot()::text").await?;
-            let position = ask(client, "SELECT pg_current_wal_insert_lsn()::text").await?;
-            let position: Lsn = position
-                .parse()
-                .map_err(|_| Error::bug("a log position is not of the form X/X"))?;
+            let position = insert_position(client).await?;
             check_log(client, log, known, position).await?;
             Ok::<_, Error>((snapshot, position))
         };
         let Some(asked) = self.heard.during(asked).await else {
             return Ok(Round::Interrupted);
         };
-        let (upto, position) = asked?;
+        let (taken, position) = asked?;
         let stored = self.start.progress.delivered.clone();
-        if done == self.noted && stored.as_ref() == Some(&upto) {
+        if done == self.noted && stored.as_ref() == Some(&taken) {
             return Ok(Round::Over);
         }
-        while self.heard.confirmed < position {
-            // In a backlog this may take hours, in which the publication is looked at all the same.
-            if !self.heard.confirmed(position, self.start.interval).await {
-                return Ok(Round::Interrupted);
-            }
-            if let Some(ended) = self.look(client).await? {
+        let (mut behind, mut looks) = (position, 1);
+        let (upto, found) = loop {
+            if let Some(ended) = self.confirmed(client, behind).await? {
                 return Ok(ended);
             }
-        }
-        let began = Instant::now();
-        let streamed = self.heard.streamed.clone();
-        let Some(edge) = edge(&streamed, &upto, stored.as_ref())? else {
-            return Ok(Round::Over);
-        };
-        let is_whole = edge == upto;
-        let upto = edge;
-        let found = match stored.as_ref().filter(|_| self.start.compares) {
-            Some(delivered) => {
-                self.compare(client, &upto, delivered, &streamed, had_columns)
-                    .await?
+            let began = Instant::now();
+            let streamed = self.heard.streamed.clone();
+            let Some(upto) = edge(&streamed, &taken, stored.as_ref())? else {
+                return Ok(Round::Over);
+            };
+            let found = match stored.as_ref().filter(|_| self.start.compares) {
+                Some(delivered) => {
+                    self.compare(client, &upto, delivered, &streamed, &had_columns)
+                        .await?
+                }
+                None => self.cover(client, stored.as_ref()).await?,
+            };
+            let Some(found) = found else {
+                return Ok(Round::Interrupted);
+            };
+            *pause = self.start.interval.max(began.elapsed() * PAUSE_FACTOR);
+            let now = self.heard.streamed.iter().zip(&streamed);
+            if now
+                .into_iter()
+                .any(|(now, then)| now.shift() != then.shift())
+            {
+                // The buckets have become wider meanwhile: the next round compares those.
+                return Ok(Round::Over);
             }
-            None => self.cover(client, stored.as_ref()).await?,
+            let is_short = found.told.iter().any(|(_, compared, _)| compared.short > 0);
+            if !is_short || looks == LOOKS {
+                break (upto, found);
+            }
+            looks += 1;
+            let Some(now) = self.heard.during(insert_position(client)).await else {
+                return Ok(Round::Interrupted);
+            };
+            behind = now?;
         };
-        let Some(found) = found else {
-            return Ok(Round::Interrupted);
-        };
-        *pause = self.start.interval.max(began.elapsed() * PAUSE_FACTOR);
-        let now = self.heard.streamed.iter().zip(&streamed);
-        if now
-            .into_iter()
-            .any(|(now, then)| now.shift() != then.shift())
-        {
-            // The buckets have become wider meanwhile: the next round compares those.
-            return Ok(Round::Over);
-        }
+        let is_whole = upto == taken;
         if !found.missing.is_empty() {
             return self.note_missing(client, upto, found).await;
         }
@@ -540,6 +546,20 @@ impl Task {
             self.noted = done;
         }
         Ok(Round::Over)
+    }
+
+    /// Waits until everything before this position is confirmed; `None`: it is.
+    async fn confirmed(&mut self, client: &Client, position: Lsn) -> Result<Option<Round>> {
+        while self.heard.confirmed < position {
+            // In a backlog this may take hours, in which the publication is looked at all the same.
+            if !self.heard.confirmed(position, self.start.interval).await {
+                return Ok(Some(Round::Interrupted));
+            }
+            if let Some(ended) = self.look(client).await? {
+                return Ok(Some(ended));
+            }
+        }
+        Ok(None)
     }
 
     /// Forgets what is covered from now on.
@@ -566,7 +586,7 @@ impl Task {
         upto: &Snapshot,
         delivered: &Snapshot,
         streamed: &[StreamedRows],
-        had_columns: Vec<bool>,
+        had_columns: &[bool],
     ) -> Result<Option<Found>> {
         let (tables, covered) = (&self.start.tables, self.start.progress.tables.as_ref());
         let (unchecked, counted) = (self.unchecked.as_ref(), &self.counted);
@@ -599,12 +619,13 @@ impl Task {
                 }
                 found.rows += compared.rows;
                 if compared.short > 0 || !uncovered.is_empty() {
-                    tell(table, &compared, &uncovered);
                     let rows = MissingRows {
-                        txids: compared.txids,
+                        txids: std::mem::take(&mut compared.txids),
                         leaves: uncovered,
                     };
+                    let partitions = rows.leaves.len();
                     found.missing.0.insert(table.name.to_string(), rows);
+                    found.told.push((table.name.clone(), compared, partitions));
                 }
             }
             Ok(found)
@@ -636,6 +657,9 @@ impl Task {
         upto: Snapshot,
         found: Found,
     ) -> Result<Round> {
+        for (table, compared, partitions) in &found.told {
+            tell(table, compared, *partitions);
+        }
         self.short_rounds += 1;
         self.start.meter.set_short_rounds(self.short_rounds);
         let progress = &mut self.start.progress;
@@ -686,6 +710,8 @@ struct Found {
     /// Rows of the tables in the window.
     rows: u64,
     missing: Missing,
+    /// Of each table in `missing`: what there is to be said, and how many partitions came.
+    told: Vec<(TableName, reconcile::Compared, usize)>,
     covered: Option<Leaves>,
     /// By table: see [`Carried::counted`].
     counted: Vec<bool>,
@@ -694,10 +720,10 @@ struct Found {
 }
 
 /// One warning for each table.
-fn tell(table: &ScanTable, compared: &reconcile::Compared, leaves: &Leaves) {
+fn tell(table: &TableName, compared: &reconcile::Compared, partitions: usize) {
     if compared.short > 0 {
         warn!(
-            table = %table.name,
+            %table,
             rows = compared.missing,
             transactions = compared.short,
             first_txid = compared.first,
@@ -705,10 +731,10 @@ fn tell(table: &ScanTable, compared: &reconcile::Compared, leaves: &Leaves) {
              (hint: something changed what the publication sends; walpost check looks at it)"
         );
     }
-    if !leaves.is_empty() {
+    if partitions > 0 {
         info!(
-            table = %table.name,
-            partitions = leaves.len(),
+            %table,
+            partitions,
             "partitions came with rows in them: these rows are published from the table"
         );
     }
@@ -733,6 +759,14 @@ async fn check_log(
          timeline {}, confirmed {confirmed}): nothing counts as delivered there before it is streamed",
         log.system_id, log.timeline
     )))
+}
+
+/// Where the log ends for whoever inserts.
+async fn insert_position(client: &Client) -> Result<Lsn> {
+    let position = ask(client, "SELECT pg_current_wal_insert_lsn()::text").await?;
+    position
+        .parse()
+        .map_err(|_| Error::bug("a log position is not of the form X/X"))
 }
 
 async fn ask(client: &Client, sql: &str) -> Result<String> {

@@ -24,6 +24,15 @@
 //! A row's sequence id is its `seq`, and the producers are named after the scan (the end of the gap and the table), so with
 //! deduplication on the broker's side a scan that goes on after a crash doubles nothing.
 //!
+//! # A table that cannot be read
+//!
+//! (A missing right, a dropped column, a damaged page, rows that no scan can use, two rows of one number.) It holds up no other: it is left with
+//! its reason, which the log, `/status` and `walpost check` tell, and the others are read. The gap stays open, so `delivered` does not move
+//! over its rows. What the others are through with stands in `scan_position` (`ahead`). Poll mode looks on, with later ends for the others,
+//! and tries the table again with each look; one that was left in the middle first goes on with the end that it had (`left`), so that
+//! its first rows are not published once more. A gap in front of a stream is closed for the others, and then the stream does not begin: rows of
+//! the stream would overtake older ones of their key, and nothing could be noted as delivered.
+//!
 //! # Order
 //!
 //! In the order of `seq`, which is the order of insertion. Where a key's writers wait for each other (a lock on the business
@@ -38,15 +47,16 @@ use tracing::{debug, info, warn};
 
 use super::missing::{Leaves, leaves_since, uncovered};
 use super::numbering::SEQ_END;
-use super::progress::{self, Claim, Progress, Snapshot};
+use super::progress::{self, Claim, Progress, Snapshot, Stretch};
 use super::reconcile::{self, gap_condition};
 use super::straggler::Stragglers;
 use super::table::{self, ScanRow, ScanTable};
 use crate::outbox::Extractor;
 use crate::outlet::{Outlet, Source};
 use crate::pipe::{Routing, ScannedRow};
-use crate::postgres::TableName;
+use crate::postgres::{TableName, is_about_rows, sqlstate};
 use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig, RowTag};
+use crate::upkeep::{Undone, Work, reason};
 use crate::{Error, Lsn, Result};
 
 /// How long a topic may have trouble that may pass, at most: the stream waits for the scan, and with it all other topics.
@@ -81,8 +91,11 @@ impl Gap<'_> {
     }
 }
 
-/// Closes the gap; does nothing where there is none. Gives the stragglers back, which the caller lets be retried meanwhile.
-/// What is in the air when it is dropped is published again by the next one.
+/// A table that could not be read, and why.
+pub type LeftTable = (TableName, Error);
+
+/// Closes the gap; does nothing where there is none. Gives the stragglers back, which the caller lets be retried meanwhile, and the
+/// tables that could not be read: the gap is then still open. What is in the air when it is dropped is published again by the next one.
 ///
 /// # Errors
 /// Refused for a row that can be neither published nor stored; temporary when a server is away: the position is stored.
@@ -90,40 +103,127 @@ pub async fn close(
     gap: &Gap<'_>,
     progress: &mut Progress,
     mut stragglers: Option<Stragglers>,
-) -> Result<Option<Stragglers>> {
+) -> Result<(Option<Stragglers>, Vec<LeftTable>)> {
     let Some(upto) = progress.gap().cloned() else {
-        return Ok(stragglers);
+        return Ok((stragglers, Vec::new()));
     };
+    let mut left: Vec<LeftTable> = Vec::new();
     // Before their partitions are noted as covered.
     for name in &gap.routing.tables {
         if table::describe(gap.rows, name).await?.is_none() {
-            return Err(unreadable(name));
+            left.push((name.clone(), unreadable(name)));
         }
     }
-    let uncovered = cover(gap, progress).await?;
-    let mut tables = Vec::with_capacity(gap.routing.tables.len());
+    cover(gap, progress, &left).await?;
+    let mut done = Vec::with_capacity(gap.routing.tables.len());
     for (place, name) in (0..).zip(&gap.routing.tables) {
-        let Some(mut table) = ScanTable::describe(gap.rows, name).await? else {
-            if gap.left_out.contains(name) {
-                warn!(table = %name, "the table has no columns txid and seq: rows that the slot does not bring are not looked for");
-                continue;
-            }
-            return Err(unreadable(name));
-        };
-        table.read_only_for(&gap.extractor(&table)?);
-        // Of all tables, before the first is scanned: nothing is half done when it is refused.
-        let slot = gap.claim.slot();
-        let Some(rows) = rows_of(progress, &upto, name, &uncovered)? else {
+        if left.iter().any(|(table, _)| table == name) {
             continue;
-        };
-        table.refuse_from_elsewhere(gap.rows, slot).await?;
-        table.refuse_unscannable(gap.rows, slot, &rows).await?;
-        tables.push((place, table, rows));
+        }
+        match close_table(gap, (place, name), progress, &mut stragglers).await? {
+            Ok(id) => done.push((name, id)),
+            Err(why) => left.push((name.clone(), why)),
+        }
     }
-    for (place, table, rows) in &tables {
-        let mut scan = Scan::new(gap, (*place, table), &upto, progress, stragglers).await?;
+    for (name, id) in &done {
+        // A table that took the name meanwhile has rows that were not read.
+        let now = table::describe(gap.rows, name).await?;
+        if id.is_some() && now.map(|now| now.id) != *id {
+            progress.position.tables.remove(&name.to_string());
+            left.push(((*name).clone(), unreadable(name)));
+        }
+    }
+    tell_left(gap, &left);
+    if left.is_empty() {
+        progress::closed(gap.client, gap.claim, progress).await?;
+    } else {
+        let leaves = progress.position.covered.clone().unwrap_or_default();
+        let end = Stretch { upto, leaves };
+        set_apart(&mut progress.position, &gap.routing.tables, &left, &end);
+        progress::scanned(gap.client, gap.claim, progress).await?;
+    }
+    Ok((stragglers, left))
+}
+
+/// Notes what the tables are through with that were read, and where those are that were not.
+fn set_apart(
+    position: &mut progress::Position,
+    tables: &[TableName],
+    left: &[LeftTable],
+    end: &Stretch,
+) {
+    for name in tables {
+        let key = name.to_string();
+        let begun = position.tables.get(&key).is_some_and(|seq| *seq > 0);
+        if !left.iter().any(|(table, _)| table == name) {
+            position.tables.remove(&key);
+            position.left.remove(&key);
+            position.ahead.insert(key, end.clone());
+        } else if begun {
+            position.left.entry(key).or_insert_with(|| end.clone());
+        } else {
+            position.tables.remove(&key);
+            position.left.remove(&key);
+        }
+    }
+}
+
+/// One warning for each table and reason; `/status` tells them as long as they hold.
+fn tell_left(gap: &Gap<'_>, left: &[LeftTable]) {
+    let upkeep = gap.publisher.meter.upkeep();
+    let mut undone = Undone::default();
+    for (table, why) in left {
+        let name = table.to_string();
+        if !upkeep.has(Work::Scan, &name, &reason(&why.told().0)) {
+            warn!(%table, "the table cannot be read, and its rows wait; the others are read: {}", why.report());
+        }
+        undone.add(&name, why);
+    }
+    upkeep.set(Work::Scan, undone);
+}
+
+/// Whether an error that came while a table was read is about this table, so that the others may be read.
+fn is_of_table(error: &Error) -> bool {
+    match sqlstate(error) {
+        Some(_) => is_about_rows(error),
+        None => matches!(error.exit_code(), 64 | 69),
+    }
+}
+
+/// Publishes one table's rows of the gap. Its OID (`None`: it was not looked at), or why it cannot be read.
+async fn close_table(
+    gap: &Gap<'_>,
+    (place, name): (u16, &TableName),
+    progress: &mut Progress,
+    stragglers: &mut Option<Stragglers>,
+) -> Result<Result<Option<u32>, Error>> {
+    let key = name.to_string();
+    loop {
+        let Some(upto) = progress.gap().cloned() else {
+            return Ok(Ok(None));
+        };
+        let is_ahead = progress.position.ahead.get(&key);
+        if is_ahead.is_some_and(|ahead| ahead.upto == upto) {
+            return Ok(Ok(None));
+        }
+        let is_earlier = progress.position.left.get(&key).cloned();
+        let end = match &is_earlier {
+            Some(earlier) => earlier.clone(),
+            None => Stretch {
+                leaves: cover_table(gap, name, progress).await?,
+                upto,
+            },
+        };
+        let (table, rows) = match ready(gap, name, progress, &end).await {
+            Ok(Some(ready)) => ready,
+            Ok(None) => return Ok(Ok(None)),
+            Err(why) if is_of_table(&why) || is_unreadable(&why) => return Ok(Err(why)),
+            Err(error) => return Err(error),
+        };
+        let scan = Scan::new(gap, (place, &table), &end.upto, progress, stragglers.take());
+        let mut scan = scan.await?;
         scan.metering();
-        let scanned = scan.run(gap, progress, rows).await;
+        let scanned = scan.run(gap, progress, &rows).await;
         // Also where it failed: what was in the air is published again by the next one.
         let meter = scan.outlet.metering();
         meter.end_scan();
@@ -134,28 +234,58 @@ pub async fn close(
                 .metering()
                 .reconciled(counts.acknowledged + counts.stragglers);
         }
-        scanned?;
-        stragglers = scan.outlet.into_stragglers();
-    }
-    for (_, table, _) in &tables {
-        // A table that took the name meanwhile has rows that were not read.
-        let now = table::describe(gap.rows, &table.name).await?;
-        if now.map(|now| now.id) != Some(table.relation.id) {
-            return Err(unreadable(&table.name));
+        let why = scanned?;
+        *stragglers = scan.outlet.into_stragglers();
+        if let Some(why) = why {
+            return Ok(Err(why));
         }
+        if is_earlier.is_none() {
+            return Ok(Ok(Some(table.relation.id)));
+        }
+        progress.position.tables.remove(&key);
+        progress.position.left.remove(&key);
+        progress.position.ahead.insert(key.clone(), end);
+        progress::scanned(gap.client, gap.claim, progress).await?;
     }
-    progress::closed(gap.client, gap.claim, progress).await?;
-    Ok(stragglers)
+}
+
+/// The table as a scan reads it, and which of its rows; `None`: there is nothing to be read of it.
+///
+/// # Errors
+/// What keeps it from being read.
+async fn ready(
+    gap: &Gap<'_>,
+    name: &TableName,
+    progress: &Progress,
+    end: &Stretch,
+) -> Result<Option<(ScanTable, String)>> {
+    let Some(mut table) = ScanTable::describe(gap.rows, name).await? else {
+        if gap.left_out.contains(name) {
+            warn!(table = %name, "the table has no columns txid and seq: rows that the slot does not bring are not looked for");
+            return Ok(None);
+        }
+        return Err(unreadable(name));
+    };
+    table.read_only_for(&gap.extractor(&table)?);
+    let Some(rows) = rows_of(progress, name, end)? else {
+        return Ok(None);
+    };
+    let slot = gap.claim.slot();
+    table.refuse_from_elsewhere(gap.rows, slot).await?;
+    table.refuse_unscannable(gap.rows, slot, &rows).await?;
+    Ok(Some((table, rows)))
 }
 
 /// The leaf tables that are covered once the gap is closed: those that there were when its scan began, also where it goes on after a
 /// crash. (A leaf that comes while the scan is at work may hold rows behind which it is already; it is new at the next note.)
-async fn cover(gap: &Gap<'_>, progress: &mut Progress) -> Result<Leaves> {
+async fn cover(gap: &Gap<'_>, progress: &mut Progress, left: &[LeftTable]) -> Result<()> {
     if progress.position.covered.is_none() {
         let mut now = Leaves::new();
         for table in &gap.routing.tables {
-            let leaves = reconcile::leaves(gap.client, table).await?;
-            now.extend(leaves.into_iter().map(|leaf| (leaf, None)));
+            if !left.iter().any(|(left, _)| left == table) {
+                let leaves = reconcile::leaves(gap.client, table).await?;
+                now.extend(leaves.into_iter().map(|leaf| (leaf, None)));
+            }
         }
         if let (Some(before), Some(delivered)) = (&progress.tables, &progress.delivered) {
             let alive = reconcile::alive(gap.client, before).await?;
@@ -165,35 +295,63 @@ async fn cover(gap: &Gap<'_>, progress: &mut Progress) -> Result<Leaves> {
         progress.position.covered = Some(now);
         progress::scanned(gap.client, gap.claim, progress).await?;
     }
-    let covered = progress.position.covered.clone().unwrap_or_default();
-    Ok(match &progress.tables {
-        Some(before) => uncovered(before, &covered),
-        None => Leaves::new(),
-    })
+    Ok(())
+}
+
+/// The same when the scan of this table begins: it may have been away when the first one's did.
+async fn cover_table(gap: &Gap<'_>, name: &TableName, progress: &mut Progress) -> Result<Leaves> {
+    let mut covered = progress.position.covered.clone().unwrap_or_default();
+    if !progress.position.tables.contains_key(&name.to_string()) {
+        let leaves = reconcile::leaves(gap.client, name).await?;
+        covered.extend(leaves.into_iter().map(|leaf| (leaf, None)));
+        if progress.position.covered.as_ref() != Some(&covered) {
+            progress.position.covered = Some(covered.clone());
+            progress::scanned(gap.client, gap.claim, progress).await?;
+        }
+    }
+    Ok(covered)
 }
 
 /// SQL: which rows of a table are to be published; `None`: none.
-fn rows_of(
-    progress: &Progress,
-    upto: &Snapshot,
-    table: &TableName,
-    uncovered: &Leaves,
-) -> Result<Option<String>> {
-    let delivered = progress.delivered.as_ref();
-    let Some(missing) = &progress.position.missing else {
-        return gap_condition(upto, delivered, None, uncovered).map(Some);
+fn rows_of(progress: &Progress, table: &TableName, end: &Stretch) -> Result<Option<String>> {
+    let key = table.to_string();
+    let (delivered, before) = match progress.position.ahead.get(&key) {
+        Some(ahead) => (Some(&ahead.upto), Some(&ahead.leaves)),
+        None => (progress.delivered.as_ref(), progress.tables.as_ref()),
     };
-    let rows = missing.0.get(&table.to_string());
-    rows.map(|rows| gap_condition(upto, delivered, Some(&rows.txids), &rows.leaves))
+    let Some(missing) = &progress.position.missing else {
+        let new = before.map_or_else(Leaves::new, |before| uncovered(before, &end.leaves));
+        return gap_condition(&end.upto, delivered, None, &new).map(Some);
+    };
+    let rows = missing.0.get(&key);
+    rows.map(|rows| gap_condition(&end.upto, delivered, Some(&rows.txids), &rows.leaves))
         .transpose()
 }
 
 /// The table is not there at the moment, or is not the one that it was: what is visible now is not delivered.
-pub(super) fn unreadable(table: &TableName) -> Error {
+fn unreadable(table: &TableName) -> Error {
     Error::temporary(format!(
         "table {table} is missing, was replaced, or has lost its columns txid and seq while it was read"
     ))
     .hint("what is delivered is not noted until it can be read: bring it back, or take it out of WALPOST_OUTBOX_TABLE")
+    .caused_by(NotThere)
+}
+
+/// See [`unreadable`].
+#[derive(Debug)]
+struct NotThere;
+
+impl std::fmt::Display for NotThere {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("its rows cannot be read")
+    }
+}
+
+impl std::error::Error for NotThere {}
+
+fn is_unreadable(error: &Error) -> bool {
+    let source = std::error::Error::source(error);
+    source.is_some_and(<dyn std::error::Error>::is::<NotThere>)
 }
 
 /// The scan of one table.
@@ -207,8 +365,6 @@ struct Scan<'a> {
     after: i64,
     /// The last row's `seq`.
     last: i64,
-    /// There are no more rows.
-    is_read: bool,
     stored_at: Instant,
     told_at: Instant,
 }
@@ -248,29 +404,25 @@ impl<'a> Scan<'a> {
             ),
             after,
             last: after,
-            is_read: false,
             stored_at: now,
             told_at: now,
         })
     }
 
-    async fn run(&mut self, gap: &Gap<'_>, progress: &mut Progress, chosen: &str) -> Result<()> {
+    /// Publishes the chosen rows. Why they cannot be read, if so; those before have their receipts.
+    async fn run(
+        &mut self,
+        gap: &Gap<'_>,
+        progress: &mut Progress,
+        chosen: &str,
+    ) -> Result<Option<Error>> {
         let table = &self.table.name;
         debug!(%table, after_seq = self.after, "reading rows from the table");
-        let mut rows = self.table.open(gap.rows, chosen, self.after).await?;
-        loop {
-            let any = rows
-                .next(async |row| {
-                    self.take(&row)?;
-                    self.serve(gap, progress).await
-                })
-                .await?;
-            if !any {
-                break;
-            }
-        }
-        rows.close().await?;
-        self.is_read = true;
+        let why = match self.read(gap, progress, chosen).await {
+            Ok(()) => None,
+            Err(Unread::Table(why)) => Some(why),
+            Err(Unread::Failed(error)) => return Err(error),
+        };
         while self.outlet.unfinished() > 0 {
             self.outlet.publisher().flush(Flush::All);
             self.wait(gap, progress).await?;
@@ -284,6 +436,55 @@ impl<'a> Scan<'a> {
                 stragglers = counts.stragglers,
                 "rows were published from the table"
             );
+        }
+        Ok(why)
+    }
+
+    async fn read(
+        &mut self,
+        gap: &Gap<'_>,
+        progress: &mut Progress,
+        chosen: &str,
+    ) -> Result<(), Unread> {
+        let mut rows = self.table.open(gap.rows, chosen, self.after).await?;
+        // A row is taken when the next one is known: of two with one number neither is published, however often the table is tried again.
+        let mut held: Option<ScanRow> = None;
+        loop {
+            // An error of ours is not the table's.
+            let mut failed = None;
+            let next = rows.next(async |row| {
+                let last = held.as_ref().map_or(self.last, |held| held.seq);
+                if row.seq <= last {
+                    return Err(self.table.told_twice(row.seq));
+                }
+                let Some(before) = held.replace(row) else {
+                    return Ok(());
+                };
+                let taken = match self.take(&before) {
+                    Ok(()) => self.serve(gap, progress).await,
+                    Err(error) => Err(error),
+                };
+                taken.or_else(|error| {
+                    failed = Some(error);
+                    Err(Error::bug("another error is looked at"))
+                })
+            });
+            let next = next.await;
+            if let Some(error) = failed {
+                return Err(Unread::Failed(error));
+            }
+            match next {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    rows.close().await?;
+                    return Err(error.into());
+                }
+            }
+        }
+        rows.close().await?;
+        if let Some(row) = held {
+            self.take(&row).map_err(Unread::Failed)?;
         }
         Ok(())
     }
@@ -353,12 +554,6 @@ impl<'a> Scan<'a> {
     async fn store(&mut self, gap: &Gap<'_>, progress: &mut Progress) -> Result<()> {
         let seq = self.outlet.tracker().flush_lsn(Lsn::ZERO).as_u64() >> 3;
         let seq = i64::try_from(seq).unwrap_or(i64::MAX);
-        // Another row may have the last one's number, against all rules: it is refused, and must not count as done before.
-        let seq = if self.is_read {
-            seq
-        } else {
-            seq.min(self.last - 1).max(self.after)
-        };
         let table = self.table.name.to_string();
         if progress.position.tables.insert(table, seq) == Some(seq) {
             return Ok(());
@@ -367,14 +562,29 @@ impl<'a> Scan<'a> {
     }
 
     fn take(&mut self, row: &ScanRow) -> Result<()> {
-        if row.seq <= self.last {
-            return Err(self.table.told_twice(row.seq));
-        }
         self.last = row.seq;
         let position = position(row.seq)?;
         let tag = RowTag::new(self.place, position.as_u64() >> 3);
         self.outlet
             .take_read(&mut self.extractor, &row.tuple()?, tag, position)
+    }
+}
+
+/// Why a table was not read to its end.
+enum Unread {
+    /// It cannot be read.
+    Table(Error),
+    /// The scan has failed.
+    Failed(Error),
+}
+
+impl From<Error> for Unread {
+    fn from(error: Error) -> Self {
+        if is_of_table(&error) {
+            Self::Table(error)
+        } else {
+            Self::Failed(error)
+        }
     }
 }
 
@@ -409,7 +619,14 @@ pub async fn overlap(
             let id = (routing.columns.id.as_str(), &extractor);
             let left = MAX_OVERLAP - found.len();
             // One more than there is room for tells that there are more.
-            let ids = table.ids(client, id, (upto, before), left + 1).await?;
+            let ids = match table.ids(client, id, (upto, before), left + 1).await {
+                Err(error) if is_of_table(&error) => {
+                    // The scan leaves it for the same reason.
+                    warn!(table = %name, "which of its rows come both ways is not known: {}", error.report());
+                    continue;
+                }
+                ids => ids?,
+            };
             let more = ids.len() > left;
             found.extend(
                 ids.into_iter()

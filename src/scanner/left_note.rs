@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
-use tracing::debug;
+use tracing::warn;
 
 use crate::Result;
 use crate::meter::Meter;
 use crate::postgres::{PostgresConfig, connect_sql, sql_error};
 use crate::pulsar::RowQueue;
-use crate::upkeep::{LISTED, Left, Undone, Work, from_json, to_json};
+use crate::upkeep::{LISTED, Left, News, Undone, Work, from_json, to_json};
 
 /// Between two notes. Rows that were left meanwhile, by a process that is then killed, are published again.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -50,12 +50,23 @@ impl LeftNote {
         let mut changes = self.meter.upkeep().subscribe();
         // What the process before this one has noted may be out of date.
         changes.mark_changed();
+        let mut news = News::default();
         while changes.changed().await.is_ok() {
             let all = changes.borrow_and_update().clone();
             let pause = match write(&self.postgres, &self.slot, &all).await {
-                Ok(()) => PAUSE,
+                Ok(()) => {
+                    news.over();
+                    PAUSE
+                }
                 Err(error) => {
-                    debug!("what was left undone is not noted: {}", error.report());
+                    let why = error.report();
+                    if news.is_new(&why) {
+                        warn!(
+                            "what is left undone cannot be noted in walpost.left_undone: walpost check does not know it, and the next \
+                             process may publish rows again that were left: {why} (hint: walpost init makes that table; GRANT SELECT, \
+                             INSERT, UPDATE ON walpost.left_undone)"
+                        );
+                    }
                     AFTER_FAILURE
                 }
             };

@@ -163,6 +163,7 @@ impl Modes {
             let keeping = partitions::keep_ahead(config.postgres.clone(), partitioned, meter);
             self.lookers.push(tokio::spawn(Box::pin(keeping)));
         }
+        let polls = matches!(way, Way::Looks(_));
         let backoff = || Backoff::new(config.reconnect_initial, config.reconnect_max);
         if config.after_publish != AfterPublish::Keep {
             let (queue, _) = self.after_publish.get_or_insert_with(|| {
@@ -198,7 +199,8 @@ impl Modes {
             };
             self.lookers.push(tokio::spawn(Box::pin(retention.run())));
         }
-        if !self.lookers.is_empty() {
+        // Poll mode leaves tables that cannot be read.
+        if polls || !self.lookers.is_empty() {
             let note = LeftNote {
                 postgres: config.postgres.clone(),
                 slot: config.slot.clone(),

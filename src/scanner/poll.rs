@@ -16,6 +16,9 @@
 //!   other (a lock on the business row) that is the order of commits.
 //! * A look that was cut short goes on with the snapshot it stored; with deduplication on the broker's side nothing of it
 //!   comes twice.
+//! * A table that cannot be read (a missing right, a dropped column) holds up no other one: see [`super::gap`]. It is tried again with each look, its rows
+//!   do not count as delivered, and meanwhile those of the others are shown as pending, and are left by the retention, as well: there is one
+//!   `delivered` for all. Where no table can be read, the look fails.
 //! * What cannot be published becomes a straggler, as in the stream; it is retried, and parks its key, from one look to the next.
 //!   Without a `walpost.straggler` a row that can never be published ends the process, and a refused topic holds up the look.
 //! * `WALPOST_AFTER_PUBLISH`: receipts tell their rows, so a row is marked or deleted behind its receipt here too. A mark that
@@ -48,7 +51,7 @@ use crate::config::Config;
 use crate::connector::{GOODBYE, diversion, phase_after, publisher_config, routing};
 use crate::meter::{Meter, Phase, Side};
 use crate::postgres::slot::slot_state;
-use crate::postgres::{connect_sql, quote_literal, refuse_row_security};
+use crate::postgres::{TableName, connect_sql, is_about_rows, quote_literal, refuse_row_security};
 use crate::pulsar::PublisherConfig;
 use crate::retry::Backoff;
 use crate::{Error, Result};
@@ -148,6 +151,8 @@ struct Poller<'a> {
     /// `None` while a look has them, and where there is no table for them.
     stragglers: Option<Stragglers>,
     looks: watch::Sender<Looks>,
+    /// Tables that could not be read.
+    left: Vec<TableName>,
 }
 
 impl<'a> Poller<'a> {
@@ -182,6 +187,7 @@ impl<'a> Poller<'a> {
             publisher,
             stragglers,
             looks,
+            left: Vec::new(),
         })
     }
 
@@ -259,22 +265,37 @@ impl<'a> Poller<'a> {
             progress::look(&self.client, &self.claim, &mut self.progress, &upto).await?;
             self.close_gap().await?;
         }
-        self.looks.send_modify(|looks| looks.over = looks.begun);
+        if self.left.is_empty() {
+            // Of a table that was not read it is not known which rows are yet to come.
+            self.looks.send_modify(|looks| looks.over = looks.begun);
+        }
         Ok(())
     }
 
     async fn has_rows(&self, upto: &progress::Snapshot) -> Result<bool> {
-        let delivered = self.progress.delivered.as_ref();
-        for name in &self.config.outbox_tables {
-            // What is not there now may come back with rows: nothing is delivered until it has been looked at.
-            let Some(table) = ScanTable::describe(&self.client, name).await? else {
-                return Err(gap::unreadable(name));
+        let tables = self.config.outbox_tables.iter();
+        for name in tables.filter(|name| !self.left.contains(name)) {
+            let ahead = self.progress.position.ahead.get(&name.to_string());
+            let (delivered, covered) = match ahead {
+                Some(ahead) => (Some(&ahead.upto), Some(&ahead.leaves)),
+                None => (
+                    self.progress.delivered.as_ref(),
+                    self.progress.tables.as_ref(),
+                ),
             };
-            if table.any(&self.client, upto, delivered).await? {
+            // What is not there now may come back with rows: the look leaves it.
+            let Some(table) = ScanTable::describe(&self.client, name).await? else {
                 return Ok(true);
+            };
+            match table.any(&self.client, upto, delivered).await {
+                Ok(false) => {}
+                Ok(true) => return Ok(true),
+                // So does it with one that cannot be read.
+                Err(error) if is_about_rows(&error) => return Ok(true),
+                Err(error) => return Err(error),
             }
             // Rows of a partition that was attached with them may be older than the last look.
-            if let Some(covered) = &self.progress.tables {
+            if let Some(covered) = covered {
                 let leaves = reconcile::leaves(&self.client, name).await?;
                 if leaves.iter().any(|leaf| covered.get(leaf) != Some(&None)) {
                     return Ok(true);
@@ -294,7 +315,14 @@ impl<'a> Poller<'a> {
             left_out: &[],
         };
         let stragglers = self.stragglers.take();
-        self.stragglers = gap::close(&gap, &mut self.progress, stragglers).await?;
+        let (stragglers, mut left) = gap::close(&gap, &mut self.progress, stragglers).await?;
+        self.stragglers = stragglers;
+        self.left = left.iter().map(|(table, _)| table.clone()).collect();
+        if left.len() == self.config.outbox_tables.len()
+            && let Some((_, why)) = left.pop()
+        {
+            return Err(why);
+        }
         Ok(())
     }
 }

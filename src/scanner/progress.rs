@@ -74,6 +74,33 @@ pub struct Position {
     pub missing: Option<Missing>,
     /// The leaf tables that are covered once the gap is closed; `None` before the scan begins.
     pub covered: Option<Leaves>,
+    /// By table: what of it is out although `delivered` does not show it, because another table could not be read.
+    pub ahead: BTreeMap<String, Stretch>,
+    /// By table: the end of a scan that could not be finished, and that goes on before a later one begins.
+    pub left: BTreeMap<String, Stretch>,
+}
+
+/// How far the rows of one table are to be published, or are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stretch {
+    /// Rows visible in it.
+    pub upto: Snapshot,
+    /// The leaf tables that are covered then.
+    pub leaves: Leaves,
+}
+
+impl Position {
+    /// What is kept of it when a gap gets a later end.
+    fn beyond(&self) -> Self {
+        let begun = self.tables.iter();
+        let begun = begun.filter(|(table, _)| self.left.contains_key(*table));
+        Self {
+            tables: begun.map(|(table, seq)| (table.clone(), *seq)).collect(),
+            ahead: self.ahead.clone(),
+            left: self.left.clone(),
+            ..Self::default()
+        }
+    }
 }
 
 impl Progress {
@@ -330,7 +357,7 @@ pub async fn missing(
     Ok(())
 }
 
-/// Begins a look of poll mode at everything that is visible in `upto`.
+/// Begins a look of poll mode at everything that is visible in `upto`. Tables that could not be read until now keep their place.
 ///
 /// # Errors
 /// Temporary when the row is not `from` under this claim any more.
@@ -340,10 +367,13 @@ pub async fn look(
     from: &mut Progress,
     upto: &Snapshot,
 ) -> Result<()> {
-    let set = "scan_before = NULL, scan_upto = $6::text::pg_snapshot, scan_position = NULL";
-    change(client, claim, from, set, &[upto]).await?;
+    let position = from.position.beyond();
+    let shown = (position != Position::default()).then(|| show(&position));
+    let set =
+        "scan_before = NULL, scan_upto = $6::text::pg_snapshot, scan_position = $7::text::jsonb";
+    change(client, claim, from, set, &[upto, &shown]).await?;
     (from.scan_before, from.scan_upto) = (None, Some(upto.clone()));
-    from.position = Position::default();
+    from.position = position;
     Ok(())
 }
 
@@ -390,6 +420,8 @@ pub async fn scanned(client: &Client, claim: &Claim, progress: &Progress) -> Res
 pub async fn closed(client: &Client, claim: &Claim, progress: &mut Progress) -> Result<()> {
     let position = Position {
         done: true,
+        ahead: BTreeMap::new(),
+        left: BTreeMap::new(),
         ..progress.position.clone()
     };
     let set = "scan_position = $6::text::jsonb, tables = coalesce($7::text::jsonb, tables), delivered = scan_upto";
@@ -523,7 +555,29 @@ fn show(position: &Position) -> String {
     if let Some(covered) = &position.covered {
         value["covered"] = leaves_to_json(covered);
     }
+    for (name, stretches) in [("ahead", &position.ahead), ("left", &position.left)] {
+        for (table, stretch) in stretches {
+            value[name][table] = serde_json::json!({
+                "upto": stretch.upto, "leaves": leaves_to_json(&stretch.leaves),
+            });
+        }
+    }
     value.to_string()
+}
+
+/// By table: a part of what [`show`] made.
+fn stretches(value: &serde_json::Value) -> Option<BTreeMap<String, Stretch>> {
+    let Some(tables) = value.as_object() else {
+        return value.is_null().then(BTreeMap::new);
+    };
+    let read = |(table, stretch): (&String, &serde_json::Value)| {
+        let stretch = Stretch {
+            upto: stretch["upto"].as_str()?.to_owned(),
+            leaves: leaves_from_json(&stretch["leaves"])?,
+        };
+        Some((table.clone(), stretch))
+    };
+    tables.iter().map(read).collect()
 }
 
 fn parse(text: &str) -> Result<Position> {
@@ -554,6 +608,8 @@ fn parse(text: &str) -> Result<Position> {
         done,
         missing,
         covered,
+        ahead: stretches(&value["ahead"]).ok_or_else(wrong)?,
+        left: stretches(&value["left"]).ok_or_else(wrong)?,
     })
 }
 
@@ -579,11 +635,26 @@ mod tests {
         position.missing = Some(Missing::default());
         position.covered = Some(Leaves::from([(7, None), (8, Some("3:4:".to_owned()))]));
         assert_eq!(parse(&show(&position)).unwrap(), position);
+        let stretch = |upto: &str, leaf| Stretch {
+            upto: upto.to_owned(),
+            leaves: Leaves::from([(leaf, None)]),
+        };
+        let of = |table: &str, stretch| BTreeMap::from([(table.to_owned(), stretch)]);
+        position.ahead = of("public.\"a b\"", stretch("5:6:", 7));
+        position.left = of("walpost.outbox", stretch("4:4:", 9));
+        assert_eq!(parse(&show(&position)).unwrap(), position);
     }
 
     #[test]
     fn a_position_edited_into_nonsense_is_an_error_that_says_how_to_reset_it() {
-        for text in ["{}", "[]", "7", r#"{"done": true, "tables": {"t": "x"}}"#] {
+        for text in [
+            "{}",
+            "[]",
+            "7",
+            r#"{"done": true, "tables": {"t": "x"}}"#,
+            r#"{"done": true, "tables": {}, "ahead": 7}"#,
+            r#"{"done": true, "tables": {}, "left": {"t": {"upto": "1:1:"}}}"#,
+        ] {
             let error = parse(text).unwrap_err();
             assert_eq!(error.exit_code(), 69);
             assert!(error.report().contains("scan_position = NULL"), "{text}");

@@ -29,8 +29,9 @@
 //!
 //! * The counts live in the process. A stop in good order stores them in `walpost.progress.streamed`, and the next start goes on with them. After a
 //!   crash, transactions between `delivered` and the next start cannot be compared. (`walpost verify` compares them with the topics.)
-//! * A row with the `txid` of another transaction, a copy, that is committed while the tables are compared: its transaction may be taken for short, and its
-//!   rows are then published again.
+//! * A row with the `txid` of another transaction, a copy (COPY, INSERT … SELECT), that is committed while the tables are compared is not known as brought yet.
+//!   The tables are then compared again behind it, up to three times ([`super::delivered`]). Only where such rows are committed during
+//!   each of these is their transaction taken for short, and its rows are published again.
 //! * A row that is changed by UPDATE keeps its `txid`, so it is not a new event; see `sql/03_outbox.sql`.
 //! * Tables without `txid` and `seq`. Where a table in use is given these columns, its older rows get the transaction of that statement,
 //!   and the stream has not counted them: its comparison begins at the note after the next one. (A table that is new in the settings is

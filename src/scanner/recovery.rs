@@ -22,7 +22,13 @@
 //! | a making that was cut short; poll mode since the slot was made; a row of an earlier version and no good stop | unknown | the same |
 //!
 //! A slot that was made by us, with snapshots before and after, plus the scan of the gap, brings every row. So does any slot that exists now,
-//! plus a scan up to a snapshot that is taken now: what is not visible in it commits later, beyond the slot's position. Of an
+//! plus a scan up to a snapshot that is taken now, when every transaction that runs now has ended ([`settled`], on all versions, as where a
+//! slot is made; it names those that take long). What is not visible in that one began behind the slot's position. A plain
+//! snapshot would not do: a transaction's commit record is in the log before the transaction is visible, for a moment, or, where commits wait for a synchronous
+//! standby, for as long as that takes; and the slot may stand beyond the record. (Somebody advanced it; or it was made meanwhile: also the
+//! servers that wait for running transactions when they make a slot do not wait for one that began in the last part of it.) Such a
+//! row would neither be in the gap nor be streamed. The wait costs a start behind an unknown slot as long as the longest
+//! transaction takes. Of an
 //! unknown slot that is what is done, rather than to replace it: its log may hold what no table has (events of `emit_transient`, rows that
 //! were deleted since), and whoever made it chose its properties. The rows that come both ways are those that the scan
 //! published and that the slot has not confirmed. They are not older than its `catalog_xmin` ([`slot::never_streamed`]), so there are not more of
@@ -220,13 +226,8 @@ pub async fn scan_up_to_now(client: &Client, prepared: &mut Prepared) -> Result<
     let Some(unknown) = &prepared.unknown else {
         return Ok(());
     };
-    // A slot that was made just now may begin inside of a transaction that is still running: see `slot_maker`.
-    let version = slot::server_version_num(client).await?;
-    let upto = if slot::waits_when_made(version) {
-        progress::snapshot(client).await?
-    } else {
-        settled(client).await?
-    };
+    // Of no slot that walpost did not make itself is it known what ran while it was made: see the module.
+    let upto = settled(client).await?;
     let before = unknown.never_streamed.as_ref();
     let snapshots = (before, &upto);
     progress::scan_again(

@@ -39,7 +39,7 @@ use super::straggler_store::Store;
 use super::straggler_task;
 use crate::ack::TxnNo;
 use crate::config::Config;
-use crate::outbox::{ENVELOPE_TABLE, Salvaged};
+use crate::outbox::{ENVELOPE_TABLE, RowNumber, Salvaged};
 use crate::pulsar::{Diverted, Parked, PublisherConfig, RowTag};
 use crate::{Error, Lsn, Result};
 
@@ -56,6 +56,8 @@ pub(crate) struct Straggler {
     pub(crate) deliver_at_ms: Option<i64>,
     pub(crate) commit_lsn: Lsn,
     pub(crate) ordinal: u64,
+    /// Which of the table's rows with its id it is.
+    pub(crate) number: RowNumber,
     pub(crate) reason: String,
     /// Nothing can be attempted with it as it is.
     pub(crate) hopeless: bool,
@@ -247,6 +249,7 @@ impl Stragglers {
             reason,
             event,
         } = diverted;
+        let number = number_of(event.number(), event.commit_lsn, event.row);
         let mut properties = event.properties.iter();
         let id = properties.find(|(name, _)| name == "id");
         self.push(Straggler {
@@ -260,6 +263,7 @@ impl Stragglers {
             deliver_at_ms: event.deliver_at_ms,
             commit_lsn: event.commit_lsn,
             ordinal: event.row.ordinal(),
+            number,
             reason,
             hopeless: false,
             diverted: true,
@@ -274,7 +278,7 @@ impl Stragglers {
     pub fn unusable(
         &mut self,
         row: Salvaged,
-        (txn, commit_lsn, tag): (TxnNo, Lsn, RowTag),
+        (txn, commit_lsn, tag, number): (TxnNo, Lsn, RowTag, RowNumber),
         reason: String,
     ) -> Option<(String, String)> {
         let holds_back = row.topic.clone().zip(row.key.clone());
@@ -292,6 +296,7 @@ impl Stragglers {
             deliver_at_ms: row.deliver_at_ms,
             commit_lsn,
             ordinal: tag.ordinal(),
+            number: number_of(number, commit_lsn, tag),
             reason,
             hopeless: true,
             diverted: false,
@@ -364,6 +369,16 @@ impl Stragglers {
             }
             Report::Parked(_) | Report::Discarded(_) | Report::Healed(_) | Report::Failed(_) => {}
         }
+    }
+}
+
+/// The number of a row: as it was read, or where nobody read it the `seq` by which a scan knows it.
+fn number_of(read: RowNumber, commit_lsn: Lsn, row: RowTag) -> RowNumber {
+    match read {
+        RowNumber::Unknown if commit_lsn == Lsn::ZERO => {
+            i64::try_from(row.ordinal()).map_or(RowNumber::Unknown, RowNumber::Seq)
+        }
+        known => known,
     }
 }
 

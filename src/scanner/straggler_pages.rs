@@ -4,6 +4,7 @@ use tokio_postgres::Row;
 
 use super::straggler_store::{Key, Store};
 use crate::Result;
+use crate::outbox::RowNumber;
 use crate::postgres::sql_error;
 
 /// Heads that one page has, and rows behind each that follow once it was published.
@@ -30,6 +31,8 @@ pub(crate) struct Stored {
     pub(crate) is_dead: bool,
     /// Its table.
     pub(crate) outbox: String,
+    /// Which of the table's rows with its id it is.
+    pub(crate) row_number: RowNumber,
     /// Of its properties, as the table has them.
     properties_bytes: usize,
 }
@@ -49,7 +52,7 @@ impl Store {
         let sql = "
             with due as materialized (
                 select number, id, topic, key, payload, properties::text, event_time_ms, deliver_at_ms, reason, attempts,
-                       state = 'dead' as is_dead, outbox, next_attempt_at
+                       state = 'dead' as is_dead, outbox, next_attempt_at, {NUMBER}
                 from walpost.straggler s
                 where slot = $1 and state <> 'parked' and next_attempt_at <= now() and number <> all($2)
                       and (state = 'retrying' or $3 and dead_letter_at is null)
@@ -66,13 +69,14 @@ impl Store {
                           ) as before
                 from due
             )
-            select number, id, topic, key, payload, properties, event_time_ms, deliver_at_ms, reason, attempts, is_dead, outbox
+            select number, id, topic, key, payload, properties, event_time_ms, deliver_at_ms, reason, attempts, is_dead, outbox,
+                   row_seq, row_txid
             from page where coalesce(before, 0) < $7 order by next_attempt_at, number";
         let (slot, order, block) = (self.slot.clone(), self.keep_key_order, self.dead_block);
         let rows = self
             .rows_of(
                 "look for stragglers that are due",
-                sql,
+                &self.with_number(sql),
                 &[
                     &slot,
                     &busy,
@@ -94,7 +98,7 @@ impl Store {
             with next as materialized (
                 select r.* from unnest($2::text[], $3::text[]) k(topic, key) cross join lateral (
                     select number, id, topic, key, payload, properties::text, event_time_ms, deliver_at_ms, reason, attempts,
-                           false as is_dead, outbox, state = 'dead' or state = 'retrying' and next_attempt_at > now() as holds
+                           false as is_dead, outbox, {NUMBER}, state = 'dead' or state = 'retrying' and next_attempt_at > now() as holds
                     from walpost.straggler s
                     where s.slot = $1 and hashtextextended(s.key, 0) = hashtextextended(k.key, 0)
                           and s.key = k.key and s.topic = k.topic and (s.state <> 'dead' or $5)
@@ -108,7 +112,8 @@ impl Store {
                           ) as before
                 from free where not is_held
             )
-            select number, id, topic, key, payload, properties, event_time_ms, deliver_at_ms, reason, attempts, is_dead, outbox
+            select number, id, topic, key, payload, properties, event_time_ms, deliver_at_ms, reason, attempts, is_dead, outbox,
+                   row_seq, row_txid
             from page where coalesce(before, 0) < $6 order by number";
         let topics: Vec<&str> = keys.iter().map(|(topic, _)| topic.as_str()).collect();
         let names: Vec<&str> = keys.iter().map(|(_, key)| key.as_str()).collect();
@@ -116,11 +121,21 @@ impl Store {
         let rows = self
             .rows_of(
                 "look for a key's next stragglers",
-                sql,
+                &self.with_number(sql),
                 &[&slot, &topics, &names, &RUN, &block, &PAGE_BYTES_SQL],
             )
             .await?;
         rows.iter().map(stored).collect()
+    }
+
+    /// A table that an earlier version made has no columns for the row's number.
+    fn with_number(&self, sql: &str) -> String {
+        let columns = if self.has_numbers {
+            "row_seq, row_txid"
+        } else {
+            "null::int8 as row_seq, null::int8 as row_txid"
+        };
+        sql.replace("{NUMBER}", columns)
     }
 }
 
@@ -141,5 +156,10 @@ fn stored(row: &Row) -> Result<Stored> {
         attempts: row.try_get(9).map_err(get)?,
         is_dead: row.try_get(10).map_err(get)?,
         outbox: row.try_get(11).map_err(get)?,
+        row_number: match (row.try_get(12).map_err(get)?, row.try_get(13).map_err(get)?) {
+            (Some(seq), _) => RowNumber::Seq(seq),
+            (None, Some(txid)) => RowNumber::Txid(txid),
+            (None, None) => RowNumber::Unknown,
+        },
     })
 }

@@ -11,7 +11,7 @@ use super::straggler_pages::Stored;
 use super::straggler_store::{Failure, Key};
 use super::straggler_task::Task;
 use crate::ack::TxnNo;
-use crate::outbox::{RowNumber, key_hash, own_topic_into};
+use crate::outbox::{key_hash, own_topic_into};
 use crate::pulsar::{BrokerEvent, Outgoing, Row, RowTag};
 use crate::retry::Backoff;
 use crate::{Lsn, Result};
@@ -111,8 +111,8 @@ impl Task {
             table: u32::try_from(table).ok()?,
             xid: 0,
             id: row.id.as_deref().filter(|_| !row.is_dead)?,
-            // Its table of stragglers does not know it: it is marked if no other row has its id.
-            number: RowNumber::Unknown,
+            // Where it is not known: it is marked if no other row has its id.
+            number: row.row_number,
         })
     }
 

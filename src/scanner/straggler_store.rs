@@ -21,24 +21,26 @@ use tracing::warn;
 use super::discarded::{self, Discarded};
 use super::straggler::Straggler;
 use crate::config::Config;
+use crate::outbox::RowNumber;
 use crate::postgres::{self, PostgresConfig, sql_error};
 use crate::{Error, Result};
 
 /// `application_name` of the session.
 const APPLICATION_NAME: &str = "walpost stragglers";
 /// Stores events: $1 slot, $2 to $13 their columns, $14 whether keys keep their order, $15 whether a dead one blocks, $16 the
-/// first pause in seconds. (Where dead ones do not block, hopeless ones are nobody's predecessors.) What was discarded meanwhile is left
-/// out: see [`Insert::sql`].
+/// first pause in seconds, $17 and $18 more columns. (Where dead ones do not block, hopeless ones are nobody's predecessors.) What was
+/// discarded meanwhile is left out: see [`Insert::sql`].
 const INSERT: &str = "
     with event as (
         select * from unnest(
             $2::text[], $3::text[], $4::text[], $5::text[], $6::bytea[], $7::text[], $8::int8[], $9::int8[],
-            $10::text[], $11::int8[], $12::text[], $13::bool[]
+            $10::text[], $11::int8[], $12::text[], $13::bool[], $17::int8[], $18::int8[]
         ) with ordinality
-        as e(outbox, id, topic, key, payload, properties, event_time_ms, deliver_at_ms, commit_lsn, ordinal, reason, hopeless, place)
+        as e(outbox, id, topic, key, payload, properties, event_time_ms, deliver_at_ms, commit_lsn, ordinal, reason, hopeless,
+             row_seq, row_txid, place)
     )
     insert into walpost.straggler (slot, outbox, id, topic, key, payload, properties, event_time_ms, deliver_at_ms,
-                                   commit_lsn, ordinal, reason, state, next_attempt_at)
+                                   commit_lsn, ordinal, reason, state, next_attempt_at{NUMBER})
     select $1, outbox, id, topic, key, payload, properties::json, event_time_ms, deliver_at_ms,
            commit_lsn::pg_lsn, ordinal, reason,
            case
@@ -53,7 +55,7 @@ const INSERT: &str = "
                ) then 'parked'
                else 'retrying'
            end,
-           now() + $16::float8 * interval '1 second'
+           now() + $16::float8 * interval '1 second'{NUMBER}
     from event where not {IS_DISCARDED} order by place
     on conflict do nothing
     returning topic, key, state";
@@ -84,6 +86,8 @@ pub(crate) struct Store {
     rows: i64,
     /// There is a `walpost.discarded`, and a `walpost.progress` by which it is pruned.
     discards: (bool, bool),
+    /// The table has columns for the row's number: one that an earlier version made has not.
+    pub(super) has_numbers: bool,
     /// How many rows of it, and the last one's number, were there when it was read.
     discarded: (i64, i64),
 }
@@ -100,6 +104,7 @@ impl Store {
             keys: HashMap::new(),
             rows: 0,
             discards: (false, false),
+            has_numbers: false,
             discarded: (0, 0),
         }
     }
@@ -119,7 +124,10 @@ impl Store {
         let client = postgres::connect_sql(&self.postgres, APPLICATION_NAME).await?;
         let sql = "
             select coalesce(bool_and(has_table_privilege(c.oid, p)), false)
-                   and coalesce(has_schema_privilege(to_regnamespace('walpost'), 'usage'), false), count(*) > 0
+                   and coalesce(has_schema_privilege(to_regnamespace('walpost'), 'usage'), false), count(*) > 0,
+                   coalesce(bool_and((select count(*) from pg_attribute a
+                                      where a.attrelid = c.oid and not a.attisdropped
+                                            and a.attname in ('row_seq', 'row_txid')) = 2), false)
             from pg_class c, unnest(array['select', 'insert', 'update', 'delete']) p
             where c.relname = 'straggler' and c.relnamespace = to_regnamespace('walpost')";
         let row = client
@@ -131,6 +139,7 @@ impl Store {
             (_, false) => Some("there is no table walpost.straggler".to_owned()),
             _ => Some("walpost may not use the table walpost.straggler".to_owned()),
         };
+        self.has_numbers = row.get(2);
         if why.is_none() {
             self.discards = may_read_discarded(&client).await?;
         }
@@ -241,6 +250,7 @@ impl Store {
             block,
             retry_initial: self.retry_initial.as_secs_f64(),
             discards: self.discards.0,
+            has_numbers: self.has_numbers,
         };
         let client = self.client()?;
         let rows = match insert.all(client, events).await {
@@ -390,6 +400,8 @@ struct Insert {
     retry_initial: f64,
     /// There is a `walpost.discarded`.
     discards: bool,
+    /// See [`Store::has_numbers`].
+    has_numbers: bool,
 }
 
 impl Insert {
@@ -399,7 +411,14 @@ impl Insert {
         } else {
             "false"
         };
-        INSERT.replace("{IS_DISCARDED}", is_discarded)
+        let number = if self.has_numbers {
+            ", row_seq, row_txid"
+        } else {
+            ""
+        };
+        INSERT
+            .replace("{IS_DISCARDED}", is_discarded)
+            .replace("{NUMBER}", number)
     }
 
     async fn all(
@@ -411,7 +430,15 @@ impl Insert {
             events.iter().map(get).collect()
         }
         let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
-        let with: [&(dyn ToSql + Sync); 16] = [
+        let seq = |event: &Straggler| match event.number {
+            RowNumber::Seq(seq) => Some(seq),
+            _ => None,
+        };
+        let txid = |event: &Straggler| match event.number {
+            RowNumber::Txid(txid) => Some(txid),
+            _ => None,
+        };
+        let with: [&(dyn ToSql + Sync); 18] = [
             &self.slot,
             &column(events, |event| event.outbox.as_str()),
             &column(events, |event| event.id.as_deref()),
@@ -428,6 +455,8 @@ impl Insert {
             &self.order,
             &self.block,
             &self.retry_initial,
+            &column(events, seq),
+            &column(events, txid),
         ];
         client.query(&self.sql(), &with).await
     }

@@ -44,7 +44,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::straggler::{Item, Report, Straggler};
 use super::straggler_pages::{PAGE_BYTES, Stored};
@@ -54,6 +54,7 @@ use crate::ack::TxnNo;
 use crate::config::Config;
 use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig};
 use crate::retry::Backoff;
+use crate::upkeep::News;
 use crate::{Error, Result};
 
 /// How often the table is looked at.
@@ -104,6 +105,8 @@ pub(super) struct Task {
     /// Numbers messages for the publisher.
     pub(super) messages: u64,
     pub(super) scans: u32,
+    /// Why no broker could be reached.
+    pub(super) no_broker: News,
 }
 
 /// The task; ends with the queue, or after it has reported a failure.
@@ -212,6 +215,7 @@ pub(super) fn run(
         refresh: Vec::new(),
         messages: 0,
         scans: 0,
+        no_broker: News::default(),
     };
     run_task(task, inbox, may_retry)
 }
@@ -421,14 +425,18 @@ impl Task {
             return Ok(Page::Last);
         }
         // Learns the message limit, which may have been raised.
-        match timeout(BROKER_PATIENCE, self.publisher.connect()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                debug!("no retries while no broker answers: {}", error.report());
-                return Ok(Page::Last);
+        let why = match timeout(BROKER_PATIENCE, self.publisher.connect()).await {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.report()),
+            Err(_) => Some("it took too long".to_owned()),
+        };
+        if let Some(why) = why {
+            if self.no_broker.is_new(&why) {
+                warn!("no straggler is retried while no broker answers: {why}");
             }
-            Err(_) => return Ok(Page::Last),
+            return Ok(Page::Last);
         }
+        self.no_broker.over();
         let bytes: usize = due.iter().map(Stored::bytes).sum();
         let before = self.messages;
         for row in due {

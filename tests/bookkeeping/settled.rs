@@ -7,8 +7,8 @@ use std::process::Stdio;
 
 use walpost::scanner::slot_maker::settled;
 
-use crate::support::{Database, eventually, on_each_major};
-use crate::{DEADLINE, POLL, insert};
+use crate::support::{Database, Servers, eventually, on_each_major};
+use crate::{DEADLINE, POLL, PUBLISH, arrived, insert, make_slot_by_hand};
 
 /// An outbox without a slot, and a transaction that is open with a row.
 async fn with_open_transaction(major: i32) -> (Database, tokio_postgres::Client) {
@@ -125,6 +125,58 @@ async fn the_file_waits(major: i32) {
     let sql = "SELECT scan_upto::text FROM walpost.progress WHERE confirmed_lsn IS NOT NULL";
     let upto: String = database.rows(sql, &[]).await[0].get(0);
     assert!(is_visible(&database, &upto).await);
+}
+
+#[tokio::test]
+async fn a_row_whose_commit_an_unknown_slot_has_passed_before_it_is_visible_arrives() {
+    // GIVEN a server whose commits wait for a standby that does not come, if they do not say otherwise
+    let own = Servers::own("settled-standby", &["--no-pulsar"]);
+    let database = Database::create_on(&own, "settled").await;
+    database.init(&[], &[POLL]).await;
+    database.sql(PUBLISH).await;
+    make_slot_by_hand(&database).await;
+    let patient = database.connect().await;
+    database
+        .sql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        .await;
+    database.sql("SELECT pg_reload_conf()").await;
+    database.sql("SET synchronous_commit = local").await;
+    eventually(DEADLINE, "the setting", async || {
+        let shown = database.rows("SHOW synchronous_standby_names", &[]).await;
+        (shown[0].get::<_, &str>(0) == "nobody").then_some(())
+    })
+    .await;
+    // AND a row whose commit record is written and that nobody sees yet
+    let waiting = tokio::spawn(async move { insert(&patient, "row").await });
+    eventually(DEADLINE, "the commit to wait", async || {
+        let sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'SyncRep'";
+        (!database.rows(sql, &[]).await.is_empty()).then_some(())
+    })
+    .await;
+    let none = database.rows("SELECT FROM walpost.outbox", &[]).await;
+    assert!(none.is_empty(), "the row is visible");
+
+    // WHEN a slot that walpost does not know stands beyond it, and walpost runs
+    let advance = "SELECT pg_replication_slot_advance($1::text::name, pg_current_wal_flush_lsn())";
+    database.rows(advance, &[&database.slot]).await;
+    let mut walpost = database.walpost(&["run"], &[]).spawn();
+    eventually(DEADLINE, "walpost to wait, or to stream", async || {
+        let said = walpost.output();
+        (said.contains("waiting for transactions") || said.contains("streaming slot")).then_some(())
+    })
+    .await;
+
+    // THEN the row arrives once it is visible
+    database
+        .sql("ALTER SYSTEM RESET synchronous_standby_names")
+        .await;
+    database.sql("SELECT pg_reload_conf()").await;
+    waiting.await.expect("the commit ends");
+    walpost.wait_for_line("streaming slot", DEADLINE).await;
+    insert(&database.client, "later").await;
+    let rows = arrived(&database, &["row", "later"]).await;
+    assert_eq!(rows.len(), 2, "{rows:?}");
+    walpost.stop().await;
 }
 
 on_each_major! {

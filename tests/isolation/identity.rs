@@ -1,6 +1,6 @@
 //! Rows with the same id: a row is known by its `seq` (or `txid`) as well.
 
-use crate::support::{Asked, FakeBroker, Reaction, admin};
+use crate::support::{Asked, FakeBroker, Reaction, Walpost, admin};
 use crate::*;
 
 const POLL: (&str, &str) = ("WALPOST_MODE", "poll");
@@ -96,16 +96,91 @@ async fn a_row_without_a_receipt_is_not_marked_with_another_of_its_id() {
         // THEN it is not marked
         wait_count(&database, "events WHERE sent_at IS NULL", 1).await;
 
-        // AND when its topic is mended it arrives; a straggler does not know its row among several, so its mark is left to the look
-        // for unmarked rows
+        // AND when its topic is mended it arrives, and is the one that is marked
         admin(url, "DELETE", &format!("{path}?force=true"), "").await;
         assert_eq!(numbers(&refused, 1).await, [1]);
         wait_count(&database, "walpost.straggler", 0).await;
-        walpost.stop().await;
-        let walpost = database.start(&[MARK, TABLE, SOON[0], SOON[1]]).await;
         wait_count(&database, "events WHERE sent_at IS NULL", 0).await;
         walpost.stop().await;
         assert_eq!(numbers(&database.topic("t"), 2).await, [2, 3]);
+    }
+}
+
+/// Two stragglers with the same id: one of a topic that is refused, and one that is no event.
+async fn stragglers_with_one_id(
+    database: &Database,
+    settings: &[(&str, &str)],
+    older: bool,
+) -> Walpost {
+    if older {
+        database
+            .sql("ALTER TABLE walpost.straggler DROP COLUMN row_seq, DROP COLUMN row_txid")
+            .await;
+    }
+    let refused = database.topic("refused");
+    let path = refused.replace("persistent://", "/admin/v2/persistent/");
+    let url = &servers().pulsar_admin_url;
+    admin(url, "PUT", &path, "").await;
+    admin(url, "POST", &format!("{path}/terminate"), "").await;
+    let walpost = database.start(&[settings, &[TABLE]].concat()).await;
+    for (topic, payload) in [
+        ("refused", "1"),
+        ("a/b", "2"),
+        ("refused", "3"),
+        ("a/b", "4"),
+    ] {
+        insert_same(database, topic, payload).await;
+    }
+    wait_count(database, "walpost.straggler", 4).await;
+    walpost
+}
+
+#[tokio::test]
+async fn discard_touches_the_very_row_of_its_straggler_and_no_other_of_its_id() {
+    for mode in [MARK, DELETE] {
+        for (columns, older) in [(BOTH, false), (TXID, false), (BOTH, true)] {
+            // GIVEN stragglers of rows that all have one id
+            let database = prepare(&[mode], columns).await;
+            let walpost = stragglers_with_one_id(&database, &[mode], older).await;
+
+            // WHEN those of one topic, and then those that are no events, are discarded
+            let left = "SELECT payload FROM events WHERE sent_at IS NULL ORDER BY payload";
+            let discard = async |state: &str| -> Vec<String> {
+                let args = ["stragglers", "discard", "--state", state, "--yes"];
+                let discard = database.walpost(&args, &[TABLE]).run(DEADLINE);
+                let (code, said) = discard.await;
+                assert!(code == 0 && said.contains("discarded "), "{said}");
+                let rows = database.rows(left, &[]).await;
+                rows.iter().map(|row| row.get(0)).collect()
+            };
+            let first = discard("dead").await;
+            discard("retrying").await;
+            let second = discard("parked").await;
+
+            // THEN their rows are marked or deleted, and none where the table is an earlier version's and does not say which they are
+            if older {
+                assert_eq!(first, ["1", "2", "3", "4"], "{mode:?}");
+                assert_eq!(second, first, "{mode:?}");
+            } else {
+                assert_eq!(first, ["1", "3"], "{mode:?} {columns}");
+                assert!(second.is_empty(), "{mode:?} {columns}: {second:?}");
+            }
+            walpost.stop().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_discarded_straggler_is_known_by_its_seq_also_where_others_have_its_id() {
+    for settings in [&[][..], &[MARK]] {
+        let database = prepare(settings, BOTH).await;
+        let walpost = stragglers_with_one_id(&database, settings, false).await;
+        let args = ["stragglers", "discard", "--state", "dead", "--yes"];
+        let (code, said) = database.walpost(&args, &[TABLE]).run(DEADLINE).await;
+        assert_eq!(code, 0, "{said}");
+        let sql = "SELECT d.seq FROM walpost.discarded d JOIN events e USING (seq) WHERE e.payload IN ('2', '4')";
+        assert_eq!(database.rows(sql, &[]).await.len(), 2);
+        walpost.stop().await;
     }
 }
 
