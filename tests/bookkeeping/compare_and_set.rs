@@ -1,7 +1,7 @@
 //! The statements that change `walpost.progress`, from real sessions.
 
 use walpost::Lsn;
-use walpost::scanner::missing::Leaves;
+use walpost::scanner::coverage::{Leaves, Seen};
 use walpost::scanner::progress::{self, Claim, Position, Progress};
 
 use crate::support::{Database, on_each_major};
@@ -37,10 +37,11 @@ async fn a_change_from_what_is_not_stored(major: i32) {
     database.init(&[], &[]).await;
     let client = &database.client;
     let (ours, mut known) = claim(&database, "we").await;
-    progress::closed(client, &ours, &mut known)
+    progress::closed(client, &ours, &mut known, Leaves::default())
         .await
         .expect("no gap is left");
     let upto = snapshot(&database).await;
+    let covered = || Leaves::whole(&Seen::listed([7]));
 
     // WHEN another one claims it, or makes the slot anew, or a person edits it
     let others: [&str; 4] = [
@@ -59,13 +60,14 @@ async fn a_change_from_what_is_not_stored(major: i32) {
 
         // THEN none of our statements changes it, and each says so
         let mut from = known.clone();
-        let noted = progress::delivered(client, &ours, &mut from, &upto, Some(Leaves::new())).await;
+        let noted = progress::delivered(client, &ours, &mut from, &upto, Some(covered())).await;
         let looked = progress::look(client, &ours, &mut from.clone(), &upto).await;
-        let closed = progress::closed(client, &ours, &mut from.clone()).await;
+        let closed = progress::closed(client, &ours, &mut from.clone(), covered()).await;
         let scanned = progress::scanned(client, &ours, &from).await;
+        let declared = progress::declared(client, &ours, &mut from.clone(), covered()).await;
         let missing =
             progress::missing(client, &ours, &mut from.clone(), &upto, Position::default()).await;
-        for written in [noted, looked, closed, scanned, missing] {
+        for written in [noted, looked, closed, scanned, declared, missing] {
             let error = written.expect_err(change);
             assert!(progress::is_changed(&error), "{}", error.report());
             assert!(error.is_temporary(), "{}", error.report());
@@ -79,19 +81,13 @@ async fn a_change_from_what_is_not_stored(major: i32) {
     }
 
     // AND what it knows it may change
-    progress::delivered(
-        client,
-        &ours,
-        &mut known,
-        &upto,
-        Some(Leaves::from([(7, None)])),
-    )
-    .await
-    .expect("it is ours");
+    progress::delivered(client, &ours, &mut known, &upto, Some(covered()))
+        .await
+        .expect("it is ours");
     let now = stored(&database).await;
     assert_eq!(
         (now.delivered, now.scan_upto, now.tables),
-        (Some(upto), None, Some(Leaves::from([(7, None)])))
+        (Some(upto), None, Some(covered()))
     );
 }
 
