@@ -128,7 +128,15 @@ async fn a_table_of_an_earlier_version(major: i32) {
     let database = Database::create_on_major(major, "older").await;
     database.init(&[], &[]).await;
     database
-        .sql("ALTER TABLE walpost.progress DROP COLUMN timeline, DROP COLUMN tables, DROP COLUMN streamed")
+        .sql(
+            "DROP VIEW walpost.outbox_status;
+             ALTER TABLE walpost.progress DROP COLUMN timeline, DROP COLUMN tables, DROP COLUMN streamed;
+             CREATE VIEW walpost.outbox_status AS
+             SELECT o.id, o.aggregatetype, o.aggregateid, o.type, o.created_at, o.seq, o.txid, o.sent_at,
+                    CASE WHEN pg_visible_in_snapshot(o.txid, p.delivered) THEN 'sent' ELSE 'pending' END AS status,
+                    NULL::text AS reason, NULL::integer AS attempts
+             FROM walpost.outbox o, walpost.progress p",
+        )
         .await;
 
     // WHEN the new version runs THEN it says what to do
