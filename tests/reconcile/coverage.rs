@@ -30,11 +30,11 @@ async fn drop_slot(database: &Database) {
     database.rows(sql, &[&database.slot]).await;
 }
 
-/// From now on no send gets its receipt, but for so many at first.
+/// From now on no send is stored, but for so many at first.
 fn hold_behind(broker: &FakeBroker, first: usize) {
     broker.script(Asked::Send, vec![Reaction::Obey; first]);
     broker.script_rest(|asked, _| match asked {
-        Asked::Send => Reaction::Hold,
+        Asked::Send => Reaction::Ignore,
         _ => Reaction::Obey,
     });
 }
