@@ -26,7 +26,8 @@ create table if not exists walpost.progress (
 
 -- Of the cluster when the slot was made or last taken by a process: on another one the slot may be another one too.
 alter table walpost.progress add column if not exists timeline integer;
--- The tables (partitions, children) whose rows "delivered" speaks of.
+-- By OID, the tables (partitions, children) whose rows "delivered" speaks of: with null. With an array: one that belongs to the outbox
+-- too, of which only what the snapshot in it shows is delivered; with a text: the same of one that does not belong to it any more.
 alter table walpost.progress add column if not exists tables jsonb;
 -- How many rows the stream brought since "delivered", written when the process stopped in good order.
 alter table walpost.progress add column if not exists streamed jsonb;

@@ -2,7 +2,8 @@
 -- Needs: CREATE on schema walpost, to own the tables. May be applied again.
 --
 --   pending    not known to be in its topic
---   sent       its receipt has come: it was marked, or its transaction is visible in every slot's delivered snapshot
+--   sent       its receipt has come: it was marked, or the delivered snapshot of every slot that publishes the table shows its
+--              transaction, and speaks of its partition
 --   retrying   it could not be published, or waits behind such a one, and will be tried again
 --   dead       it will not be tried again by itself: see "walpost stragglers"
 --
@@ -22,8 +23,22 @@ select
         when s.state is not null then 'retrying'
         when o.sent_at is not null then 'sent'
         when (
-            select coalesce(bool_and(coalesce(pg_visible_in_snapshot(o.txid, p.delivered), false)), false)
+            -- "tables" says of which leaf tables (partitions, children) "delivered" speaks: of those with null. With an array: of what the
+            -- snapshot in it shows, if there is one; with a text: the same, for one that did not belong to the outbox at that time.
+            select coalesce(bool_and(coalesce(pg_visible_in_snapshot(o.txid,
+                case when p.tables is null then p.delivered
+                     else case jsonb_typeof(p.tables -> o.tableoid::text)
+                          when 'null' then p.delivered
+                          when 'array' then (p.tables -> o.tableoid::text ->> 0)::pg_snapshot
+                          when 'string' then (p.tables ->> o.tableoid::text)::pg_snapshot end end), false)), false)
             from walpost.progress p
+            where p.tables is null or p.slot = any (array(
+                select h.slot from walpost.progress h, jsonb_each(h.tables) l
+                where jsonb_typeof(l.value) in ('null', 'array') and l.key::oid in (
+                    with recursive tree as (
+                        select 'walpost.outbox'::regclass::oid as leaf
+                        union select i.inhrelid from pg_inherits i join tree on i.inhparent = tree.leaf)
+                    select leaf from tree)))
         ) then 'sent'
         else 'pending'
     end as status,

@@ -335,7 +335,7 @@ async fn a_slot_whose_making_by_hand_was_cut_short_is_kept_and_older_rows_come()
     let sql = include_str!("../sql/11_slot.sql");
     let sql = sql.replace("/*:slot*/ 'walpost'", &format!("'{}'", database.slot));
     let (cut, _last) = sql
-        .split_once("-- Only in the row as it was written above.")
+        .split_once("-- Writes only to the row that was made above")
         .expect("its last statement");
     let file = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(&database.slot);
     std::fs::write(&file, cut).expect("a file");

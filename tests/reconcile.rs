@@ -1,6 +1,8 @@
 //! Guarantee: a row that the table holds and the stream did not bring is found and published within a scan interval, and nothing counts
 //! as delivered before it is.
 
+#[path = "reconcile/coverage.rs"]
+mod coverage;
 #[path = "reconcile/modes.rs"]
 mod modes;
 mod support;

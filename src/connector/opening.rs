@@ -27,7 +27,9 @@ use crate::scanner::delivered::{Carried, Keeper, Start};
 use crate::scanner::gap::{self, Gap};
 use crate::scanner::modes;
 use crate::scanner::outbox::OutboxTable;
+use crate::scanner::overlap::Overlap;
 use crate::scanner::progress;
+use crate::scanner::reconcile;
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
 use crate::scanner::streamed::StreamedRows;
@@ -128,7 +130,8 @@ impl Connector {
             pipe.skip_scanned(scanned);
             self.pipe = Some((identity, pipe));
         }
-        if let Some(prepared) = &prepared {
+        if let Some(prepared) = &mut prepared {
+            self.declare(&client, prepared).await?;
             self.keep(&client, prepared, carried).await?;
         }
         let stream = self
@@ -216,6 +219,19 @@ impl Connector {
             });
         }
         Carried::from_json(progress.streamed.as_ref()?, tables, confirmed)
+    }
+
+    /// Stores which leaf tables belong to the outbox, before the stream passes over rows of those that do not: see [`crate::scanner::coverage`].
+    async fn declare(&self, client: &Client, prepared: &mut Prepared) -> Result<()> {
+        if self.keeper.is_some() {
+            // Of the same settings; it tells the rest.
+            return Ok(());
+        }
+        let Prepared {
+            progress, claim, ..
+        } = prepared;
+        let tables = &self.config.outbox_tables;
+        reconcile::declare(client, claim, tables, progress).await
     }
 
     /// Starts the task that notes what is delivered, beside the pipe, unless there is one.
@@ -365,12 +381,13 @@ impl Connector {
                 Some(unknown) => unknown.never_streamed.as_ref(),
                 None => progress.scan_before.as_ref(),
             };
-            // Before the scan: in the mode delete its rows go as soon as they have their receipts.
-            let upto = progress.scan_upto.as_ref();
-            scanned.extend(gap::overlap(client, &routing, before, upto).await?);
+            let mut overlap = Overlap::beyond(before)?;
+            overlap.delivered(client, &routing, progress).await?;
             if progress.gap().is_some() {
-                stragglers = self.scan(client, publisher, prepared, stragglers).await?;
+                let scan = self.scan(client, publisher, prepared, stragglers, &mut overlap);
+                stragglers = scan.await?;
             }
+            scanned.extend(overlap.into_rows());
             if prepared.unknown.is_none() {
                 return Ok((scanned, stragglers));
             }
@@ -385,6 +402,7 @@ impl Connector {
         publisher: &PublisherConfig,
         prepared: &mut Prepared,
         mut stragglers: Option<Stragglers>,
+        overlap: &mut Overlap,
     ) -> Result<Option<Stragglers>> {
         let routing = routing(&self.config);
         self.meter.set_phase(Phase::Scanning);
@@ -406,7 +424,8 @@ impl Connector {
         // The lock is held, so nobody else does.
         retry(&stragglers, true);
         let left;
-        (stragglers, left) = gap::close(&gap, &mut prepared.progress, stragglers).await?;
+        let closing = gap::close(&gap, &mut prepared.progress, stragglers, overlap);
+        (stragglers, left) = closing.await?;
         retry(&stragglers, false);
         // The others' rows are published, and the stream waits: see the module.
         match left.into_iter().next() {

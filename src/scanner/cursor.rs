@@ -2,11 +2,16 @@
 //!
 //! Input: a cursor WITH HOLD that [`ScanTable`] has declared on a session. Output: [`ScanRow`]s. The server keeps the list of what is
 //! to come; here is one row at a time.
+//!
+//! Of which leaf tables a cursor reads every row is said by the transaction that declares it ([`reconcile::begin_look`]). A leaf table that is
+//! attached meanwhile may be in the cursor, and is not among them: it is published twice at worst.
 
 use futures::{StreamExt as _, pin_mut};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Statement};
 
+use super::coverage::Seen;
+use super::reconcile;
 use super::rows::{TextAs, is_unconvertible};
 use super::table::{ScanRow, ScanTable};
 use crate::postgres::sql_error;
@@ -16,18 +21,22 @@ use crate::{Error, Result};
 const FETCH_ROWS: u32 = 1_000;
 
 impl ScanTable {
-    /// Prepares to read the rows of a gap ([`gap_condition`](super::reconcile::gap_condition)), behind `after`, in the order of `seq`.
+    /// Prepares to read the rows of a gap ([`gap_condition`](reconcile::gap_condition)), behind `after`, in the order of `seq`, and ends the
+    /// transaction that [`reconcile::begin_look`] began. Gives those of `seen` that it reads.
     ///
     /// The server makes the list now: this takes as long as one walk over the table's part that the gap's snapshots leave.
-    pub async fn open<'a>(&'a self, client: &'a Client, gap: &str, after: i64) -> Result<Rows<'a>> {
+    pub async fn open<'a>(
+        &'a self,
+        client: &'a Client,
+        gap: &str,
+        (after, seen): (i64, &Seen),
+    ) -> Result<(Rows<'a>, Seen)> {
         let clause = format!("WHERE o.seq > {after} AND {gap} ORDER BY o.seq");
-        let sql = format!("BEGIN; {}; COMMIT", self.declare(&clause));
-        if let Err(error) = client.batch_execute(&sql).await {
-            // What failed may have left its transaction open; else this does nothing.
-            let _session_is_gone = client.batch_execute("ROLLBACK").await;
-            return Err(sql_error(&format!("scan table {}", self.name), error));
-        }
-        Ok(Rows::new(self, client, Some((clause, Vec::new()))))
+        let declared = client.batch_execute(&self.declare(&clause)).await;
+        declared.map_err(|error| sql_error(&format!("scan table {}", self.name), error))?;
+        let seen = reconcile::end_look(client, &self.name, seen).await?;
+        let rows = Rows::new(self, client, Some((clause, Vec::new())));
+        Ok((rows, seen))
     }
 
     /// Prepares to read the rows that `clause` (`WHERE … ORDER BY o.seq`) chooses, with its parameters.
@@ -63,6 +72,11 @@ impl ScanTable {
         made.map_err(|error| sql_error(&format!("read table {}", self.name), error))?;
         Ok(())
     }
+}
+
+/// Ends a transaction that failed; without one it does nothing.
+pub async fn abandon(client: &Client) {
+    let _session_is_gone = client.batch_execute("ROLLBACK").await;
 }
 
 /// What [`ScanTable::open`] prepared.

@@ -11,7 +11,7 @@
 //! # One note
 //!
 //! 1. Ask the catalogue whether the publication sends every row of the tables ([`published`]). What it leaves out now ends the stream (69).
-//! 2. Take a snapshot `N`, then read where the log's insert position L is, and whose log that is: the session is another one than the
+//! 2. List the leaf tables ([`super::coverage`]). Take a snapshot `N`, then read where the log's insert position L is, and whose log that is: the session is another one than the
 //!    stream's, and may have found a promoted standby before the stream did.
 //! 3. Wait until the confirmed LSN is at L. All rows taken before that were handed over with it or before it: a handover holds all rows that
 //!    were taken before its confirmed LSN was read.
@@ -35,9 +35,12 @@ use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
 use super::cluster;
-use super::missing::{Leaves, Missing, MissingRows};
+use super::coverage::{Leaves, Seen};
+use super::missing::{Missing, MissingRows};
 use super::progress::{self, Snapshot};
-use super::reconcile::{self, Window, compare, covered_now, leaf_changes};
+use super::reconcile::{
+    self, Window, begin_look, compare, end_look, leaf_changes, leaves_of, moved, union,
+};
 use super::snapshot::VisibleXids;
 use super::streamed::{Run, StreamedRows};
 use super::table::ScanTable;
@@ -473,11 +476,21 @@ impl Task {
         // Before the snapshot: what is done later may be in transactions that it does not show, and a table that has its columns only
         // then was not counted from it on.
         let done = self.heard.done;
-        let describing = scannable(client, &self.start.tables);
-        let had_columns: Vec<bool> = match self.heard.during(describing).await {
-            None => return Ok(Round::Interrupted),
-            Some(tables) => tables?.iter().map(Option::is_some).collect(),
+        let tables = &self.start.tables;
+        let describing = async {
+            let tables = scannable(client, tables).await?;
+            let had_columns = tables.iter().map(Option::is_some).collect();
+            // And a leaf table that is attached only then may have rows that it does not show.
+            let leaves = leaves_of(client, &self.start.tables).await?;
+            Ok::<_, Error>(Before {
+                had_columns,
+                leaves,
+            })
         };
+        let Some(before) = self.heard.during(describing).await else {
+            return Ok(Round::Interrupted);
+        };
+        let before = before?;
         let Some(Moment {
             publication,
             snapshot: taken,
@@ -487,7 +500,12 @@ impl Task {
             return Ok(Round::Interrupted);
         };
         let stored = self.start.progress.delivered.clone();
-        if done == self.noted && stored.as_ref() == Some(&taken) {
+        let covered = self.start.progress.tables.as_ref();
+        let is_covered = covered.is_none_or(|covered| {
+            let mut leaves = before.leaves.iter().flat_map(Seen::iter);
+            leaves.all(|leaf| covered.is_whole(leaf))
+        });
+        if done == self.noted && stored.as_ref() == Some(&taken) && is_covered {
             return Ok(Round::Over);
         }
         let (mut behind, mut looks) = (position, 1);
@@ -502,10 +520,10 @@ impl Task {
             };
             let found = match stored.as_ref().filter(|_| self.start.compares) {
                 Some(delivered) => {
-                    self.compare(client, &upto, delivered, &streamed, &had_columns)
+                    self.compare(client, &upto, delivered, &streamed, &before)
                         .await?
                 }
-                None => self.cover(client, stored.as_ref()).await?,
+                None => self.trust(client, &upto, stored.as_ref(), &before).await?,
             };
             let Some(found) = found else {
                 return Ok(Round::Interrupted);
@@ -611,62 +629,94 @@ impl Task {
         upto: &Snapshot,
         delivered: &Snapshot,
         streamed: &[StreamedRows],
-        had_columns: &[bool],
+        before: &Before,
     ) -> Result<Option<Found>> {
         let (tables, covered) = (&self.start.tables, self.start.progress.tables.as_ref());
         let (unchecked, counted) = (self.unchecked.as_ref(), &self.counted);
         let comparing = async {
-            // The leaf tables first: see above.
-            let scannable = scannable(client, tables).await?;
-            let leaves = leaf_changes(client, tables, &scannable, covered, delivered).await?;
-            let mut found = Found {
-                covered: Some(leaves.covered),
-                ..Found::default()
-            };
-            for (place, table) in scannable.iter().enumerate() {
-                let had_columns = had_columns.get(place) == Some(&true);
+            let mut found = Found::default();
+            for (place, name) in tables.iter().enumerate() {
+                let table = ScanTable::describe(client, name).await?;
+                let had_columns = before.had_columns.get(place) == Some(&true);
                 found.counted.push(had_columns && table.is_some());
-                let Some(table) = table else { continue };
-                let uncovered = leaves.uncovered.get(place).cloned().unwrap_or_default();
-                let was_known = leaves.was_known.get(place) == Some(&true);
+                let none = Seen::default();
+                let early = before.leaves.get(place).unwrap_or(&none);
+                let Some(table) = table else {
+                    // Nothing is ever read of it: what is streamed of it is all there is.
+                    let now = reconcile::leaves(client, name).await?;
+                    let leaves = leaf_changes(client, None, covered, delivered, (early, &now));
+                    found.seen.push(leaves.await?.seen);
+                    continue;
+                };
+                // The leaf tables first: see above.
+                let now = begin_look(client, name).await?;
+                let leaves =
+                    leaf_changes(client, Some(&table), covered, delivered, (early, &now)).await?;
                 let mut compared = reconcile::Compared::default();
-                if was_known && counted.get(place) != Some(&true) {
+                if leaves.was_known && counted.get(place) != Some(&true) {
                     found.skipped = true;
                 } else if let Some(streamed) = streamed.get(place) {
-                    let came = leaves.came.get(place).map_or(&[][..], Vec::as_slice);
                     let window = Window {
                         upto,
                         delivered,
-                        unchecked: unchecked.filter(|_| was_known),
-                        came,
+                        unchecked: unchecked.filter(|_| leaves.was_known),
+                        came: &leaves.came,
+                        late: &leaves.late,
                     };
-                    compared = compare(client, table, window, streamed).await?;
+                    compared = compare(client, &table, window, streamed).await?;
                 }
+                let seen = end_look(client, name, &leaves.seen).await?;
+                found.seen.push(seen);
                 found.rows += compared.rows;
-                if compared.short > 0 || !uncovered.is_empty() {
+                if compared.short > 0 || !leaves.uncovered.is_empty() {
                     let rows = MissingRows {
                         txids: std::mem::take(&mut compared.txids),
-                        leaves: uncovered,
+                        leaves: leaves.uncovered,
                     };
                     let partitions = rows.leaves.len();
-                    found.missing.0.insert(table.name.to_string(), rows);
-                    found.told.push((table.name.clone(), compared, partitions));
+                    found.missing.0.insert(name.to_string(), rows);
+                    found.told.push((name.clone(), compared, partitions));
                 }
             }
+            let seen = union(&found.seen);
+            let covered = moved(client, tables, covered, Some(delivered), &seen).await?;
+            found.covered = Some(covered);
             Ok(found)
         };
         self.heard.during(comparing).await.transpose()
     }
 
-    /// Where nothing is compared: every leaf table that there is counts as covered.
-    async fn cover(
+    /// Where nothing is compared: covered are leaf tables that were so, and those that have no row up to `upto` that is not.
+    async fn trust(
         &mut self,
         client: &Client,
+        upto: &Snapshot,
         delivered: Option<&Snapshot>,
+        before: &Before,
     ) -> Result<Option<Found>> {
+        let nothing = Leaves::default();
         let (tables, covered) = (&self.start.tables, self.start.progress.tables.as_ref());
-        let covering = covered_now(client, tables, covered, delivered);
-        let Some(covered) = self.heard.during(covering).await else {
+        // Of a row that an earlier version wrote all are covered; not if it never noted anything.
+        let covered = covered.or_else(|| delivered.is_none().then_some(&nothing));
+        let trusting = async {
+            let mut seen = Seen::default();
+            for (name, early) in tables.iter().zip(&before.leaves) {
+                let table = ScanTable::describe(client, name).await?;
+                let now = reconcile::leaves(client, name).await?;
+                let quick = leaf_changes(client, None, covered, upto, (early, &now)).await?;
+                if quick.came.is_empty() || table.is_none() {
+                    seen.extend(&quick.seen);
+                    continue;
+                }
+                let now = begin_look(client, name).await?;
+                let leaves = leaf_changes(client, table.as_ref(), covered, upto, (early, &now));
+                let leaves = leaves.await?;
+                let trusted = leaves.seen.without(&leaves.uncovered);
+                seen.extend(&end_look(client, name, &trusted).await?);
+            }
+            moved(client, tables, covered, delivered, &seen).await
+        };
+        let Some(covered) = self.heard.during(trusting).await else {
             return Ok(None);
         };
         Ok(Some(Found {
@@ -691,7 +741,13 @@ impl Task {
         let progress = &mut self.start.progress;
         let position = progress::Position {
             missing: Some(found.missing),
-            covered: found.covered,
+            covered: self
+                .start
+                .tables
+                .iter()
+                .map(ToString::to_string)
+                .zip(found.seen)
+                .collect(),
             ..progress::Position::default()
         };
         let claim = &self.start.claim;
@@ -731,6 +787,14 @@ fn edge(
     Ok(is_behind.then(|| format!("{edge}:{edge}:")))
 }
 
+/// The tables before the snapshot that is to be noted was taken.
+struct Before {
+    /// By table: whether it had the columns that a comparison needs.
+    had_columns: Vec<bool>,
+    /// By table: its leaf tables.
+    leaves: Vec<Seen>,
+}
+
 /// What a comparison of all tables found.
 #[derive(Debug, Default)]
 struct Found {
@@ -740,6 +804,8 @@ struct Found {
     /// Of each table in `missing`: what there is to be said, and how many partitions came.
     told: Vec<(TableName, reconcile::Compared, usize)>,
     covered: Option<Leaves>,
+    /// By table: the leaf tables that were compared.
+    seen: Vec<Seen>,
     /// By table: see [`Carried::counted`].
     counted: Vec<bool>,
     /// A table was not compared, because its rows were not counted; from this note on they are.

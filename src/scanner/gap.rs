@@ -33,27 +33,35 @@
 //! its first rows are not published once more. A gap in front of a stream is closed for the others, and then the stream does not begin: rows of
 //! the stream would overtake older ones of their key, and nothing could be noted as delivered.
 //!
+//! # What a closed gap covers
+//!
+//! The leaf tables that every cursor of this gap had, by table ([`super::coverage`]). They are stored before the first row is read, and what is
+//! attached, detached or put in the settings later does not change what was read. A table that is not in the settings when the gap is closed was
+//! not read, or not to its end: it keeps the coverage that it had.
+//!
 //! # Order
 //!
 //! In the order of `seq`, which is the order of insertion. Where a key's writers wait for each other (a lock on the business
 //! row), that is the order of commits.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use futures::future::FutureExt as _;
 use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
-use super::missing::{Leaves, leaves_since, uncovered};
+use super::coverage::{Seen, Uncovered};
+use super::cursor::{Rows, abandon};
 use super::numbering::SEQ_END;
+use super::overlap::Overlap;
 use super::progress::{self, Claim, Progress, Snapshot, Stretch};
 use super::reconcile::{self, gap_condition};
 use super::straggler::Stragglers;
 use super::table::{self, ScanRow, ScanTable};
 use crate::outbox::Extractor;
 use crate::outlet::{Outlet, Source};
-use crate::pipe::{Routing, ScannedRow};
+use crate::pipe::Routing;
 use crate::postgres::{TableName, is_about_rows, sqlstate};
 use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig, RowTag};
 use crate::upkeep::{Undone, Work, reason};
@@ -63,8 +71,6 @@ use crate::{Error, Lsn, Result};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often the position is stored and the publisher looks at the clock.
 const TICK: Duration = Duration::from_secs(1);
-/// Ids that are remembered, so that what the scan published is skipped in the stream: some 10 MB.
-const MAX_OVERLAP: usize = 100_000;
 /// How often the log tells how far the scan is.
 const TELL: Duration = Duration::from_secs(10);
 
@@ -96,6 +102,7 @@ pub type LeftTable = (TableName, Error);
 
 /// Closes the gap; does nothing where there is none. Gives the stragglers back, which the caller lets be retried meanwhile, and the
 /// tables that could not be read: the gap is then still open. What is in the air when it is dropped is published again by the next one.
+/// `overlap` gets the rows that the slot may bring as well.
 ///
 /// # Errors
 /// Refused for a row that can be neither published nor stored; temporary when a server is away: the position is stored.
@@ -103,64 +110,68 @@ pub async fn close(
     gap: &Gap<'_>,
     progress: &mut Progress,
     mut stragglers: Option<Stragglers>,
+    overlap: &mut Overlap,
 ) -> Result<(Option<Stragglers>, Vec<LeftTable>)> {
     let Some(upto) = progress.gap().cloned() else {
         return Ok((stragglers, Vec::new()));
     };
+    let tables = &gap.routing.tables;
     let mut left: Vec<LeftTable> = Vec::new();
-    // Before their partitions are noted as covered.
-    for name in &gap.routing.tables {
-        if table::describe(gap.rows, name).await?.is_none() {
-            left.push((name.clone(), unreadable(name)));
-        }
-    }
-    cover(gap, progress, &left).await?;
-    let mut done = Vec::with_capacity(gap.routing.tables.len());
-    for (place, name) in (0..).zip(&gap.routing.tables) {
-        if left.iter().any(|(table, _)| table == name) {
-            continue;
-        }
-        match close_table(gap, (place, name), progress, &mut stragglers).await? {
-            Ok(id) => done.push((name, id)),
+    let mut done = Vec::with_capacity(tables.len());
+    for (place, name) in (0..).zip(tables) {
+        let closing = close_table(gap, (place, name), progress, &mut stragglers, overlap);
+        match closing.await? {
+            Ok(read) => done.push((name, read)),
             Err(why) => left.push((name.clone(), why)),
         }
     }
-    for (name, id) in &done {
+    let mut seen = BTreeMap::new();
+    for (name, read) in done {
         // A table that took the name meanwhile has rows that were not read.
         let now = table::describe(gap.rows, name).await?;
-        if id.is_some() && now.map(|now| now.id) != *id {
+        if now.is_none_or(|now| read.table.is_some_and(|was| was != now.id)) {
             progress.position.tables.remove(&name.to_string());
-            left.push(((*name).clone(), unreadable(name)));
+            left.push((name.clone(), unreadable(name)));
+        } else {
+            let leaves = reconcile::leaves(gap.rows, name).await?;
+            seen.insert(name.to_string(), read.seen.and(&leaves));
         }
     }
     tell_left(gap, &left);
     if left.is_empty() {
-        progress::closed(gap.client, gap.claim, progress).await?;
+        let mut all = Seen::default();
+        seen.values().for_each(|seen| all.extend(seen));
+        let (covered, delivered) = (progress.tables.as_ref(), progress.delivered.as_ref());
+        let leaves = reconcile::moved(gap.client, tables, covered, delivered, &all).await?;
+        progress::closed(gap.client, gap.claim, progress, leaves).await?;
     } else {
-        let leaves = progress.position.covered.clone().unwrap_or_default();
-        let end = Stretch { upto, leaves };
-        set_apart(&mut progress.position, &gap.routing.tables, &left, &end);
+        set_apart(&mut progress.position, tables, &upto, seen);
         progress::scanned(gap.client, gap.claim, progress).await?;
     }
     Ok((stragglers, left))
 }
 
-/// Notes what the tables are through with that were read, and where those are that were not.
+/// Notes what the tables are through with that were read (`seen` says what of them), and where those are that were not.
 fn set_apart(
     position: &mut progress::Position,
     tables: &[TableName],
-    left: &[LeftTable],
-    end: &Stretch,
+    upto: &Snapshot,
+    mut seen: BTreeMap<String, Seen>,
 ) {
     for name in tables {
         let key = name.to_string();
+        let end = |leaves| Stretch {
+            upto: upto.clone(),
+            leaves,
+        };
         let begun = position.tables.get(&key).is_some_and(|seq| *seq > 0);
-        if !left.iter().any(|(table, _)| table == name) {
+        let so_far = position.covered.remove(&key).unwrap_or_default();
+        if let Some(leaves) = seen.remove(&key) {
             position.tables.remove(&key);
             position.left.remove(&key);
-            position.ahead.insert(key, end.clone());
+            position.ahead.insert(key, end(leaves));
         } else if begun {
-            position.left.entry(key).or_insert_with(|| end.clone());
+            position.left.entry(key).or_insert_with(|| end(so_far));
         } else {
             position.tables.remove(&key);
             position.left.remove(&key);
@@ -190,40 +201,45 @@ fn is_of_table(error: &Error) -> bool {
     }
 }
 
-/// Publishes one table's rows of the gap. Its OID (`None`: it was not looked at), or why it cannot be read.
+/// What was read of a table.
+struct Read {
+    /// Its OID; `None`: it was not looked at.
+    table: Option<u32>,
+    /// The leaf tables whose rows are published up to the end of the gap.
+    seen: Seen,
+}
+
+/// Publishes one table's rows of the gap. What was read of it, or why it cannot be read.
 async fn close_table(
     gap: &Gap<'_>,
     (place, name): (u16, &TableName),
     progress: &mut Progress,
     stragglers: &mut Option<Stragglers>,
-) -> Result<Result<Option<u32>, Error>> {
+    overlap: &mut Overlap,
+) -> Result<Result<Read, Error>> {
     let key = name.to_string();
     loop {
         let Some(upto) = progress.gap().cloned() else {
-            return Ok(Ok(None));
+            return Err(Error::bug("there is no gap, and one was to be closed"));
         };
-        let is_ahead = progress.position.ahead.get(&key);
-        if is_ahead.is_some_and(|ahead| ahead.upto == upto) {
-            return Ok(Ok(None));
+        let ahead = progress.position.ahead.get(&key);
+        if let Some(ahead) = ahead.filter(|ahead| ahead.upto == upto) {
+            let seen = ahead.leaves.clone();
+            return Ok(Ok(Read { table: None, seen }));
         }
-        let is_earlier = progress.position.left.get(&key).cloned();
-        let end = match &is_earlier {
-            Some(earlier) => earlier.clone(),
-            None => Stretch {
-                leaves: cover_table(gap, name, progress).await?,
-                upto,
-            },
-        };
-        let (table, rows) = match ready(gap, name, progress, &end).await {
-            Ok(Some(ready)) => ready,
-            Ok(None) => return Ok(Ok(None)),
+        let earlier = progress.position.left.get(&key);
+        let is_earlier = earlier.is_some();
+        let upto = earlier.map_or(upto, |earlier| earlier.upto.clone());
+        let chosen = match ready(gap, name, progress, &upto).await {
+            Ok(Ready::Rows(chosen)) => chosen,
+            Ok(Ready::Nothing(seen)) => return Ok(Ok(Read { table: None, seen })),
             Err(why) if is_of_table(&why) || is_unreadable(&why) => return Ok(Err(why)),
             Err(error) => return Err(error),
         };
-        let scan = Scan::new(gap, (place, &table), &end.upto, progress, stragglers.take());
+        let scan = Scan::new(gap, (place, &chosen), progress, stragglers.take(), overlap);
         let mut scan = scan.await?;
         scan.metering();
-        let scanned = scan.run(gap, progress, &rows).await;
+        let scanned = scan.run(gap, progress).await;
         // Also where it failed: what was in the air is published again by the next one.
         let meter = scan.outlet.metering();
         meter.end_scan();
@@ -235,21 +251,41 @@ async fn close_table(
                 .reconciled(counts.acknowledged + counts.stragglers);
         }
         let why = scanned?;
+        let seen = scan.seen;
         *stragglers = scan.outlet.into_stragglers();
         if let Some(why) = why {
             return Ok(Err(why));
         }
-        if is_earlier.is_none() {
-            return Ok(Ok(Some(table.relation.id)));
+        if !is_earlier {
+            let table = Some(chosen.table.relation.id);
+            return Ok(Ok(Read { table, seen }));
         }
         progress.position.tables.remove(&key);
         progress.position.left.remove(&key);
+        let end = Stretch { upto, leaves: seen };
         progress.position.ahead.insert(key.clone(), end);
         progress::scanned(gap.client, gap.claim, progress).await?;
     }
 }
 
-/// The table as a scan reads it, and which of its rows; `None`: there is nothing to be read of it.
+/// What is to be read of a table.
+enum Ready {
+    Rows(Chosen),
+    /// Nothing; of these leaf tables nothing is missing.
+    Nothing(Seen),
+}
+
+/// The table as a scan reads it, and which of its rows.
+struct Chosen {
+    table: ScanTable,
+    upto: Snapshot,
+    /// The leaf tables that the next cursor adds nothing to: see [`seen_with`].
+    seen: Seen,
+    /// SQL, for these leaf tables.
+    rows: String,
+}
+
+/// Looks at a table.
 ///
 /// # Errors
 /// What keeps it from being read.
@@ -257,75 +293,77 @@ async fn ready(
     gap: &Gap<'_>,
     name: &TableName,
     progress: &Progress,
-    end: &Stretch,
-) -> Result<Option<(ScanTable, String)>> {
+    upto: &Snapshot,
+) -> Result<Ready> {
     let Some(mut table) = ScanTable::describe(gap.rows, name).await? else {
         if gap.left_out.contains(name) {
             warn!(table = %name, "the table has no columns txid and seq: rows that the slot does not bring are not looked for");
-            return Ok(None);
+            return Ok(Ready::Nothing(reconcile::leaves(gap.rows, name).await?));
         }
         return Err(unreadable(name));
     };
     table.read_only_for(&gap.extractor(&table)?);
-    let Some(rows) = rows_of(progress, name, end)? else {
-        return Ok(None);
+    let leaves = reconcile::leaves(gap.rows, name).await?;
+    let seen = seen_with(progress, name, &leaves);
+    let Some(rows) = rows_of(progress, name, upto, &seen)? else {
+        return Ok(Ready::Nothing(seen));
     };
     let slot = gap.claim.slot();
     table.refuse_from_elsewhere(gap.rows, slot).await?;
     table.refuse_unscannable(gap.rows, slot, &rows).await?;
-    Ok(Some((table, rows)))
+    Ok(Ready::Rows(Chosen {
+        table,
+        upto: upto.clone(),
+        seen,
+        rows,
+    }))
 }
 
-/// The leaf tables that are covered once the gap is closed: those that there were when its scan began, also where it goes on after a
-/// crash. (A leaf that comes while the scan is at work may hold rows behind which it is already; it is new at the next note.)
-async fn cover(gap: &Gap<'_>, progress: &mut Progress, left: &[LeftTable]) -> Result<()> {
-    if progress.position.covered.is_none() {
-        let mut now = Leaves::new();
-        for table in &gap.routing.tables {
-            if !left.iter().any(|(left, _)| left == table) {
-                let leaves = reconcile::leaves(gap.client, table).await?;
-                now.extend(leaves.into_iter().map(|leaf| (leaf, None)));
-            }
-        }
-        if let (Some(before), Some(delivered)) = (&progress.tables, &progress.delivered) {
-            let alive = reconcile::alive(gap.client, before).await?;
-            let oids: Vec<u32> = now.keys().copied().collect();
-            now = leaves_since(before, &oids, &alive, delivered).0;
-        }
-        progress.position.covered = Some(now);
-        progress::scanned(gap.client, gap.claim, progress).await?;
+/// What is seen of a table with a cursor that has these leaf tables: those that each earlier one had, or the comparison that found the gap.
+fn seen_with(progress: &Progress, table: &TableName, leaves: &Seen) -> Seen {
+    let (position, key) = (&progress.position, table.to_string());
+    if let Some(earlier) = position.left.get(&key) {
+        return earlier.leaves.and(leaves);
     }
-    Ok(())
-}
-
-/// The same when the scan of this table begins: it may have been away when the first one's did.
-async fn cover_table(gap: &Gap<'_>, name: &TableName, progress: &mut Progress) -> Result<Leaves> {
-    let mut covered = progress.position.covered.clone().unwrap_or_default();
-    if !progress.position.tables.contains_key(&name.to_string()) {
-        let leaves = reconcile::leaves(gap.client, name).await?;
-        covered.extend(leaves.into_iter().map(|leaf| (leaf, None)));
-        if progress.position.covered.as_ref() != Some(&covered) {
-            progress.position.covered = Some(covered.clone());
-            progress::scanned(gap.client, gap.claim, progress).await?;
-        }
+    let begun = position.tables.get(&key).is_some_and(|seq| *seq > 0);
+    if begun || position.missing.is_some() {
+        let so_far = position.covered.get(&key);
+        return so_far.map_or_else(Seen::default, |so_far| so_far.and(leaves));
     }
-    Ok(covered)
+    leaves.clone()
 }
 
-/// SQL: which rows of a table are to be published; `None`: none.
-fn rows_of(progress: &Progress, table: &TableName, end: &Stretch) -> Result<Option<String>> {
+/// SQL: which rows of a table are to be published, of these leaf tables; `None`: none.
+fn rows_of(
+    progress: &Progress,
+    table: &TableName,
+    upto: &Snapshot,
+    seen: &Seen,
+) -> Result<Option<String>> {
     let key = table.to_string();
-    let (delivered, before) = match progress.position.ahead.get(&key) {
-        Some(ahead) => (Some(&ahead.upto), Some(&ahead.leaves)),
-        None => (progress.delivered.as_ref(), progress.tables.as_ref()),
-    };
-    let Some(missing) = &progress.position.missing else {
-        let new = before.map_or_else(Leaves::new, |before| uncovered(before, &end.leaves));
-        return gap_condition(&end.upto, delivered, None, &new).map(Some);
-    };
-    let rows = missing.0.get(&key);
-    rows.map(|rows| gap_condition(&end.upto, delivered, Some(&rows.txids), &rows.leaves))
-        .transpose()
+    let delivered = progress.delivered.as_ref();
+    if let Some(missing) = &progress.position.missing {
+        let rows = missing.0.get(&key);
+        return rows
+            .map(|rows| gap_condition(upto, delivered, Some(&rows.txids), &rows.leaves))
+            .transpose();
+    }
+    let tables = progress.tables.as_ref();
+    if let Some(ahead) = progress.position.ahead.get(&key) {
+        let new = seen.iter().filter(|leaf| !ahead.leaves.contains(*leaf));
+        let new: Uncovered = new
+            .map(|leaf| {
+                let until = match tables {
+                    Some(tables) => tables.until(leaf, delivered),
+                    None => delivered.cloned(),
+                };
+                (leaf, until)
+            })
+            .collect();
+        return gap_condition(upto, Some(&ahead.upto), None, &new).map(Some);
+    }
+    let new = tables.map_or_else(Uncovered::new, |tables| tables.uncovered(seen));
+    gap_condition(upto, delivered, None, &new).map(Some)
 }
 
 /// The table is not there at the moment, or is not the one that it was: what is visible now is not delivered.
@@ -356,6 +394,7 @@ fn is_unreadable(error: &Error) -> bool {
 
 /// The scan of one table.
 struct Scan<'a> {
+    chosen: &'a Chosen,
     table: &'a ScanTable,
     /// The table's place in the settings.
     place: u16,
@@ -363,6 +402,9 @@ struct Scan<'a> {
     /// Its tracker counts by `seq` in place of log positions.
     outlet: Outlet,
     after: i64,
+    /// Leaf tables whose rows are published when it is over.
+    seen: Seen,
+    overlap: &'a mut Overlap,
     /// The last row's `seq`.
     last: i64,
     stored_at: Instant,
@@ -372,11 +414,12 @@ struct Scan<'a> {
 impl<'a> Scan<'a> {
     async fn new(
         gap: &Gap<'_>,
-        (place, table): (u16, &'a ScanTable),
-        upto: &Snapshot,
+        (place, chosen): (u16, &'a Chosen),
         progress: &Progress,
         stragglers: Option<Stragglers>,
+        overlap: &'a mut Overlap,
     ) -> Result<Self> {
+        let (table, upto) = (&chosen.table, &chosen.upto);
         let name = table.name.to_string();
         let after = progress.position.tables.get(&name).copied().unwrap_or(0);
         let scan = crc32c::crc32c(format!("{upto} {name}").as_bytes());
@@ -392,6 +435,7 @@ impl<'a> Scan<'a> {
         let report_rows = gap.routing.report_rows;
         let now = Instant::now();
         Ok(Self {
+            chosen,
             table,
             place,
             extractor: gap.extractor(table)?,
@@ -403,6 +447,8 @@ impl<'a> Scan<'a> {
                 position(after)?,
             ),
             after,
+            seen: Seen::default(),
+            overlap,
             last: after,
             stored_at: now,
             told_at: now,
@@ -410,15 +456,10 @@ impl<'a> Scan<'a> {
     }
 
     /// Publishes the chosen rows. Why they cannot be read, if so; those before have their receipts.
-    async fn run(
-        &mut self,
-        gap: &Gap<'_>,
-        progress: &mut Progress,
-        chosen: &str,
-    ) -> Result<Option<Error>> {
+    async fn run(&mut self, gap: &Gap<'_>, progress: &mut Progress) -> Result<Option<Error>> {
         let table = &self.table.name;
         debug!(%table, after_seq = self.after, "reading rows from the table");
-        let why = match self.read(gap, progress, chosen).await {
+        let why = match self.read(gap, progress).await {
             Ok(()) => None,
             Err(Unread::Table(why)) => Some(why),
             Err(Unread::Failed(error)) => return Err(error),
@@ -440,13 +481,55 @@ impl<'a> Scan<'a> {
         Ok(why)
     }
 
-    async fn read(
-        &mut self,
-        gap: &Gap<'_>,
-        progress: &mut Progress,
-        chosen: &str,
-    ) -> Result<(), Unread> {
-        let mut rows = self.table.open(gap.rows, chosen, self.after).await?;
+    /// Declares the cursor, and says which leaf tables it reads.
+    async fn open<'b>(&mut self, gap: &Gap<'b>, progress: &Progress) -> Result<Rows<'b>>
+    where
+        'a: 'b,
+    {
+        let (chosen, table) = (self.chosen, self.table);
+        let leaves = reconcile::begin_look(gap.rows, &table.name).await?;
+        let seen = seen_with(progress, &table.name, &leaves);
+        let mut rows = chosen.rows.clone();
+        if seen != chosen.seen {
+            rows = rows_of(progress, &table.name, &chosen.upto, &seen)?
+                .unwrap_or_else(|| "false".to_owned());
+            let slot = gap.claim.slot();
+            table.refuse_unscannable(gap.rows, slot, &rows).await?;
+        }
+        let (rows, seen) = table.open(gap.rows, &rows, (self.after, &seen)).await?;
+        self.seen = seen;
+        Ok(rows)
+    }
+
+    /// Stores which leaf tables the cursor reads, and remembers what earlier ones read.
+    async fn begun(&mut self, gap: &Gap<'_>, progress: &mut Progress) -> Result<()> {
+        let key = self.table.name.to_string();
+        let position = &mut progress.position;
+        let so_far = match position.left.get_mut(&key) {
+            Some(earlier) => Some(std::mem::replace(&mut earlier.leaves, self.seen.clone())),
+            None => position.covered.insert(key, self.seen.clone()),
+        };
+        if so_far.as_ref() != Some(&self.seen) {
+            progress::scanned(gap.client, gap.claim, progress).await?;
+        }
+        if self.after > 0 {
+            let (upto, earlier) = (&self.chosen.upto, (self.after, &self.seen));
+            self.overlap
+                .read_before(gap.rows, gap.routing, self.table, upto, earlier)
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn read(&mut self, gap: &Gap<'_>, progress: &mut Progress) -> Result<(), Unread> {
+        let mut rows = match self.open(gap, progress).await {
+            Ok(rows) => rows,
+            Err(error) => {
+                abandon(gap.rows).await;
+                return Err(error.into());
+            }
+        };
+        self.begun(gap, progress).await.map_err(Unread::Failed)?;
         // A row is taken when the next one is known: of two with one number neither is published, however often the table is tried again.
         let mut held: Option<ScanRow> = None;
         loop {
@@ -565,8 +648,11 @@ impl<'a> Scan<'a> {
         self.last = row.seq;
         let position = position(row.seq)?;
         let tag = RowTag::new(self.place, position.as_u64() >> 3);
+        let tuple = row.tuple()?;
+        let table = self.table.relation.id;
+        self.overlap.take(table, &self.extractor, row, &tuple);
         self.outlet
-            .take_read(&mut self.extractor, &row.tuple()?, tag, position)
+            .take_read(&mut self.extractor, &tuple, tag, position)
     }
 }
 
@@ -597,50 +683,4 @@ fn position(seq: i64) -> Result<Lsn> {
         // Such rows are counted, and refused with the statement that mends them, before a scan begins.
         Error::bug("a row with a seq that no scan can use was read")
     })
-}
-
-/// Ids and numbers of the rows that the scan publishes and that the stream may bring as well, of all tables: those that are visible in
-/// `upto` and not in `before`. (By number as well: another row of the same id may be in the stream only, because its own transaction
-/// deleted it.) Of a slot that walpost made these are a handful; of one that it keeps, the backlog. More than
-/// [`MAX_OVERLAP`] are not remembered, and come twice.
-pub async fn overlap(
-    client: &Client,
-    routing: &Routing,
-    before: Option<&Snapshot>,
-    upto: Option<&Snapshot>,
-) -> Result<Vec<ScannedRow>> {
-    let (Some(before), Some(upto)) = (before, upto) else {
-        return Ok(Vec::new());
-    };
-    let mut found = Vec::new();
-    for name in &routing.tables {
-        if let Some(table) = ScanTable::describe(client, name).boxed().await? {
-            let extractor = Extractor::new(&table.relation, &routing.columns, &routing.template)?;
-            let id = (routing.columns.id.as_str(), &extractor);
-            let left = MAX_OVERLAP - found.len();
-            // One more than there is room for tells that there are more.
-            let ids = match table.ids(client, id, (upto, before), left + 1).await {
-                Err(error) if is_of_table(&error) => {
-                    // The scan leaves it for the same reason.
-                    warn!(table = %name, "which of its rows come both ways is not known: {}", error.report());
-                    continue;
-                }
-                ids => ids?,
-            };
-            let more = ids.len() > left;
-            found.extend(
-                ids.into_iter()
-                    .take(left)
-                    .map(|(id, number)| (table.relation.id, id, number)),
-            );
-            if more {
-                warn!(
-                    remembered = MAX_OVERLAP,
-                    "the slot has more rows that are published from the table as well than can be remembered: some come twice"
-                );
-                break;
-            }
-        }
-    }
-    Ok(found)
 }

@@ -1,5 +1,5 @@
 //! `Missing`: the part of a gap that a comparison of the table with the stream found, as it stands in
-//! `walpost.progress.scan_position` until it is published; and which leaf tables a delivered snapshot covers.
+//! `walpost.progress.scan_position` until it is published.
 //!
 //! Pure: no connection, no clock. [`super::reconcile`] fills it, [`super::gap`] publishes it.
 
@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::progress::Snapshot;
+use super::coverage::Uncovered;
 
 /// Ranges that are kept of one table. Beyond it neighbouring ones are joined: rows between them are published again, none is
 /// left out.
@@ -63,17 +63,13 @@ impl XidRanges {
     }
 }
 
-/// A leaf table (the table itself, a partition, a child by inheritance) by its OID, and the snapshot up to which it was covered when it
-/// last belonged to the outbox: `None` for one that belongs to it now, or never did.
-pub type Leaves = BTreeMap<u32, Option<Snapshot>>;
-
 /// What of one table is missing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MissingRows {
     /// Transactions of which the stream did not bring every row.
     pub txids: XidRanges,
     /// Leaf tables that came with rows in them: those rows that the delivered snapshot shows, and the leaf's own does not.
-    pub leaves: Leaves,
+    pub leaves: Uncovered,
 }
 
 /// What is missing, by table.
@@ -114,51 +110,23 @@ impl Missing {
     }
 }
 
-/// `{"16397": null, "16401": "10:20:"}`, as in `walpost.progress.tables`.
-pub fn leaves_to_json(leaves: &Leaves) -> Value {
-    let leaf = |(oid, covered): (&u32, &Option<Snapshot>)| (oid.to_string(), json!(covered));
+/// `{"16397": null, "16401": "10:20:"}`.
+fn leaves_to_json(leaves: &Uncovered) -> Value {
+    let leaf = |(oid, until): (&u32, &Option<String>)| (oid.to_string(), json!(until));
     Value::Object(leaves.iter().map(leaf).collect::<Map<_, _>>())
 }
 
 /// What [`leaves_to_json`] made; `None` for anything else.
-pub fn leaves_from_json(value: &Value) -> Option<Leaves> {
-    let leaf = |(oid, covered): (&String, &Value)| {
-        let covered = match covered {
+fn leaves_from_json(value: &Value) -> Option<Uncovered> {
+    let leaf = |(oid, until): (&String, &Value)| {
+        let until = match until {
             Value::Null => None,
             Value::String(snapshot) => Some(snapshot.clone()),
             _ => return None,
         };
-        Some((oid.parse().ok()?, covered))
+        Some((oid.parse().ok()?, until))
     };
     value.as_object()?.iter().map(leaf).collect()
-}
-
-/// The leaf tables that are covered from now on, and those of the outbox that came since `covered` was noted, with what of them was
-/// covered before. `now`: those that belong to the outbox; `alive`: those of `covered` that exist at all; `delivered`: the
-/// snapshot with which `covered` was noted.
-pub fn leaves_since(
-    covered: &Leaves,
-    now: &[u32],
-    alive: &[u32],
-    delivered: &Snapshot,
-) -> (Leaves, Leaves) {
-    let mut next: Leaves = now.iter().map(|oid| (*oid, None)).collect();
-    let came = uncovered(covered, &next);
-    for (oid, until) in covered {
-        if !next.contains_key(oid) && alive.contains(oid) {
-            let until = until.clone().unwrap_or_else(|| delivered.clone());
-            next.insert(*oid, Some(until));
-        }
-    }
-    (next, came)
-}
-
-/// The leaf tables of `covered` that were not covered `before`, with what of them was.
-pub fn uncovered(before: &Leaves, covered: &Leaves) -> Leaves {
-    let belongs = covered.iter().filter(|(_, until)| until.is_none());
-    let came = belongs.filter(|(leaf, _)| before.get(leaf) != Some(&None));
-    came.map(|(leaf, _)| (*leaf, before.get(leaf).cloned().flatten()))
-        .collect()
 }
 
 #[cfg(test)]
@@ -190,7 +158,7 @@ mod tests {
         let mut missing = Missing::default();
         let mut rows = MissingRows::default();
         rows.txids.add(5, 6, false);
-        rows.leaves = Leaves::from([(7, None), (9, Some("3:4:".to_owned()))]);
+        rows.leaves = Uncovered::from([(7, None), (9, Some("3:4:".to_owned()))]);
         missing.0.insert("walpost.outbox".to_owned(), rows);
         assert_eq!(Missing::from_json(&missing.to_json()), Some(missing));
         for wrong in [
@@ -200,26 +168,5 @@ mod tests {
         ] {
             assert_eq!(Missing::from_json(&wrong), None);
         }
-    }
-
-    #[test]
-    fn a_leaf_that_comes_is_not_covered_and_one_that_comes_back_is_up_to_its_going() {
-        let delivered = "10:10:".to_owned();
-        let old = "5:5:".to_owned();
-        let covered = Leaves::from([
-            (1, None),
-            (2, None),
-            (3, Some(old.clone())),
-            (4, Some(old.clone())),
-            (5, None),
-        ]);
-        // 1 stays, 2 was detached, 3 came back, 4 and 5 were dropped, 6 is new.
-        let (next, came) = leaves_since(&covered, &[1, 3, 6], &[1, 2, 3], &delivered);
-        assert_eq!(
-            next,
-            Leaves::from([(1, None), (2, Some(delivered)), (3, None), (6, None)])
-        );
-        assert_eq!(came, Leaves::from([(3, Some(old)), (6, None)]));
-        assert_eq!(uncovered(&covered, &next), came);
     }
 }

@@ -7,8 +7,10 @@
 //! | `table`, `cursor` | an outbox table read by SQL, row by row |
 //! | `numbering` | rows whose `seq` a scan cannot use, and the statements that mend them |
 //! | `gap` | publishes what was committed before the slot, or while there was none; stores what cannot be |
+//! | `overlap` | rows that are published from the table and that the slot may bring as well |
 //! | `delivered` | notes every few seconds which transactions are delivered, and has it compared |
 //! | `reconcile` | compares the table with what the stream brought: finds rows that it left out |
+//! | `coverage` | which leaf tables the delivered snapshot speaks of, and who may say so; pure |
 //! | `streamed`, `missing`, `snapshot` | the counts of the stream, what a comparison found, a snapshot taken apart; pure |
 //! | `poll` | the gap scan on a timer, where there is no logical replication; everything below works beside it too |
 //! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_pages`, `straggler_store` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, how they are read for that, the SQL |
@@ -82,6 +84,7 @@
 
 pub mod after_publish;
 pub(crate) mod cluster;
+pub mod coverage;
 pub mod cursor;
 pub mod delivered;
 pub mod discarded;
@@ -94,6 +97,7 @@ pub mod missing;
 pub mod modes;
 mod numbering;
 pub mod outbox;
+pub mod overlap;
 pub mod partitions;
 pub mod poll;
 pub mod progress;

@@ -39,8 +39,10 @@ use tokio_postgres::Client;
 use tracing::{info, warn};
 
 use super::cluster;
+use super::coverage::Leaves;
 use super::gap::{self, Gap};
 use super::modes::{self, Modes};
+use super::overlap::Overlap;
 use super::progress::{self, Claim, Progress};
 use super::reconcile;
 use super::recovery::{self, Session};
@@ -278,10 +280,10 @@ impl<'a> Poller<'a> {
         for name in tables.filter(|name| !self.left.contains(name)) {
             let ahead = self.progress.position.ahead.get(&name.to_string());
             let (delivered, covered) = match ahead {
-                Some(ahead) => (Some(&ahead.upto), Some(&ahead.leaves)),
+                Some(ahead) => (Some(&ahead.upto), Some(ahead.leaves.clone())),
                 None => (
                     self.progress.delivered.as_ref(),
-                    self.progress.tables.as_ref(),
+                    self.progress.tables.as_ref().map(Leaves::covered),
                 ),
             };
             // What is not there now may come back with rows: the look leaves it.
@@ -298,7 +300,7 @@ impl<'a> Poller<'a> {
             // Rows of a partition that was attached with them may be older than the last look.
             if let Some(covered) = covered {
                 let leaves = reconcile::leaves(&self.client, name).await?;
-                if leaves.iter().any(|leaf| covered.get(leaf) != Some(&None)) {
+                if leaves.iter().any(|leaf| !covered.contains(leaf)) {
                     return Ok(true);
                 }
             }
@@ -316,7 +318,10 @@ impl<'a> Poller<'a> {
             left_out: &[],
         };
         let stragglers = self.stragglers.take();
-        let (stragglers, mut left) = gap::close(&gap, &mut self.progress, stragglers).await?;
+        // There is no stream that could bring them.
+        let mut overlap = Overlap::default();
+        let closing = gap::close(&gap, &mut self.progress, stragglers, &mut overlap);
+        let (stragglers, mut left) = closing.await?;
         self.stragglers = stragglers;
         self.left = left.iter().map(|(table, _)| table.clone()).collect();
         if left.len() == self.config.outbox_tables.len()
@@ -337,7 +342,7 @@ async fn prepare(
     recovery::lock(client, &config.slot).await?;
     refuse_row_security(client, &config.outbox_tables).await?;
     let system_id = cluster::system_id(client).await?;
-    let progress = if let Some(progress) = stored(client, config, &system_id).await? {
+    let mut progress = if let Some(progress) = stored(client, config, &system_id).await? {
         progress
     } else {
         progress::begin(client, &config.slot, &system_id).await?
@@ -352,6 +357,7 @@ async fn prepare(
     )
     .await?;
     check_tables(client, config).await?;
+    reconcile::declare(client, &claim, &config.outbox_tables, &mut progress).await?;
     if slot_state(client, &config.slot).await?.is_some() {
         warn!("{} (hint: {})", SLOT_LEFT, drop_slot(&config.slot));
     }

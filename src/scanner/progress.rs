@@ -21,7 +21,8 @@ use std::collections::BTreeMap;
 use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
-use super::missing::{Leaves, Missing, leaves_from_json, leaves_to_json};
+use super::coverage::{Leaves, Seen};
+use super::missing::Missing;
 use crate::postgres::{sql_error, sqlstate};
 use crate::{Error, Lsn, Result};
 
@@ -54,7 +55,7 @@ pub struct Progress {
     pub confirmed: Option<Lsn>,
     /// Timeline of the cluster when the slot was made or last claimed; `None` in a row of an earlier version.
     pub timeline: Option<u32>,
-    /// The leaf tables that `delivered` covers; `None` in a row of an earlier version.
+    /// What `delivered` says of the leaf tables; `None` in a row of an earlier version.
     pub tables: Option<Leaves>,
     /// JSON: what the stream brought since `delivered`, if its process stopped in good order.
     pub streamed: Option<String>,
@@ -75,8 +76,8 @@ pub struct Position {
     /// The gap is these rows only: a comparison found that the stream did not bring them. `None`: everything visible in `scan_upto`
     /// and not in `delivered`.
     pub missing: Option<Missing>,
-    /// The leaf tables that are covered once the gap is closed; `None` before the scan begins.
-    pub covered: Option<Leaves>,
+    /// By table: the leaf tables of which the scan has read every row up to its place, or the comparison that found the gap.
+    pub covered: BTreeMap<String, Seen>,
     /// By table: what of it is out although `delivered` does not show it, because another table could not be read.
     pub ahead: BTreeMap<String, Stretch>,
     /// By table: the end of a scan that could not be finished, and that goes on before a later one begins.
@@ -88,8 +89,8 @@ pub struct Position {
 pub struct Stretch {
     /// Rows visible in it.
     pub upto: Snapshot,
-    /// The leaf tables that are covered then.
-    pub leaves: Leaves,
+    /// The leaf tables whose rows were seen.
+    pub leaves: Seen,
 }
 
 impl Position {
@@ -332,9 +333,7 @@ pub async fn delivered(
     }
     let set = "delivered = $6::text::pg_snapshot, tables = coalesce($7::text::jsonb, tables), publication = $8,
                scan_before = NULL, scan_upto = NULL, scan_position = NULL";
-    let shown = tables
-        .as_ref()
-        .map(|tables| leaves_to_json(tables).to_string());
+    let shown = tables.as_ref().map(|tables| tables.to_json().to_string());
     let values: [&(dyn ToSql + Sync); 3] = [snapshot, &shown, &publication];
     change(client, claim, from, set, &values).await?;
     from.publication = publication;
@@ -431,24 +430,43 @@ pub async fn scanned(client: &Client, claim: &Claim, progress: &Progress) -> Res
     change(client, claim, progress, set, &[&show(&progress.position)]).await
 }
 
-/// The gap is closed: everything visible in `scan_upto` is delivered.
+/// Stores which leaf tables belong to the outbox, before a stream begins.
 ///
 /// # Errors
 /// Temporary when the row is not `progress` under this claim any more.
-pub async fn closed(client: &Client, claim: &Claim, progress: &mut Progress) -> Result<()> {
+pub async fn declared(
+    client: &Client,
+    claim: &Claim,
+    progress: &mut Progress,
+    tables: Leaves,
+) -> Result<()> {
+    let shown = tables.to_json().to_string();
+    let set = "tables = $6::text::jsonb";
+    change(client, claim, progress, set, &[&shown]).await?;
+    progress.tables = Some(tables);
+    Ok(())
+}
+
+/// The gap is closed: everything of these leaf tables that is visible in `scan_upto` is delivered.
+///
+/// # Errors
+/// Temporary when the row is not `progress` under this claim any more.
+pub async fn closed(
+    client: &Client,
+    claim: &Claim,
+    progress: &mut Progress,
+    tables: Leaves,
+) -> Result<()> {
     let position = Position {
         done: true,
         ahead: BTreeMap::new(),
         left: BTreeMap::new(),
         ..progress.position.clone()
     };
-    let set = "scan_position = $6::text::jsonb, tables = coalesce($7::text::jsonb, tables), delivered = scan_upto";
-    let shown = position
-        .covered
-        .as_ref()
-        .map(|covered| leaves_to_json(covered).to_string());
+    let set = "scan_position = $6::text::jsonb, tables = $7::text::jsonb, delivered = scan_upto";
+    let shown = tables.to_json().to_string();
     change(client, claim, progress, set, &[&show(&position), &shown]).await?;
-    progress.tables = position.covered.clone().or_else(|| progress.tables.take());
+    progress.tables = Some(tables);
     progress.position = position;
     progress.delivered.clone_from(&progress.scan_upto);
     Ok(())
@@ -579,13 +597,13 @@ fn show(position: &Position) -> String {
     if let Some(missing) = &position.missing {
         value["missing"] = missing.to_json();
     }
-    if let Some(covered) = &position.covered {
-        value["covered"] = leaves_to_json(covered);
+    for (table, seen) in &position.covered {
+        value["covered"][table] = seen.to_json();
     }
     for (name, stretches) in [("ahead", &position.ahead), ("left", &position.left)] {
         for (table, stretch) in stretches {
             value[name][table] = serde_json::json!({
-                "upto": stretch.upto, "leaves": leaves_to_json(&stretch.leaves),
+                "upto": stretch.upto, "leaves": stretch.leaves.to_json(),
             });
         }
     }
@@ -593,18 +611,24 @@ fn show(position: &Position) -> String {
 }
 
 /// By table: a part of what [`show`] made.
-fn stretches(value: &serde_json::Value) -> Option<BTreeMap<String, Stretch>> {
+fn by_table<T>(
+    value: &serde_json::Value,
+    read: impl Fn(&serde_json::Value) -> Option<T>,
+) -> Option<BTreeMap<String, T>> {
     let Some(tables) = value.as_object() else {
         return value.is_null().then(BTreeMap::new);
     };
-    let read = |(table, stretch): (&String, &serde_json::Value)| {
-        let stretch = Stretch {
-            upto: stretch["upto"].as_str()?.to_owned(),
-            leaves: leaves_from_json(&stretch["leaves"])?,
-        };
-        Some((table.clone(), stretch))
-    };
-    tables.iter().map(read).collect()
+    let tables = tables.iter();
+    tables
+        .map(|(table, value)| Some((table.clone(), read(value)?)))
+        .collect()
+}
+
+fn stretch(value: &serde_json::Value) -> Option<Stretch> {
+    Some(Stretch {
+        upto: value["upto"].as_str()?.to_owned(),
+        leaves: Seen::from_json(&value["leaves"])?,
+    })
 }
 
 fn parse(text: &str) -> Result<Position> {
@@ -622,27 +646,31 @@ fn parse(text: &str) -> Result<Position> {
         .map(|(table, seq)| Some((table.clone(), seq.as_i64()?)))
         .collect::<Option<_>>()
         .ok_or_else(wrong)?;
+    // An earlier version stored no tables there: then nothing of the gap counts as read.
+    let is_earlier = Leaves::from_json(&value["covered"]).is_some();
+    let (tables, covered) = if is_earlier {
+        (BTreeMap::new(), BTreeMap::new())
+    } else {
+        let covered = by_table(&value["covered"], Seen::from_json);
+        (tables, covered.ok_or_else(wrong)?)
+    };
     let missing = match &value["missing"] {
         serde_json::Value::Null => None,
         missing => Some(Missing::from_json(missing).ok_or_else(wrong)?),
-    };
-    let covered = match &value["covered"] {
-        serde_json::Value::Null => None,
-        covered => Some(leaves_from_json(covered).ok_or_else(wrong)?),
     };
     Ok(Position {
         tables,
         done,
         missing,
         covered,
-        ahead: stretches(&value["ahead"]).ok_or_else(wrong)?,
-        left: stretches(&value["left"]).ok_or_else(wrong)?,
+        ahead: by_table(&value["ahead"], stretch).ok_or_else(wrong)?,
+        left: by_table(&value["left"], stretch).ok_or_else(wrong)?,
     })
 }
 
 fn leaves_of(text: &str) -> Result<Leaves> {
     let value = serde_json::from_str(text).ok();
-    value.and_then(|value| leaves_from_json(&value)).ok_or_else(|| {
+    value.and_then(|value| Leaves::from_json(&value)).ok_or_else(|| {
         Error::refused("walpost.progress.tables is not what walpost wrote").hint(
             "UPDATE walpost.progress SET tables = NULL: every partition that there is now then counts as covered",
         )
@@ -660,11 +688,11 @@ mod tests {
         position.tables.insert("walpost.outbox".to_owned(), 17);
         position.done = true;
         position.missing = Some(Missing::default());
-        position.covered = Some(Leaves::from([(7, None), (8, Some("3:4:".to_owned()))]));
+        position.covered = BTreeMap::from([("walpost.outbox".to_owned(), Seen::listed([7, 8]))]);
         assert_eq!(parse(&show(&position)).unwrap(), position);
         let stretch = |upto: &str, leaf| Stretch {
             upto: upto.to_owned(),
-            leaves: Leaves::from([(leaf, None)]),
+            leaves: Seen::listed([leaf]),
         };
         let of = |table: &str, stretch| BTreeMap::from([(table.to_owned(), stretch)]);
         position.ahead = of("public.\"a b\"", stretch("5:6:", 7));
@@ -679,6 +707,7 @@ mod tests {
             "[]",
             "7",
             r#"{"done": true, "tables": {"t": "x"}}"#,
+            r#"{"done": true, "tables": {}, "covered": {"t": {}}}"#,
             r#"{"done": true, "tables": {}, "ahead": 7}"#,
             r#"{"done": true, "tables": {}, "left": {"t": {"upto": "1:1:"}}}"#,
         ] {

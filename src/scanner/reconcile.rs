@@ -21,9 +21,10 @@
 //! only if it was brought, published from the table, or stored.
 //!
 //! **Leaf tables.** The argument needs that the rows visible in `P` were compared when `P` was noted. That is not so for a leaf table
-//! that did not belong to the outbox then. `walpost.progress.tables` holds the OIDs of those that did. A leaf table that is not
-//! among them is a gap of its own: its rows visible in `P` are published. A leaf that was detached and comes back is covered up to
-//! the snapshot that was stored when it was last seen.
+//! that did not belong to the outbox then. `walpost.progress.tables` says which did ([`super::coverage`]). A leaf table that is not
+//! covered is a gap of its own: its rows visible in `P` are published. A leaf that was detached and comes back is covered up to
+//! the snapshot that was stored when it was last seen. One that came only after `N` was taken is left for the next note: it may have rows from
+//! before it was attached that `N` does not show.
 //!
 //! # What is not checked
 //!
@@ -51,8 +52,9 @@
 use futures::{StreamExt as _, pin_mut};
 use tokio_postgres::Client;
 
-use super::missing::{Leaves, XidRanges, leaves_since};
-use super::progress::Snapshot;
+use super::coverage::{Leaves, Seen, Uncovered};
+use super::missing::XidRanges;
+use super::progress::{self, Claim, Progress, Snapshot};
 use super::streamed::StreamedRows;
 use super::table::{ScanTable, between};
 use crate::postgres::{TableName, sql_error};
@@ -69,6 +71,8 @@ pub struct Window<'a> {
     pub unchecked: Option<&'a Snapshot>,
     /// Leaf tables of which no earlier process can have brought rows: they are compared all the same.
     pub came: &'a [u32],
+    /// Leaf tables that came too late for this note: they are not compared.
+    pub late: &'a [u32],
 }
 
 /// What a comparison of one table found.
@@ -106,15 +110,19 @@ pub async fn compare(
     let rows = between(window.upto, Some(window.delivered))?;
     let unchecked = match window.unchecked {
         Some(snapshot) => {
-            let came: Vec<String> = window.came.iter().map(ToString::to_string).collect();
             let checked = between(window.upto, Some(snapshot))?;
-            if came.is_empty() {
+            if window.came.is_empty() {
                 format!(" AND {checked}")
             } else {
-                format!(" AND (({checked}) OR tableoid IN ({}))", came.join(", "))
+                format!(" AND (({checked}) OR tableoid IN ({}))", list(window.came))
             }
         }
         None => String::new(),
+    };
+    let late = if window.late.is_empty() {
+        String::new()
+    } else {
+        format!(" AND tableoid NOT IN ({})", list(window.late))
     };
     // Grouped by the type itself where each transaction counts: the conversion then costs once a group and not once a row.
     let (key, group) = if shift == 0 {
@@ -124,7 +132,7 @@ pub async fn compare(
         (key.clone(), key)
     };
     let sql = format!(
-        "SELECT {key}, count(*) FROM {} WHERE {rows}{unchecked} GROUP BY {group} ORDER BY {group}",
+        "SELECT {key}, count(*) FROM {} WHERE {rows}{unchecked}{late} GROUP BY {group} ORDER BY {group}",
         table.name
     );
     let parameters: [&str; 0] = [];
@@ -153,11 +161,16 @@ pub async fn compare(
     Ok(compared)
 }
 
+fn list(oids: &[u32]) -> String {
+    let oids: Vec<String> = oids.iter().map(ToString::to_string).collect();
+    oids.join(", ")
+}
+
 /// The leaf tables of an outbox: itself, or its partitions and children that hold rows of their own.
 ///
 /// # Errors
 /// Temporary when there is no such table at the moment: nothing can be said of its rows.
-pub async fn leaves(client: &Client, name: &TableName) -> Result<Vec<u32>> {
+pub async fn leaves(client: &Client, name: &TableName) -> Result<Seen> {
     const SQL: &str = "
         WITH RECURSIVE tree AS (
             SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -173,12 +186,12 @@ pub async fn leaves(client: &Client, name: &TableName) -> Result<Vec<u32>> {
         )));
     }
     let leaves = found.iter().filter(|row| row.get(1));
-    Ok(leaves.map(|row| row.get(0)).collect())
+    Ok(Seen::listed(leaves.map(|row| row.get(0))))
 }
 
 /// Which of `tables` exist.
 pub(super) async fn alive(client: &Client, tables: &Leaves) -> Result<Vec<u32>> {
-    let oids: Vec<u32> = tables.keys().copied().collect();
+    let oids = tables.oids();
     let found = client
         .query("SELECT oid FROM pg_class WHERE oid = ANY ($1)", &[&oids])
         .await;
@@ -186,90 +199,149 @@ pub(super) async fn alive(client: &Client, tables: &Leaves) -> Result<Vec<u32>> 
     Ok(found.iter().map(|row| row.get(0)).collect())
 }
 
-/// Leaf tables, and what of them is not covered.
-#[derive(Clone, Debug, Default)]
-pub struct LeafChanges {
-    /// What is covered from the next note on.
-    pub covered: Leaves,
-    /// By table, in the order of the settings: leaf tables with rows that are not covered.
-    pub uncovered: Vec<Leaves>,
-    /// By table: whether a leaf table of it was covered before.
-    pub was_known: Vec<bool>,
-    /// By table: leaf tables that belong to it now and were not covered, with or without rows.
-    pub came: Vec<Vec<u32>>,
-}
-
-/// Compares the leaf tables of all outbox tables with those that the stored snapshot covers. Without a list of those (a
-/// row that an earlier version wrote) all count as covered.
-pub async fn leaf_changes(
-    client: &Client,
-    tables: &[TableName],
-    scannable: &[Option<ScanTable>],
-    covered: Option<&Leaves>,
-    delivered: &Snapshot,
-) -> Result<LeafChanges> {
-    let mut now = Vec::with_capacity(tables.len());
+/// The same of each of these tables.
+///
+/// # Errors
+/// As [`leaves`].
+pub async fn leaves_of(client: &Client, tables: &[TableName]) -> Result<Vec<Seen>> {
+    let mut found = Vec::with_capacity(tables.len());
     for table in tables {
-        now.push(leaves(client, table).await?);
+        found.push(leaves(client, table).await?);
     }
-    let all: Vec<u32> = now.iter().flatten().copied().collect();
-    let Some(covered) = covered else {
-        return Ok(LeafChanges {
-            covered: all.into_iter().map(|oid| (oid, None)).collect(),
-            uncovered: vec![Leaves::new(); tables.len()],
-            was_known: vec![true; tables.len()],
-            came: vec![Vec::new(); tables.len()],
-        });
-    };
-    let alive = alive(client, covered).await?;
-    let (next, came) = leaves_since(covered, &all, &alive, delivered);
-    let mut uncovered = Vec::with_capacity(tables.len());
-    for (oids, table) in now.iter().zip(scannable) {
-        let mut with_rows = Leaves::new();
-        for (oid, until) in came.iter().filter(|(oid, _)| oids.contains(oid)) {
-            if let Some(table) = table
-                && has_uncovered(client, table, *oid, until.as_ref(), delivered).await?
-            {
-                with_rows.insert(*oid, until.clone());
-            }
-        }
-        uncovered.push(with_rows);
-    }
-    let belonged = |oids: &Vec<u32>| oids.iter().any(|oid| covered.get(oid) == Some(&None));
-    Ok(LeafChanges {
-        covered: next,
-        uncovered,
-        was_known: now.iter().map(belonged).collect(),
-        came: now
-            .iter()
-            .map(|oids| {
-                oids.iter()
-                    .copied()
-                    .filter(|oid| came.contains_key(oid))
-                    .collect()
-            })
-            .collect(),
-    })
+    Ok(found)
 }
 
-/// The leaf tables that are covered from now on where nothing is compared: all that belong to the outbox tables.
-pub async fn covered_now(
+/// All of them.
+pub fn union(of: &[Seen]) -> Seen {
+    let mut all = Seen::default();
+    for leaves in of {
+        all.extend(leaves);
+    }
+    all
+}
+
+/// What `walpost.progress.tables` is to say when the delivered snapshot moves on from `delivered` and these leaf tables were seen up to the
+/// new one.
+///
+/// # Errors
+/// As [`leaves`].
+pub async fn moved(
     client: &Client,
     tables: &[TableName],
     covered: Option<&Leaves>,
     delivered: Option<&Snapshot>,
+    seen: &Seen,
 ) -> Result<Leaves> {
-    let mut all = Vec::new();
-    for table in tables {
-        all.extend(leaves(client, table).await?);
+    let Some(covered) = covered else {
+        return Ok(Leaves::whole(seen));
+    };
+    let attached = union(&leaves_of(client, tables).await?);
+    let alive = alive(client, covered).await?;
+    Ok(covered.moved(&attached, seen, &alive, delivered))
+}
+
+/// Stores which leaf tables belong to the outbox, before a stream or a look begins with these tables: see [`super::coverage`].
+///
+/// # Errors
+/// As [`leaves`]; temporary when the row is not `progress` under this claim any more.
+pub async fn declare(
+    client: &Client,
+    claim: &Claim,
+    tables: &[TableName],
+    progress: &mut Progress,
+) -> Result<()> {
+    let Some(covered) = &progress.tables else {
+        return Ok(());
+    };
+    let attached = union(&leaves_of(client, tables).await?);
+    let alive = alive(client, covered).await?;
+    let declared = covered.declared(&attached, &alive, progress.delivered.as_ref());
+    if declared == *covered {
+        return Ok(());
     }
-    Ok(match (covered, delivered) {
-        (Some(covered), Some(delivered)) => {
-            let alive = alive(client, covered).await?;
-            leaves_since(covered, &all, &alive, delivered).0
+    progress::declared(client, claim, progress, declared).await
+}
+
+/// Begins a transaction in which the rows of a table are to be seen; gives its leaf tables. [`end_look`] ends it; after an error it may be open.
+///
+/// Planning the first statement locks the table and what hangs on it (ACCESS SHARE) to the end of the transaction, so none of that is detached or dropped
+/// between the list and the rows. DETACH CONCURRENTLY does not wait for the lock; what it takes away is missing when `end_look` lists again, and cannot
+/// come back before the transaction ends. (Not by LOCK TABLE, which a role with a right to some columns may not use.)
+///
+/// # Errors
+/// What keeps the table from being read.
+pub async fn begin_look(client: &Client, name: &TableName) -> Result<Seen> {
+    let sql = format!("BEGIN ISOLATION LEVEL READ COMMITTED; SELECT FROM {name} LIMIT 0");
+    let locked = client.batch_execute(&sql).await;
+    locked.map_err(|error| sql_error(&format!("look into {name}"), error))?;
+    leaves(client, name).await
+}
+
+/// Ends it; gives those of `seen` whose rows were there all the time.
+///
+/// # Errors
+/// As [`leaves`].
+pub async fn end_look(client: &Client, name: &TableName, seen: &Seen) -> Result<Seen> {
+    let seen = seen.and(&leaves(client, name).await?);
+    let ended = client.batch_execute("COMMIT").await;
+    ended.map_err(|error| sql_error(&format!("look into {name}"), error))?;
+    Ok(seen)
+}
+
+/// The leaf tables of one table, and what of them is not covered.
+#[derive(Clone, Debug, Default)]
+pub struct LeafChanges {
+    /// Those that can be covered by the next note.
+    pub seen: Seen,
+    /// Those of them with rows that are not covered.
+    pub uncovered: Uncovered,
+    /// Whether one was covered before.
+    pub was_known: bool,
+    /// Those that can be covered and were not, with or without rows.
+    pub came: Vec<u32>,
+    /// Those that came after the snapshot was taken.
+    pub late: Vec<u32>,
+}
+
+/// Compares the leaf tables of a table with those that the stored snapshot covers, and looks for rows visible in `upto` that are not. `early`: those that
+/// were there before the snapshot that is to be noted was taken. Without a list of those that are covered (a row that an earlier version
+/// wrote) all count as covered. A table that cannot be scanned (`None`) has no row that could be found.
+///
+/// # Errors
+/// Temporary when the server is away; refused when the table cannot be read.
+pub async fn leaf_changes(
+    client: &Client,
+    table: Option<&ScanTable>,
+    covered: Option<&Leaves>,
+    upto: &Snapshot,
+    (early, now): (&Seen, &Seen),
+) -> Result<LeafChanges> {
+    let Some(covered) = covered else {
+        return Ok(LeafChanges {
+            seen: now.clone(),
+            was_known: true,
+            ..LeafChanges::default()
+        });
+    };
+    let mut there = covered.covered();
+    there.extend(early);
+    let seen = now.and(&there);
+    let came = covered.uncovered(&seen);
+    let mut changes = LeafChanges {
+        was_known: now.iter().any(|leaf| covered.is_whole(leaf)),
+        came: came.keys().copied().collect(),
+        late: now.iter().filter(|leaf| !seen.contains(*leaf)).collect(),
+        seen,
+        ..LeafChanges::default()
+    };
+    if let Some(table) = table {
+        for (leaf, until) in came {
+            if has_uncovered(client, table, leaf, until.as_ref(), upto).await? {
+                changes.uncovered.insert(leaf, until);
+            }
         }
-        _ => all.into_iter().map(|oid| (oid, None)).collect(),
-    })
+    }
+    Ok(changes)
 }
 
 async fn has_uncovered(
@@ -313,7 +385,7 @@ pub fn gap_condition(
     upto: &Snapshot,
     delivered: Option<&Snapshot>,
     txids: Option<&XidRanges>,
-    leaves: &Leaves,
+    leaves: &Uncovered,
 ) -> Result<String> {
     let mut conditions = Vec::new();
     match txids {

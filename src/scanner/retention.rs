@@ -5,8 +5,9 @@
 //!
 //! # Which rows
 //!
-//! Older than the retention by `created_at`, and *removable*: visible in the delivered snapshot of every slot, of this very
-//! cluster; in mark mode marked; and not in `walpost.straggler`, in whatever state. No row of `walpost.progress`, or one that
+//! Older than the retention by `created_at`, and *removable*: covered by the delivered snapshot of every slot that publishes the table
+//! ([`super::coverage`]: the row is visible in it, and it speaks of the row's leaf table), and each of this very
+//! cluster; in mark mode marked; and not in `walpost.straggler`, in whatever state. No slot that publishes the table, or one that
 //! has not seen a delivery yet: nothing is removable. In delete mode rows go by their receipts, so nothing is left to this but
 //! empty partitions.
 //!
@@ -42,6 +43,7 @@ use tokio::time::sleep;
 use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
+use super::coverage;
 use super::left_places::{Deletion, LeftPlaces, Stretch};
 use super::outbox::OutboxTable;
 use crate::config::AfterPublish;
@@ -198,11 +200,21 @@ impl Retention {
         if self.mode == AfterPublish::Delete {
             return "false".to_owned();
         }
+        // A slot without a list of leaf tables is of an earlier version, or new: it may publish every table.
+        let outbox = format!(
+            "{}::regclass",
+            quote_literal(&table.name.to_string()).trim()
+        );
+        let publishes = format!(
+            "(p.tables IS NULL OR p.slot = ANY (ARRAY({})))",
+            coverage::publishing_slots(&outbox)
+        );
         let mut sql = format!(
-            "o.txid IS NOT NULL AND EXISTS (SELECT FROM walpost.progress) AND NOT EXISTS (
+            "o.txid IS NOT NULL AND EXISTS (SELECT FROM walpost.progress p WHERE {publishes}) AND NOT EXISTS (
                  SELECT FROM walpost.progress p
-                 WHERE p.system_id <> {} OR p.delivered IS NULL OR NOT pg_visible_in_snapshot(o.txid, p.delivered))",
-            quote_literal(&self.system_id)
+                 WHERE p.system_id <> {} OR {publishes} AND ({}) IS NOT TRUE)",
+            quote_literal(&self.system_id),
+            coverage::IS_SHOWN
         );
         if self.mode == AfterPublish::Mark {
             sql.push_str(" AND o.sent_at IS NOT NULL");

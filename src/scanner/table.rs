@@ -226,18 +226,17 @@ impl ScanTable {
         Ok(row.get(0))
     }
 
-    /// Ids, as events have them, and numbers of the rows that are visible in `upto` and not in `except`; `limit` at most.
+    /// Ids, as events have them, and numbers of these rows (SQL); `limit` at most.
     pub async fn ids(
         &self,
         client: &Client,
         (id_column, extractor): (&str, &Extractor),
-        (upto, except): (&Snapshot, &Snapshot),
+        rows: &str,
         limit: usize,
     ) -> Result<Vec<(String, RowNumber)>> {
         let mut reader = self.reader.clone();
         let id = self.relation.position(id_column);
         reader.read_only(|index| Some(index) == id);
-        let rows = between(upto, Some(except))?;
         let read = async |text| {
             let columns = reader.select_list("o", text);
             let sql = format!(

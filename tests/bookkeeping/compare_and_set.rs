@@ -1,7 +1,7 @@
 //! The statements that change `walpost.progress`, from real sessions.
 
 use walpost::Lsn;
-use walpost::scanner::missing::Leaves;
+use walpost::scanner::coverage::{Leaves, Seen};
 use walpost::scanner::progress::{self, Claim, Position, Progress};
 
 use crate::support::{Database, on_each_major};
@@ -37,10 +37,11 @@ async fn a_change_from_what_is_not_stored(major: i32) {
     database.init(&[], &[]).await;
     let client = &database.client;
     let (ours, mut known) = claim(&database, "we").await;
-    progress::closed(client, &ours, &mut known)
+    progress::closed(client, &ours, &mut known, Leaves::default())
         .await
         .expect("no gap is left");
     let upto = snapshot(&database).await;
+    let covered = || Leaves::whole(&Seen::listed([7]));
 
     // WHEN another one claims it, or makes the slot anew, or a person edits it
     let others: [&str; 4] = [
@@ -60,10 +61,11 @@ async fn a_change_from_what_is_not_stored(major: i32) {
         // THEN none of our statements changes it, and each says so
         let mut from = known.clone();
         let noted =
-            progress::delivered(client, &ours, &mut from, &upto, Some(Leaves::new()), None).await;
+            progress::delivered(client, &ours, &mut from, &upto, Some(covered()), None).await;
         let looked = progress::look(client, &ours, &mut from.clone(), &upto).await;
-        let closed = progress::closed(client, &ours, &mut from.clone()).await;
+        let closed = progress::closed(client, &ours, &mut from.clone(), covered()).await;
         let scanned = progress::scanned(client, &ours, &from).await;
+        let declared = progress::declared(client, &ours, &mut from.clone(), covered()).await;
         let missing = progress::missing(
             client,
             &ours,
@@ -73,7 +75,7 @@ async fn a_change_from_what_is_not_stored(major: i32) {
             None,
         )
         .await;
-        for written in [noted, looked, closed, scanned, missing] {
+        for written in [noted, looked, closed, scanned, declared, missing] {
             let error = written.expect_err(change);
             assert!(progress::is_changed(&error), "{}", error.report());
             assert!(error.is_temporary(), "{}", error.report());
@@ -92,7 +94,7 @@ async fn a_change_from_what_is_not_stored(major: i32) {
         &ours,
         &mut known,
         &upto,
-        Some(Leaves::from([(7, None)])),
+        Some(covered()),
         Some("a version".to_owned()),
     )
     .await
@@ -100,7 +102,7 @@ async fn a_change_from_what_is_not_stored(major: i32) {
     let now = stored(&database).await;
     assert_eq!(
         (now.delivered, now.scan_upto, now.tables),
-        (Some(upto), None, Some(Leaves::from([(7, None)])))
+        (Some(upto), None, Some(covered()))
     );
 }
 
@@ -141,7 +143,15 @@ async fn a_table_of_an_earlier_version(major: i32) {
     let database = Database::create_on_major(major, "older").await;
     database.init(&[], &[]).await;
     database
-        .sql("ALTER TABLE walpost.progress DROP COLUMN timeline, DROP COLUMN tables, DROP COLUMN streamed")
+        .sql(
+            "DROP VIEW walpost.outbox_status;
+             ALTER TABLE walpost.progress DROP COLUMN timeline, DROP COLUMN tables, DROP COLUMN streamed;
+             CREATE VIEW walpost.outbox_status AS
+             SELECT o.id, o.aggregatetype, o.aggregateid, o.type, o.created_at, o.seq, o.txid, o.sent_at,
+                    CASE WHEN pg_visible_in_snapshot(o.txid, p.delivered) THEN 'sent' ELSE 'pending' END AS status,
+                    NULL::text AS reason, NULL::integer AS attempts
+             FROM walpost.outbox o, walpost.progress p",
+        )
         .await;
 
     // WHEN the new version runs THEN it says what to do

@@ -1,6 +1,6 @@
 //! Slots of which `walpost.progress` knows nothing: what the table has is published up to now, and what the slot brings as well is skipped.
 
-use crate::support::{Database, eventually, on_each_major};
+use crate::support::{Asked, Database, FakeBroker, Reaction, eventually, on_each_major};
 use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert, make_slot_by_hand};
 
 /// An outbox and a publication, and no slot.
@@ -78,6 +78,49 @@ async fn a_first_start_is_killed(major: i32) {
     database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     arrived(&database, &["older"]).await;
+}
+
+#[tokio::test]
+async fn a_row_that_is_deleted_before_the_scan_comes_to_its_table_comes_from_the_slot() {
+    // GIVEN a slot that somebody made, and rows of two tables that it brings
+    let database = without_slot(15).await;
+    database
+        .sql("CREATE TABLE second (LIKE walpost.outbox INCLUDING ALL); GRANT SELECT ON second TO walpost_connector;
+              ALTER PUBLICATION walpost ADD TABLE second")
+        .await;
+    make_slot_by_hand(&database).await;
+    insert(&database.client, "first").await;
+    let second = "INSERT INTO second (aggregatetype, aggregateid, type, payload) VALUES ('t', 'k', 'e', '1') RETURNING id::text";
+    let deleted: String = database.rows(second, &[]).await[0].get(0);
+
+    // AND a scan that waits for the receipt of the first table's row
+    let broker = FakeBroker::start().await;
+    broker.script_rest(|asked, _| match asked {
+        Asked::Send => Reaction::Hold,
+        _ => Reaction::Obey,
+    });
+    let url = broker.url();
+    let both = ("WALPOST_OUTBOX_TABLE", "walpost.outbox,public.second");
+    let settings = [NOTED_SOON, both, ("WALPOST_PULSAR_URL", &*url)];
+    let mut walpost = database.walpost(&["run"], &settings).spawn();
+    eventually(DEADLINE, "the scan to wait", async || {
+        (broker.count(Asked::Send) > 0).then_some(())
+    })
+    .await;
+
+    // WHEN the application deletes the second table's row, and the scan goes on
+    database.sql("DELETE FROM second").await;
+    broker.heal();
+    broker.release(|_| {});
+
+    // THEN it comes from the slot, and the other one does not come again
+    walpost.wait_for_line("streaming", DEADLINE).await;
+    insert(&database.client, "last").await;
+    database.wait_all_sent(DEADLINE).await;
+    walpost.stop().await;
+    let stored: Vec<String> = broker.stored().into_iter().map(|event| event.id).collect();
+    assert_eq!(stored.len(), 3, "{stored:?}");
+    assert!(stored.contains(&deleted), "{stored:?}");
 }
 
 on_each_major! {

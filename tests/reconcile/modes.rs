@@ -242,3 +242,144 @@ async fn the_retention_drops_no_partition_with_hidden_rows_before_they_are_publi
     walpost.stop().await;
     assert!(hidden.is_subset(&stored(&broker)));
 }
+
+/// A partition of rows that are older than the last note. Attached by [`ATTACH`].
+const FILL: &str = "CREATE TABLE walpost.filled (LIKE walpost.outbox INCLUDING DEFAULTS);
+    ALTER TABLE walpost.filled ALTER COLUMN seq SET DEFAULT nextval(pg_get_serial_sequence('walpost.outbox', 'seq'));
+    INSERT INTO walpost.filled (aggregatetype, aggregateid, type, payload, created_at)
+    SELECT 't', 'old-' || n, 'e', to_json(n), date_trunc('day', clock_timestamp()) - interval '40 days' FROM generate_series(1, 5) n";
+const ATTACH: &str = "DO $$ DECLARE at timestamptz := date_trunc('day', clock_timestamp()) - interval '40 days'; BEGIN
+    ALTER TABLE walpost.filled ALTER COLUMN seq DROP DEFAULT;
+    EXECUTE format('ALTER TABLE walpost.outbox ATTACH PARTITION walpost.filled FOR VALUES FROM (%L) TO (%L)', at, at + interval '1 day');
+    END $$";
+const FILLED: &str = "walpost.outbox WHERE aggregateid LIKE 'old-%'";
+const FILLED_PENDING: &str =
+    "walpost.outbox_status WHERE status = 'pending' AND aggregateid LIKE 'old-%'";
+
+#[tokio::test]
+async fn rows_of_a_partition_that_was_attached_are_neither_shown_as_sent_nor_removed_before_they_are_published()
+ {
+    // GIVEN a stream with a retention, and a table with old rows, older than the last note
+    let database = Database::create("retain").await;
+    database.init(&["--partition-by", "day"], &[]).await;
+    let broker = FakeBroker::start().await;
+    let url = broker.url();
+    let pulsar = ("WALPOST_PULSAR_URL", &*url);
+    let settings = [database.as_owner(), OFTEN, RETENTION, pulsar];
+    let walpost = database.start(&settings).await;
+    database.sql(FILL).await;
+    insert(&database, "-1h").await;
+    database.wait_all_sent(DEADLINE).await;
+
+    // AND notes that are held up by receipts
+    let before = hold(&broker);
+    insert(&database, "-1h").await;
+    one_is_held(&broker, before).await;
+
+    // WHEN that table becomes a partition
+    database.sql(ATTACH).await;
+
+    // THEN its rows are pending, and the retention leaves them
+    assert_eq!(count(&database, FILLED_PENDING).await, 5);
+    let rows = database
+        .rows("SELECT id::text FROM walpost.filled", &[])
+        .await;
+    let filled: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
+    database.retention_walked(DEADLINE).await;
+    assert_eq!(count(&database, FILLED).await, 5);
+
+    // AND they go once they are published
+    go_on(&broker);
+    wait_count(&database, FILLED, 0).await;
+    walpost.stop().await;
+    assert!(filled.is_subset(&stored(&broker)));
+}
+
+#[tokio::test]
+async fn the_retention_removes_no_row_of_a_table_that_is_new_in_the_settings_before_it_is_published()
+ {
+    // GIVEN a stream of one table, and another one with old rows, older than the last note
+    let database = Database::create("retain").await;
+    database.init(&[], &[RETENTION]).await;
+    let broker = FakeBroker::start().await;
+    let url = broker.url();
+    let pulsar = ("WALPOST_PULSAR_URL", &*url);
+    database
+        .sql(
+            "CREATE TABLE second (LIKE walpost.outbox INCLUDING ALL);
+             INSERT INTO second (aggregatetype, aggregateid, type, payload, created_at)
+             SELECT 't', 'old-' || n, 'e', to_json(n), clock_timestamp() - interval '9h' FROM generate_series(1, 5) n",
+        )
+        .await;
+    let both = ("WALPOST_OUTBOX_TABLE", "walpost.outbox,public.second");
+    let walpost = database.start(&[OFTEN, pulsar]).await;
+    insert(&database, "-1h").await;
+    database.wait_all_sent(DEADLINE).await;
+    walpost.stop().await;
+    database.init(&[], &[both, RETENTION]).await;
+
+    // WHEN it is put in the settings, and notes are held up by receipts
+    let before = hold(&broker);
+    insert(&database, "-1h").await;
+    let settings = [database.as_owner(), OFTEN, RETENTION, pulsar, both];
+    let walpost = database.walpost(&["run"], &settings).spawn();
+    one_is_held(&broker, before).await;
+
+    // THEN the retention leaves its rows
+    database.retention_walked(DEADLINE).await;
+    assert_eq!(count(&database, "second").await, 5);
+
+    // AND they go once they are published
+    let rows = database.rows("SELECT id::text FROM second", &[]).await;
+    let old: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
+    go_on(&broker);
+    wait_count(&database, "second", 0).await;
+    walpost.stop().await;
+    assert!(old.is_subset(&stored(&broker)));
+}
+
+#[tokio::test]
+async fn what_is_attached_without_the_comparison_is_pending_until_there_is_one_and_a_new_partition_is_not()
+ {
+    // GIVEN a stream that compares nothing, and a table with rows that are older than a note
+    let database = Database::create("off").await;
+    database.init(&["--partition-by", "day"], &[]).await;
+    let settings = [database.as_owner(), OFTEN];
+    let without = [&settings[..], &[OFF]].concat();
+    let walpost = database.start(&without).await;
+    database.sql(FILL).await;
+    database.sql(INSERT).await;
+    database.wait_all_sent(DEADLINE).await;
+
+    // WHEN it becomes a partition, and an empty partition is made and noted before it has rows
+    database.sql(ATTACH).await;
+    database
+        .sql(
+            "DO $$ DECLARE at timestamptz := date_trunc('day', clock_timestamp()) - interval '50 days'; BEGIN
+                 EXECUTE format('CREATE TABLE walpost.empty PARTITION OF walpost.outbox FOR VALUES FROM (%L) TO (%L)', at, at + interval '1 day');
+             END $$",
+        )
+        .await;
+    let known = "walpost.progress WHERE tables -> 'walpost.empty'::regclass::oid::text = 'null'";
+    database.sql(INSERT).await;
+    wait_count(&database, known, 1).await;
+    database
+        .sql(
+            "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, created_at)
+             SELECT 't', 'key-' || n, 'e', to_json(n), date_trunc('day', clock_timestamp()) - interval '50 days' FROM generate_series(1, 5) n",
+        )
+        .await;
+
+    // THEN rows of the one are pending, and those of the other are sent, as all that are streamed
+    let others = "walpost.outbox_status WHERE status <> 'sent' AND aggregateid NOT LIKE 'old-%'";
+    wait_count(&database, others, 0).await;
+    assert_eq!(count(&database, FILLED_PENDING).await, 5);
+    walpost.stop().await;
+    assert_eq!(arrived(&database, 15).await.len(), 15);
+
+    // AND with the comparison the pending ones come, and nothing comes twice
+    let walpost = database.start(&settings).await;
+    database.wait_all_sent(DEADLINE).await;
+    walpost.stop().await;
+    crate::once_each(&database).await;
+}
