@@ -6,6 +6,8 @@
 mod changed_slot;
 #[path = "bookkeeping/compare_and_set.rs"]
 mod compare_and_set;
+#[path = "bookkeeping/hand_made_slots.rs"]
+mod hand_made_slots;
 #[path = "bookkeeping/missing_tables.rs"]
 mod missing_tables;
 #[path = "bookkeeping/settled.rs"]

@@ -292,6 +292,8 @@ mod tests {
             wal_status: None,
             invalidation_reason: None,
             retained_bytes: Some(retained_bytes),
+            two_phase: false,
+            temporary: false,
             failover: false,
             synced: false,
         }
