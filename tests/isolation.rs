@@ -8,6 +8,8 @@ mod identity;
 mod marks;
 #[path = "isolation/movement.rs"]
 mod movement;
+#[path = "isolation/notes.rs"]
+mod notes;
 #[path = "isolation/retention.rs"]
 mod retention;
 #[path = "isolation/scan.rs"]
