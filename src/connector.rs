@@ -310,6 +310,15 @@ impl Connector {
                 Ok(Ended::AskCatalog)
             }
             Err(error) if error.is_temporary() => Ok(Ended::Lost(error)),
+            // pgoutput sends every column of every table in the publication, and knows one format for all of them.
+            Err(error) if self.binary && postgres::is_without_binary_form(&error) => {
+                info!(
+                    "starting the stream again with values as text: {}",
+                    error.told().0
+                );
+                let _lost = stream.close().await;
+                Ok(Ended::NeedsText)
+            }
             Err(error) => {
                 let transactions = self.pipe().counters().transactions;
                 match self.unreadable.judge(&error, transactions) {

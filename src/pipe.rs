@@ -41,12 +41,18 @@
 //! Rows of a table that was an outbox table in this process and is none any more are refused: somebody renamed it, and may not
 //! know that it is still written to. `tests/catalog/stream.rs` tries each.
 //!
+//! # Columns that had another name
+//!
+//! The log describes a table as it was. Where an optional column had another name then, its rows are refused as unreadable: see the module
+//! `renamed`, and `crate::connector` for what becomes of that.
+//!
 //! # A slot that was changed
 //!
 //! A transaction that was cut and does not come again was taken out of the slot by somebody; going on would confirm it half
 //! published. The pipe refuses.
 
 mod logical;
+mod renamed;
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -581,13 +587,15 @@ impl Pipe {
         let extractor = if let Some(place) = place {
             let extractor = Extractor::new(relation, &self.routing.columns, &self.routing.template)
                 .map_err(|error| described_otherwise(relation, &error))?;
+            let place = u16::try_from(place).unwrap_or(u16::MAX);
+            self.refuse_renamed(relation, place)?;
             if self.binary
                 && let Some((column, type_oid)) = extractor.needs_text()
             {
                 info!(table = %relation, column, type_oid, "this column's type is read as text: starting the stream again");
                 return Ok(Format::NeedsText);
             }
-            Some((extractor, u16::try_from(place).unwrap_or(u16::MAX)))
+            Some((extractor, place))
         } else {
             // Not worth a word yet: a partition is described too, before its rows come under the table's own name.
             None
@@ -595,6 +603,19 @@ impl Pipe {
         self.extractors.retain(|(known, _)| *known != id);
         self.extractors.push((id, extractor));
         Ok(Format::Fits)
+    }
+
+    /// Refuses rows that would be read without what they have.
+    fn refuse_renamed(&self, relation: &Relation, place: u16) -> Result<()> {
+        let is_same_table = self.outbox.roots.contains(&relation.id);
+        let now = self.outbox.columns_of(place);
+        match renamed::renamed(relation, now, is_same_table) {
+            None => Ok(()),
+            Some(column) => Err(described_otherwise(
+                relation,
+                &Error::refused(format!("column {column} had another name then")),
+            )),
+        }
     }
 
     fn insert(&mut self, relation_id: u32, tuple: &Tuple<'_>, at: Lsn) -> Result<Format> {
@@ -652,7 +673,8 @@ impl Pipe {
         let place = self.outbox.place(relation_id);
         if let Some(place) = place.filter(|_| !is_new) {
             let extractor = Extractor::new(relation, &self.routing.columns, &self.routing.template)
-                .map_err(|error| described_otherwise(relation, &error));
+                .map_err(|error| described_otherwise(relation, &error))
+                .and_then(|extractor| self.refuse_renamed(relation, place).map(|()| extractor));
             info!(table = %relation, "rows of an outbox table under another name: they are published as its own");
             // Also where it cannot be read: it was not taken, and comes again.
             self.give_back_row();

@@ -34,16 +34,19 @@ pub enum Work {
     Partitions,
     /// Rows are to be read from the table: a gap scan, or poll mode.
     Scan,
+    /// What the stream has delivered is to be compared with the tables and noted.
+    Note,
 }
 
 impl Work {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::AfterPublish,
         Self::Unmarked,
         Self::Retention,
         Self::Partitions,
         Self::Scan,
+        Self::Note,
     ];
 
     /// Its name, in `/status` and metrics.
@@ -54,6 +57,7 @@ impl Work {
             Self::Retention => "retention",
             Self::Partitions => "partitions",
             Self::Scan => "scan",
+            Self::Note => "note",
         }
     }
 }

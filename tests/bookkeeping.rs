@@ -6,8 +6,12 @@
 mod changed_slot;
 #[path = "bookkeeping/compare_and_set.rs"]
 mod compare_and_set;
+#[path = "bookkeeping/hand_made_slots.rs"]
+mod hand_made_slots;
 #[path = "bookkeeping/missing_tables.rs"]
 mod missing_tables;
+#[path = "bookkeeping/other_types.rs"]
+mod other_types;
 #[path = "bookkeeping/settled.rs"]
 mod settled;
 #[path = "bookkeeping/timelines.rs"]

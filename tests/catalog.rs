@@ -9,6 +9,8 @@ mod support;
 mod past;
 #[path = "catalog/publication.rs"]
 mod publication;
+#[path = "catalog/renamed.rs"]
+mod renamed;
 #[path = "catalog/stream.rs"]
 mod stream;
 #[path = "catalog/unfit.rs"]

@@ -12,6 +12,8 @@ mod sql_ascii;
 mod support;
 #[path = "decoder/unconvertible.rs"]
 mod unconvertible;
+#[path = "decoder/without_binary.rs"]
+mod without_binary;
 
 use std::time::Duration;
 

@@ -6,6 +6,10 @@
 mod identity;
 #[path = "isolation/marks.rs"]
 mod marks;
+#[path = "isolation/movement.rs"]
+mod movement;
+#[path = "isolation/notes.rs"]
+mod notes;
 #[path = "isolation/retention.rs"]
 mod retention;
 #[path = "isolation/scan.rs"]

@@ -223,7 +223,8 @@ fn upkeep(page: &mut Page, meter: &Meter) {
         "gauge",
         "Rows, partitions and tables that were left with a reason and are tried again: published rows that cannot be marked or deleted \
          (after_publish), unmarked rows that cannot be published (unmarked), old rows and partitions that cannot be removed \
-         (retention), partitions that cannot be made (partitions), tables that a scan or poll mode cannot read (scan). /status and walpost check tell the reasons.",
+         (retention), partitions that cannot be made (partitions), tables that a scan or poll mode cannot read (scan), \
+         notes of what is delivered (note). /status and walpost check tell the reasons.",
     );
     for work in Work::ALL {
         let count = meter.upkeep().count(work);

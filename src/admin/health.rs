@@ -14,6 +14,8 @@
 //! * so many published rows wait to be marked or deleted that the stream waits for them, and for [`PATIENCE`] none of them was: not ready. Rows
 //!   that cannot be marked or deleted do not wait; `/status` lists them;
 //! * a table cannot be read by a scan or in poll mode: not ready. Its rows wait; those of the other tables do not;
+//! * what is delivered could not be noted in `walpost.progress`, twice in a row and for [`PATIENCE`] (a table that may not be read any
+//!   more, say): not ready. Events are published, but rows stay `pending`, nothing goes by retention, and nothing is compared;
 //! * it is stopping: not ready.
 //!
 //! **A standby is ready**: it waits for the slot and can take over, which is all that is asked of it. Were it not, a rolling
@@ -61,6 +63,8 @@ pub(super) struct Reading {
     pub(super) short_rounds: u64,
     /// Tables that cannot be read by a scan.
     pub(super) unread: u64,
+    /// Whether the last notes of what is delivered failed.
+    pub(super) is_unnoted: bool,
 }
 
 /// The answer of `/readyz`.
@@ -89,6 +93,8 @@ pub(super) struct Health {
     marked_at: Option<Instant>,
     /// When there last was a stream, or its place was waited for.
     placed_at: Option<Instant>,
+    /// When what is delivered could last be noted, as far as is known.
+    noted_at: Option<Instant>,
     /// When the walsender last brought something new, or had nothing to bring.
     heard_at: Option<Instant>,
 }
@@ -107,6 +113,9 @@ impl Health {
             self.marked_at = Some(now.at);
         }
         self.marked = now.marks.done;
+        if !now.is_unnoted || !at_work {
+            self.noted_at = Some(now.at);
+        }
         let at_end = now.log_end.is_none_or(|end| end <= now.received);
         if at_end || now.received != self.received || now.phase != Phase::Streaming {
             self.heard_at = Some(now.at);
@@ -156,6 +165,10 @@ impl Health {
             _ if now.unread > 0 => not(format!(
                 "{} outbox tables cannot be read, and their rows wait: /status and walpost check say why",
                 now.unread
+            )),
+            _ if since(self.noted_at) >= PATIENCE => not(format!(
+                "what is delivered could not be noted for {} s, and rows stay pending: /status, the last warnings and walpost check say why",
+                since(self.noted_at).as_secs()
             )),
             phase => yes(phase.name()),
         }
@@ -207,6 +220,7 @@ mod tests {
                 log_end: Some(Lsn::new(100)),
                 short_rounds: 0,
                 unread: 0,
+                is_unnoted: false,
             };
             Self {
                 health: Health::default(),
@@ -315,6 +329,19 @@ mod tests {
             "{said:?}"
         );
         assert!(clock.seconds(1, |now| now.unread = 0).ready);
+    }
+
+    #[test]
+    fn notes_of_what_is_delivered_that_fail_for_ten_seconds_are_not_ready() {
+        let mut clock = Clock::new(Phase::Streaming);
+        clock.seconds(100, |_| {});
+        assert!(clock.seconds(9, |now| now.is_unnoted = true).ready);
+        let said = clock.seconds(2, |_| {});
+        assert!(
+            !said.ready && said.reason.contains("could not be noted"),
+            "{said:?}"
+        );
+        assert!(clock.seconds(1, |now| now.is_unnoted = false).ready);
     }
 
     #[test]

@@ -120,6 +120,7 @@ fn reading(meter: &Meter, fresh: Option<&Observed>) -> Reading {
         log_end: fresh.map(|seen| seen.log_end),
         short_rounds: meter.short_rounds(),
         unread: meter.upkeep().count(Work::Scan),
+        is_unnoted: meter.upkeep().count(Work::Note) > 0,
     }
 }
 

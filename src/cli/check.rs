@@ -238,6 +238,10 @@ async fn slot_state(client: &Client, name: &str) -> Finding {
         ));
         return Finding::fail(CHECK, &error);
     }
+    if let Some(why) = state.unfit_because() {
+        let error = Error::refused(format!("slot {name} will not do: {why}"));
+        return Finding::fail(CHECK, &error.hint(slot::mend_two_phase(name)));
+    }
     let Some(confirmed) = state.confirmed_flush else {
         return Finding::warn(
             CHECK,
@@ -245,6 +249,15 @@ async fn slot_state(client: &Client, name: &str) -> Finding {
             "see the line transactions",
         );
     };
+    if state.temporary {
+        return Finding::warn(
+            CHECK,
+            format!(
+                "{name} is temporary: it goes with the session that made it, and nobody else can stream it"
+            ),
+            "end that session, then: walpost init",
+        );
+    }
     let retained_kib = state.retained_bytes.unwrap_or_default() / 1024;
     let used = match state.active_pid {
         Some(pid) => format!("streamed by process {pid}"),

@@ -35,8 +35,10 @@ pub use connection::{connect_application, connect_sql};
 pub use frame::{Frame, StandbyStatus};
 pub use names::{TableName, name_bytes, quote_ident, quote_literal};
 pub use preflight::preflight;
-pub use published::{OutboxRelations, Subscription};
+pub use published::{OutboxRelations, SentColumn, Subscription};
 pub use replication::{ReplicationConnection, StreamOptions, SystemIdentity};
 pub use replication_stream::{ReplicationStream, UnreadableLog, is_unreadable};
 pub use row_security::refuse_row_security;
-pub use server_error::{is_about_rows, is_unconvertible, sql_error, sqlstate};
+pub use server_error::{
+    is_about_rows, is_unconvertible, is_without_binary_form, sql_error, sqlstate,
+};

@@ -114,6 +114,12 @@ fn check_slot(name: &str, state: Option<&SlotState>, database: &str) -> Result<(
             )),
         );
     }
+    if let Some(why) = state.unfit_because() {
+        return Err(
+            Error::refused(format!("replication slot {name} will not do: {why}"))
+                .hint(slot::mend_two_phase(name)),
+        );
+    }
     Ok(())
 }
 
@@ -133,6 +139,8 @@ mod tests {
             wal_status: Some("reserved".into()),
             invalidation_reason: None,
             retained_bytes: None,
+            two_phase: false,
+            temporary: false,
             failover: false,
             synced: false,
         }
@@ -157,6 +165,11 @@ mod tests {
         assert!(said(&|s| s.plugin = None).contains("physical"));
         assert!(said(&|s| s.plugin = Some("wal2json".into())).contains("plugin wal2json"));
         assert!(said(&|s| s.database = Some("x".into())).contains("database x"));
+        let prepared = said(&|s| s.two_phase = true);
+        assert!(
+            prepared.contains("ALTER_REPLICATION_SLOT \"s\""),
+            "{prepared}"
+        );
         let lost = said(&|s| s.wal_status = Some("lost".into()));
         assert!(lost.contains("pg_drop_replication_slot('s')"), "{lost}");
         assert!(

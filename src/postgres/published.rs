@@ -27,7 +27,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{GenericClient, Row};
 
-use super::names::{TableName, quote_ident};
+use super::names::{TableName, name_bytes, quote_ident};
 use super::server_error::sql_error;
 use crate::{Error, Lsn, Result};
 
@@ -49,10 +49,23 @@ pub struct OutboxRelations {
     pub members: Vec<(u32, u16)>,
     /// OIDs of the outbox tables themselves.
     pub roots: Vec<u32>,
+    /// By place in the settings: the columns of the outbox table that the publication sends, in the order in which it does.
+    pub columns: Vec<Vec<SentColumn>>,
     /// Other tables that the publication has.
     pub others: Vec<u32>,
     /// Where the log ended when this was read: what is committed behind it may have changed it.
     pub read_at: Lsn,
+}
+
+/// A column that the publication sends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SentColumn {
+    /// Its name.
+    pub name: String,
+    /// `pg_attribute.attnum`: the table's columns have it from 1 on in the order of their making, those that were dropped too.
+    pub number: u16,
+    /// Whether walpost reads it.
+    pub is_read: bool,
 }
 
 impl OutboxRelations {
@@ -60,6 +73,12 @@ impl OutboxRelations {
     pub fn place(&self, oid: u32) -> Option<u16> {
         let member = self.members.iter().find(|(member, _)| *member == oid);
         member.map(|(_, place)| *place)
+    }
+
+    /// The columns of the outbox table at this place; none where it is not known.
+    pub fn columns_of(&self, place: u16) -> &[SentColumn] {
+        let columns = self.columns.get(usize::from(place));
+        columns.map_or(&[], Vec::as_slice)
     }
 }
 
@@ -100,12 +119,20 @@ pub async fn relations(
     let mut relations = OutboxRelations {
         members: Vec::new(),
         roots: tables.iter().flatten().map(|table| table.oid).collect(),
+        columns: Vec::new(),
         others: get(row, 1)?,
         read_at,
     };
     for (place, table) in (0..).zip(&tables) {
         let members = table.iter().flat_map(|table| &table.members);
         relations.members.extend(members.map(|oid| (*oid, place)));
+    }
+    for table in tables {
+        let mut columns = table.map_or_else(Vec::new, |table| table.sent);
+        for column in &mut columns {
+            column.is_read = subscription.columns.contains(&column.name);
+        }
+        relations.columns.push(columns);
     }
     relations
         .others
@@ -156,6 +183,8 @@ struct Table {
     /// Columns that are read, generated, and not published.
     generated: Vec<String>,
     members: Vec<u32>,
+    /// What is sent, whether or not it is read.
+    sent: Vec<SentColumn>,
     /// Partitions and children whose rows the stream cannot bring.
     unfit: Vec<Member>,
     /// Published partitioned tables that this one is a partition of.
@@ -170,9 +199,15 @@ struct Member {
     is_table: bool,
 }
 
+/// SQL: which of a table's columns `a` the publication sends, as `t` says it.
+const IS_SENT: &str = "CASE WHEN t.attrs IS NULL THEN a.attgenerated = '' ELSE t.attrs @> pg_catalog.to_jsonb(a.attnum) END";
+
 /// First a row for each outbox table; then one for each of its partitions and children that cannot be streamed, and for each
 /// ancestor that stands in its place. Columns that came with Postgres 15 are read through `to_jsonb`, which has them or has not.
-const FACTS: &str = "
+fn facts() -> String {
+    let name = name_bytes("a.attname");
+    format!(
+        "
     WITH RECURSIVE publication AS (
         SELECT p.pubname, p.pubinsert, p.pubviaroot FROM pg_catalog.pg_publication p WHERE p.pubname = $1
     ), published AS MATERIALIZED (
@@ -189,34 +224,38 @@ const FACTS: &str = "
         UNION
         SELECT f.place, i.inhrelid FROM family f
         JOIN pg_catalog.pg_inherits i ON i.inhparent = f.oid AND NOT i.inhdetachpending
-    ), unread AS (
-        SELECT o.place, a.attname::text AS name, a.attgenerated <> '' AS generated
+    ), attribute AS MATERIALIZED (
+        SELECT o.place, a.attname, {name} AS bytes, a.attnum, a.attgenerated <> '' AS generated, {IS_SENT} AS sent
         FROM outbox o
         JOIN pg_catalog.pg_attribute a ON a.attrelid = o.oid AND a.attnum > 0 AND NOT a.attisdropped
         JOIN published t ON t.relid = o.oid
-        WHERE a.attname = ANY ($4)
-          AND NOT CASE WHEN t.attrs IS NULL THEN a.attgenerated = '' ELSE t.attrs @> pg_catalog.to_jsonb(a.attnum) END
+    ), unread AS (
+        SELECT a.place, a.attname::text AS name, a.generated FROM attribute a WHERE a.attname = ANY ($4) AND NOT a.sent
     )
     SELECT o.place::int8, 'outbox', coalesce(o.kind, ''), coalesce(o.persistence, ''), p.pubinsert, p.pubviaroot,
            t.relid IS NOT NULL, coalesce(t.filtered, false),
            ARRAY(SELECT u.name FROM unread u WHERE u.place = o.place AND NOT u.generated ORDER BY 1),
            ARRAY(SELECT u.name FROM unread u WHERE u.place = o.place AND u.generated ORDER BY 1),
-           ARRAY(SELECT f.oid FROM family f WHERE f.place = o.place), '', '', false, o.oid
+           ARRAY(SELECT f.oid FROM family f WHERE f.place = o.place), '', '', false, o.oid,
+           ARRAY(SELECT a.bytes FROM attribute a WHERE a.place = o.place AND a.sent ORDER BY a.attnum),
+           ARRAY(SELECT a.attnum FROM attribute a WHERE a.place = o.place AND a.sent ORDER BY a.attnum)
     FROM outbox o LEFT JOIN publication p ON true LEFT JOIN published t ON t.relid = o.oid
     UNION ALL
     SELECT o.place, 'member', c.relkind::text, c.relpersistence::text, NULL, NULL, false, false, NULL, NULL, NULL,
-           n.nspname::text, c.relname::text, c.relispartition, c.oid
+           n.nspname::text, c.relname::text, c.relispartition, c.oid, NULL, NULL
     FROM outbox o JOIN family f ON f.place = o.place AND f.oid <> o.oid
     JOIN pg_catalog.pg_class c ON c.oid = f.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     WHERE NOT c.relispartition AND c.relpersistence <> 't' OR c.relkind NOT IN ('r', 'p')
        OR c.relkind = 'r' AND c.relpersistence = 'u'
     UNION ALL
-    SELECT o.place, 'ancestor', '', '', NULL, NULL, false, false, NULL, NULL, NULL, n.nspname::text, c.relname::text, false, c.oid
+    SELECT o.place, 'ancestor', '', '', NULL, NULL, false, false, NULL, NULL, NULL, n.nspname::text, c.relname::text, false, c.oid, NULL, NULL
     FROM outbox o CROSS JOIN LATERAL pg_catalog.pg_partition_ancestors(o.oid) a (relid)
     JOIN published t ON t.relid = a.relid
     JOIN pg_catalog.pg_class c ON c.oid = a.relid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     WHERE o.relispartition AND a.relid <> o.oid
-    ORDER BY 1, 12, 13";
+    ORDER BY 1, 12, 13"
+    )
+}
 
 /// The publication's options, and each outbox table; `None` for what does not exist.
 async fn read(
@@ -239,7 +278,7 @@ async fn read(
         (&names, Type::TEXT_ARRAY),
         (&subscription.columns, Type::TEXT_ARRAY),
     ];
-    let rows = query_catalogue(client, FACTS, &parameters).await;
+    let rows = query_catalogue(client, &facts(), &parameters).await;
     let rows = rows.map_err(|error| sql_error("look at the publication", error))?;
     let mut options = None;
     let mut tables = vec![None; subscription.tables.len()];
@@ -261,6 +300,7 @@ async fn read(
             left_out: get(row, 8)?,
             generated: get(row, 9)?,
             members: get(row, 10)?,
+            sent: sent(row)?,
             ..Table::default()
         });
     }
@@ -282,6 +322,19 @@ async fn read(
         }
     }
     Ok((options, tables))
+}
+
+/// What the row of an outbox table says of its columns.
+fn sent(row: &Row) -> Result<Vec<SentColumn>> {
+    let (names, numbers): (Vec<&[u8]>, Vec<i16>) = (get(row, 15)?, get(row, 16)?);
+    let columns = names.into_iter().zip(numbers);
+    let columns = columns.map(|(name, number)| SentColumn {
+        // As the log's description of the table is read.
+        name: String::from_utf8_lossy(name).into_owned(),
+        number: u16::try_from(number).unwrap_or_default(),
+        is_read: false,
+    });
+    Ok(columns.collect())
 }
 
 /// Asks again, at most twice, when the publication is dropped while the statement runs: the statement's snapshot still shows it, and

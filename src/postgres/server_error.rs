@@ -204,6 +204,12 @@ pub fn is_unconvertible(error: &Error) -> bool {
     matches!(sqlstate(error), Some("22021" | "22P05"))
 }
 
+/// Whether a server refused to send a value because its type, or one that it is made of, has no binary form: `undefined_function` of an
+/// array, range or composite of such a type, `feature_not_supported` of a send function that only says so. As text it can be sent.
+pub fn is_without_binary_form(error: &Error) -> bool {
+    matches!(sqlstate(error), Some("42883" | "0A000"))
+}
+
 /// Turns an error of `tokio_postgres` into ours; `doing` completes "cannot …".
 ///
 /// Use it for every statement: it keeps row data out of the message, and knows which refusals pass with time.

@@ -5,6 +5,7 @@
 
 use tokio_postgres::{Client, Row, types::ToSql};
 
+use super::names::quote_ident;
 use super::server_error::sql_error;
 use crate::{Error, Lsn, Result};
 
@@ -13,6 +14,7 @@ pub const PLUGIN: &str = "pgoutput";
 
 /// A slot as `pg_replication_slots` shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // Each is a fact of the view.
 pub struct SlotState {
     /// Output plugin; `None` for a physical slot.
     pub plugin: Option<String>,
@@ -32,6 +34,10 @@ pub struct SlotState {
     pub invalidation_reason: Option<String>,
     /// Bytes of log that the server keeps for it.
     pub retained_bytes: Option<u64>,
+    /// Whether it streams prepared transactions when they are prepared, and not when they are committed.
+    pub two_phase: bool,
+    /// Whether it goes with the session that made it.
+    pub temporary: bool,
     /// Whether standbys take it over (Postgres 17+).
     pub failover: bool,
     /// Whether this server got it from its primary, which it may have been a standby of (Postgres 17+).
@@ -45,13 +51,30 @@ impl SlotState {
         let unnamed = lost.then_some("the log it needs was removed");
         self.invalidation_reason.as_deref().or(unnamed)
     }
+
+    /// Why what it streams cannot be published, if so: it was made by hand. (pgoutput follows the slot's option, also where the
+    /// subscriber does not ask for it.)
+    pub fn unfit_because(&self) -> Option<&'static str> {
+        self.two_phase
+            .then_some("it has the option two_phase, so it streams transactions that are prepared and may roll back")
+    }
+}
+
+/// What makes a slot with `two_phase` fit, for people.
+pub fn mend_two_phase(name: &str) -> String {
+    format!(
+        "Postgres 18 and later, which loses nothing: ALTER_REPLICATION_SLOT {} (TWO_PHASE false); as a statement of a replication \
+         connection (psql 'dbname=… replication=database'); else start walpost run with WALPOST_SLOT_LOST=recover, which makes the slot anew \
+         and publishes the rows in between from tables with txid and seq",
+        quote_ident(name)
+    )
 }
 
 /// The state of slot `name`; `None` when there is none.
 pub async fn slot_state(client: &Client, name: &str) -> Result<Option<SlotState>> {
     const SQL: &str = "
         SELECT plugin::text, database::text, active, active_pid, confirmed_flush_lsn::text, restart_lsn::text,
-               wal_status, to_jsonb(s) ->> 'invalidation_reason' AS invalidation_reason,
+               wal_status, two_phase, temporary, to_jsonb(s) ->> 'invalidation_reason' AS invalidation_reason,
                coalesce((to_jsonb(s) ->> 'failover')::bool, false) AS failover,
                coalesce((to_jsonb(s) ->> 'synced')::bool, false) AS synced,
                greatest(pg_wal_lsn_diff(
@@ -75,6 +98,8 @@ pub async fn slot_state(client: &Client, name: &str) -> Result<Option<SlotState>
             invalidation_reason: get(&row, "invalidation_reason")?,
             retained_bytes: get::<Option<i64>>(&row, "retained_bytes")?
                 .map(|bytes| u64::try_from(bytes).unwrap_or(0)),
+            two_phase: get(&row, "two_phase")?,
+            temporary: get(&row, "temporary")?,
             failover: get(&row, "failover")?,
             synced: get(&row, "synced")?,
         })

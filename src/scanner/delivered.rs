@@ -46,13 +46,16 @@ use super::streamed::{Run, StreamedRows};
 use super::table::ScanTable;
 use crate::meter::Meter;
 use crate::postgres::published::{self, Subscription};
-use crate::postgres::{PostgresConfig, SystemIdentity, TableName, connect_sql, sql_error};
+use crate::postgres::{PostgresConfig, SystemIdentity, TableName, connect_sql, slot, sql_error};
+use crate::upkeep::{Undone, Work};
 use crate::{Error, Lsn, Result};
 
 /// Handovers that wait to be taken. Each is at most [`StreamedRuns::FULL`](super::streamed::StreamedRuns::FULL) entries, and a pipe with so many takes no further row.
 const HANDOVERS: usize = 4;
 /// So often the tables are compared before rows count as missing.
 const LOOKS: u32 = 3;
+/// An old transaction is told of when so many rounds in a row were held up by it.
+const HELD_UP_ROUNDS: u32 = 3;
 /// How long after a refusal the catalogue is asked once more.
 const AGAIN: Duration = Duration::from_millis(200);
 /// A comparison may take a tenth of the time, not more: a table without an index on `txid` is read whole.
@@ -311,6 +314,10 @@ struct Task {
     /// See [`Carried::counted`].
     counted: Vec<bool>,
     short_rounds: u32,
+    /// Rounds in a row that failed.
+    failures: u32,
+    /// The oldest running transaction while there are buckets, and for how many rounds.
+    held_up: (u64, u32),
     /// The row in `walpost.progress` is as the last statement left it.
     is_known: bool,
     /// [`Heard::done`] at the last note.
@@ -366,6 +373,8 @@ impl Task {
                 .map(|(counted, scannable)| *counted && *scannable)
                 .collect(),
             short_rounds: start.carried.short_rounds,
+            failures: 0,
+            held_up: (0, 0),
             is_known: true,
             noted: 0,
             start,
@@ -376,7 +385,9 @@ impl Task {
         let mut pause = self.start.interval;
         loop {
             let began = Instant::now();
-            let over = match self.round(&mut pause).await {
+            let round = self.round(&mut pause).await;
+            self.tell_failure(round.as_ref().err());
+            let over = match round {
                 Ok(Round::Over) => false,
                 Ok(Round::Interrupted) => true,
                 Ok(Round::Missing) => self.end_stream(Verdict::Missing).await,
@@ -408,6 +419,16 @@ impl Task {
             // Nobody waits any more: the process is about to end.
             let _nobody = answer.send(carried);
         }
+    }
+
+    /// One failure may be a connection that is lost; the second in a row is a state, for readiness and `/status`.
+    fn tell_failure(&mut self, failure: Option<&Error>) {
+        let mut undone = Undone::default();
+        self.failures = failure.map_or(0, |_| self.failures + 1);
+        if let Some(error) = failure.filter(|_| self.failures > 1) {
+            undone.add("walpost.progress", error);
+        }
+        self.start.meter.upkeep().set(Work::Note, undone);
     }
 
     /// The connector hears of it, and ends this task; true when it did.
@@ -515,7 +536,11 @@ impl Task {
             }
             let began = Instant::now();
             let streamed = self.heard.streamed.clone();
-            let Some(upto) = edge(&streamed, &taken, stored.as_ref())? else {
+            let end = edge(&streamed, &taken, stored.as_ref())?;
+            if looks == 1 && end.as_ref() != Some(&taken) {
+                self.tell_held_up(client, &taken).await?;
+            }
+            let Some(upto) = end else {
                 return Ok(Round::Over);
             };
             let found = match stored.as_ref().filter(|_| self.start.compares) {
@@ -589,6 +614,29 @@ impl Task {
             })
         };
         self.heard.during(asked).await.transpose()
+    }
+
+    /// What can be noted ends before the oldest running transaction, because there are buckets. Says once if that stays the same one.
+    async fn tell_held_up(&mut self, client: &Client, taken: &Snapshot) -> Result<()> {
+        let taken = VisibleXids::parse(taken)?;
+        let (xmin, rounds) = self.held_up;
+        let rounds = if xmin == taken.xmin() { rounds + 1 } else { 1 };
+        self.held_up = (taken.xmin(), rounds);
+        if rounds != HELD_UP_ROUNDS {
+            return Ok(());
+        }
+        let behind = taken.xmax().to_string();
+        let asking = slot::still_running(client, &behind);
+        let Some(running) = self.heard.during(asking).await else {
+            return Ok(());
+        };
+        if let Some(holder) = running?.first() {
+            warn!(
+                "what is delivered is not noted until an old transaction ends: {holder} (rows arrive and stay pending; more transactions have \
+                 come since it began than can be counted one by one)"
+            );
+        }
+        Ok(())
     }
 
     /// Waits until everything before this position is confirmed; `None`: it is.

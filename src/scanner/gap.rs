@@ -309,7 +309,13 @@ async fn ready(
         return Ok(Ready::Nothing(seen));
     };
     let slot = gap.claim.slot();
-    table.refuse_from_elsewhere(gap.rows, slot).await?;
+    match table.refuse_from_elsewhere(gap.rows, slot).await {
+        // What a comparison has found are other rows. Those of the future wait until the cluster comes to their txid: then they are compared.
+        Err(error) if progress.position.missing.is_some() && !error.is_temporary() => {
+            warn!(table = %name, "these rows are left out: {}", error.report());
+        }
+        looked => looked?,
+    }
     table.refuse_unscannable(gap.rows, slot, &rows).await?;
     Ok(Ready::Rows(Chosen {
         table,

@@ -25,6 +25,9 @@ use crate::pulsar::{PublisherConfig, RowQueue};
 use crate::retry::Backoff;
 use crate::{Error, Result};
 
+const GRANT: &str =
+    "GRANT SELECT, INSERT, UPDATE ON walpost.after_publish TO the role that walpost runs as";
+
 /// The tasks; they end when this is dropped.
 #[derive(Debug, Default)]
 pub struct Modes {
@@ -62,6 +65,7 @@ pub async fn prepare(client: &Client, config: &Config) -> Result<Vec<OutboxTable
     let tables = OutboxTable::read_all(client, config).await?;
     for table in &tables {
         table.check_after_publish(mode)?;
+        table.check_row_movement(config)?;
         if config.retention.is_some() {
             table.check_retention(mode)?;
         }
@@ -107,10 +111,8 @@ async fn note_mode(client: &Client, config: &Config) -> Result<()> {
         return Err(no_table(config.after_publish));
     }
     let noted = client.execute(SQL, &[&config.slot, &mode]).await;
-    let changed = noted.map_err(|error| {
-        sql_error("note the mode in walpost.after_publish", error)
-            .hint("GRANT SELECT, INSERT, UPDATE ON walpost.after_publish TO the role that walpost runs as")
-    })?;
+    let changed = noted
+        .map_err(|error| sql_error("note the mode in walpost.after_publish", error).hint(GRANT))?;
     if changed > 0 {
         info!(
             mode,
@@ -134,7 +136,9 @@ async fn note_keep(client: &Client, config: &Config) -> Result<()> {
         let sql =
             "UPDATE walpost.after_publish SET mode = 'keep' WHERE slot = $1 AND mode <> 'keep'";
         let noted = client.execute(sql, &[&config.slot]).await;
-        noted.map_err(|error| sql_error("note the mode in walpost.after_publish", error))?;
+        noted.map_err(|error| {
+            sql_error("note the mode in walpost.after_publish", error).hint(GRANT)
+        })?;
     }
     Ok(())
 }

@@ -6,7 +6,7 @@
 use tokio_postgres::{Client, Row};
 
 use super::rows::{held, printed};
-use crate::config::{AfterPublish, Config};
+use crate::config::{AfterPublish, Config, Mode};
 pub use crate::outbox::{SEQ, TXID};
 use crate::postgres::{TableName, name_bytes, quote_ident, sql_error};
 use crate::{Error, Result};
@@ -21,6 +21,10 @@ pub struct Column {
     pub name: String,
     /// Its type, as SQL has it.
     pub sql_type: String,
+    /// Its type is `xid8`, or a domain over it.
+    is_xid8: bool,
+    /// Its type is a number, or a domain over one.
+    is_number: bool,
     /// Where its type's own operators are, if not in `pg_catalog`, which alone is in the `search_path`.
     operators_in: Option<String>,
 }
@@ -40,6 +44,23 @@ impl Column {
         self.operators_in.is_some()
     }
 }
+
+/// SQL: the facts of table `$2` in schema `$1`.
+const TABLE: &str = "
+    SELECT c.oid, c.relkind = 'p', current_user::text,
+           CASE WHEN EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'sent_at')
+                THEN has_column_privilege(c.oid, 'sent_at', 'UPDATE') ELSE false END,
+           has_table_privilege(c.oid, 'DELETE'), has_table_privilege(c.oid, 'SELECT'),
+           pg_has_role(c.relowner, 'USAGE'), pg_get_userbyid(c.relowner)::text,
+           getdatabaseencoding() = 'SQL_ASCII',
+           -- The columns of a partition key, and those that its expressions name, depend on the table itself.
+           EXISTS (SELECT FROM pg_partition_tree(c.oid) p
+                   JOIN pg_attribute a ON a.attrelid = p.relid AND a.attname = 'sent_at'
+                   JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = a.attrelid AND d.objsubid = a.attnum
+                       AND d.refclassid = 'pg_class'::regclass AND d.refobjid = a.attrelid AND d.refobjsubid = 0
+                       AND d.deptype = 'i')
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = $1 AND c.relname = $2";
 
 /// SQL: whether a unique index covers the ids of table `$1` in column `$2`.
 const IDS: &str = "
@@ -66,10 +87,12 @@ pub struct OutboxTable {
     pub has_sent_at: bool,
     /// Whether there is a `txid` of type `xid8`.
     pub has_txid: bool,
-    /// Whether there is a `seq`: without it the scan of a gap leaves the table out.
-    has_seq: bool,
+    /// Whether there is a `seq` that is a number: without it the scan of a gap leaves the table out.
+    pub has_seq: bool,
     /// Whether it is partitioned.
     pub partitioned: bool,
+    /// Whether `sent_at` is in its partition key, or in that of one of its partitions.
+    parted_by_sent_at: bool,
     /// Whether the role has the owner's rights.
     owned: bool,
     /// Whether an index begins with the id.
@@ -96,22 +119,13 @@ impl OutboxTable {
     /// # Errors
     /// Refused when there is no such table, or it has no column for the id.
     pub async fn read(client: &Client, name: &TableName, config: &Config) -> Result<Self> {
-        const TABLE: &str = "
-            SELECT c.oid, c.relkind = 'p', current_user::text,
-                   CASE WHEN EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'sent_at')
-                        THEN has_column_privilege(c.oid, 'sent_at', 'UPDATE') ELSE false END,
-                   has_table_privilege(c.oid, 'DELETE'), has_table_privilege(c.oid, 'SELECT'),
-                   pg_has_role(c.relowner, 'USAGE'), pg_get_userbyid(c.relowner)::text,
-                   getdatabaseencoding() = 'SQL_ASCII'
-            FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-            WHERE n.nspname = $1 AND c.relname = $2";
         const INDEXES: &str = "
             SELECT coalesce(bool_or(indkey[0] = $2 AND indpred IS NULL), false),
                    coalesce(bool_or(indkey[0] = $3 AND pg_get_expr(indpred, indrelid) = '(sent_at IS NULL)'), false)
             FROM pg_index WHERE indrelid = $1 AND indisvalid";
         // A name that is no UTF-8 must not be an error: no setting can mean that column.
         let columns_sql = format!(
-            "SELECT {}, {}, attnum, (
+            "SELECT {}, {}, a.attnum, (
                  WITH RECURSIVE base AS (
                      SELECT * FROM pg_type WHERE oid = atttypid
                      UNION ALL
@@ -121,8 +135,15 @@ impl OutboxTable {
                  JOIN pg_operator o ON o.oprname = '=' AND o.oprleft = base.oid AND o.oprright = base.oid
                  JOIN pg_namespace n ON n.oid = base.typnamespace AND n.oid = o.oprnamespace
                  WHERE n.nspname <> 'pg_catalog'
-             )
-             FROM pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
+             ), (
+                 WITH RECURSIVE base AS (
+                     SELECT t.oid, t.typtype, t.typbasetype FROM pg_type t WHERE t.oid = atttypid
+                     UNION ALL
+                     SELECT t.oid, t.typtype, t.typbasetype FROM base JOIN pg_type t ON base.typtype = 'd' AND t.oid = base.typbasetype
+                 )
+                 SELECT format_type(oid, NULL) = 'xid8' FROM base WHERE typtype <> 'd'
+             ), (SELECT typcategory = 'N' FROM pg_type WHERE oid = atttypid)
+             FROM pg_attribute a WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
             name_bytes("attname"),
             name_bytes("format_type(atttypid, atttypmod)")
         );
@@ -143,6 +164,8 @@ impl OutboxTable {
                 name: text(column, 0),
                 sql_type: text(column, 1),
                 operators_in: column.get(3),
+                is_xid8: column.get(4),
+                is_number: column.get(5),
             })
             .collect();
         let find = |name: &str| columns.iter().find(|column| column.name == name).cloned();
@@ -169,8 +192,8 @@ impl OutboxTable {
             name: name.clone(),
             created_at: find(&config.columns.created_at).filter(is_time),
             has_sent_at: find(SENT_AT).is_some_and(|column| is_time(&column)),
-            has_txid: find(TXID).is_some_and(|column| column.sql_type == "xid8"),
-            has_seq: find(SEQ).is_some(),
+            has_txid: find(TXID).is_some_and(|column| column.is_xid8),
+            has_seq: find(SEQ).is_some_and(|column| column.is_number),
             has_id_index: indexed.get(0),
             has_unique_id: ids.get(0),
             number: [SEQ, TXID].into_iter().find(|name| find(name).is_some()),
@@ -185,6 +208,7 @@ impl OutboxTable {
             owned: row.get(6),
             owner: row.get(7),
             takes_any_bytes: row.get(8),
+            parted_by_sent_at: row.get(9),
         })
     }
 
@@ -195,6 +219,19 @@ impl OutboxTable {
             tables.push(Self::read(client, name, config).await?);
         }
         Ok(tables)
+    }
+
+    /// The statements that add a column by this definition, which begins with its name. One that has the name and another type gives it up.
+    pub fn add_column(&self, definition: &str) -> String {
+        let (table, name) = (&self.name, definition.split(' ').next().unwrap_or_default());
+        let add = format!("ALTER TABLE {table} ADD COLUMN {definition};");
+        match self.columns.iter().find(|column| column.name == name) {
+            None => add,
+            Some(known) => format!(
+                "where nothing else names column {name} ({}): ALTER TABLE {table} RENAME COLUMN {name} TO {name}_before; {add}",
+                known.sql_type
+            ),
+        }
     }
 
     /// Whether the role can look up the `seq` of a row by its id, by an index.
@@ -263,10 +300,11 @@ impl OutboxTable {
             AfterPublish::Keep => return Ok(()),
             AfterPublish::Mark if !self.has_sent_at => {
                 return Err(Error::refused(format!(
-                    "table {name} has no column sent_at, which WALPOST_AFTER_PUBLISH=mark sets"
+                    "table {name} has no column sent_at of type timestamptz, which WALPOST_AFTER_PUBLISH=mark sets"
                 ))
                 .hint(format!(
-                    "ALTER TABLE {name} ADD COLUMN sent_at timestamptz; or set WALPOST_AFTER_PUBLISH to keep or delete"
+                    "{} or set WALPOST_AFTER_PUBLISH to keep or delete",
+                    self.add_column("sent_at timestamptz")
                 )));
             }
             AfterPublish::Mark if !self.may_update => return Err(lack("set sent_at in")),
@@ -277,6 +315,21 @@ impl OutboxTable {
             return Err(lack("read"));
         }
         Ok(())
+    }
+
+    /// Refuses a table whose rows the mode mark would move to another partition: the log holds that as a deletion and an insertion, and the
+    /// stream would bring each row once more. (Poll mode knows rows by `txid`, which stays.)
+    pub fn check_row_movement(&self, config: &Config) -> Result<()> {
+        let marks = config.after_publish == AfterPublish::Mark && config.mode == Mode::Stream;
+        if !(marks && self.parted_by_sent_at) {
+            return Ok(());
+        }
+        let name = &self.name;
+        Err(Error::refused(format!(
+            "table {name} is partitioned by sent_at, which WALPOST_AFTER_PUBLISH=mark sets: each marked row moves to another partition, and \
+             the stream brings it as a new one"
+        ))
+        .hint("partition it by another column (created_at), or set WALPOST_AFTER_PUBLISH to keep or delete"))
     }
 
     /// Refuses a retention that the table cannot have.
@@ -307,8 +360,9 @@ impl OutboxTable {
                 "table {name} has no column {what}, so it cannot be told which rows WALPOST_RETENTION may delete"
             ))
             .hint(format!(
-                "ALTER TABLE {name} ADD COLUMN {column}; its rows may count as delivered then: send those that were never published \
-                 (from before the slot) with walpost replay --execute before WALPOST_RETENTION is set; or set WALPOST_RETENTION to none"
+                "{} its rows may count as delivered then: send those that were never published \
+                 (from before the slot) with walpost replay --execute before WALPOST_RETENTION is set; or set WALPOST_RETENTION to none",
+                self.add_column(column)
             )));
         }
         if !self.may_delete || !self.may_select {

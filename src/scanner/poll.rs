@@ -408,7 +408,7 @@ async fn check_tables(client: &Client, config: &Config) -> Result<()> {
     for name in &config.outbox_tables {
         if ScanTable::describe(client, name).await?.is_none() {
             return Err(Error::refused(format!(
-                "table {name} does not exist, or has no columns txid and seq, by which poll mode finds new rows"
+                "table {name} does not exist, or has no columns txid (xid8) and seq (bigint), by which poll mode finds new rows"
             ))
             .hint(format!(
                 "walpost init; or ALTER TABLE {name} ADD COLUMN txid xid8 NOT NULL DEFAULT pg_current_xact_id(), \

@@ -15,6 +15,7 @@
 //! | as it was left, or behind that (a server that crashed forgets the last positions) | ours | it is streamed |
 //! | no slot, or Postgres has invalidated it | lost | made anew, and the gap is scanned |
 //! | what it would bring cannot be read: the log holds rows from a time in which the publication or the table was wrong | lost | the same |
+//! | it was made by hand with the option `two_phase`: it streams transactions that may still roll back | lost | the same |
 //! | it stands beyond what it was ever told, or beyond the end of the log | lost | the same |
 //! | another timeline, and the slot is not one that this server kept in step with its primary's (`synced`, Postgres 17+) | lost | the same |
 //! | another timeline, and the slot is `synced` | unknown | kept, and the table is scanned up to now: a straggler's row, or the last progress, may not have reached the standby |
@@ -341,7 +342,7 @@ fn cannot_recover(slot: &str, why: &str, tables: &[TableName]) -> Error {
     let names: Vec<String> = tables.iter().map(ToString::to_string).collect();
     let mends: Vec<String> = tables.iter().map(add_columns).collect();
     Error::refused(format!(
-        "replication slot {slot}: {why}; rows that are not delivered yet cannot be read from {}, which has no columns txid and seq",
+        "replication slot {slot}: {why}; rows that are not delivered yet cannot be read from {}, which has no columns txid (xid8) and seq (bigint)",
         names.join(", ")
     ))
     .hint(format!(
@@ -356,7 +357,7 @@ fn cannot_recover(slot: &str, why: &str, tables: &[TableName]) -> Error {
 fn add_columns(name: &TableName) -> String {
     format!(
         "ALTER TABLE {name} ADD COLUMN txid xid8 NOT NULL DEFAULT pg_current_xact_id(), \
-         ADD COLUMN seq bigint GENERATED ALWAYS AS IDENTITY (rewrites the table under an exclusive lock; without that, see \
+         ADD COLUMN seq bigint GENERATED ALWAYS AS IDENTITY (rewrites the table under an exclusive lock, and a column of another type is renamed first; without that lock, see \
          \"Adding txid and seq to a table in use\" in OPERATIONS.md)"
     )
 }
@@ -394,6 +395,9 @@ fn judge(
     }
     if let Some(reason) = state.lost_because() {
         return Verdict::Lost(format!("it is lost ({reason})"));
+    }
+    if let Some(why) = state.unfit_because() {
+        return Verdict::Lost(why.to_owned());
     }
     let stands = state.confirmed_flush.unwrap_or(Lsn::ZERO);
     if stands > here.log_end {
@@ -483,6 +487,9 @@ fn changed_since(state: Option<&SlotState>, known: Lsn) -> Option<String> {
     };
     if let Some(reason) = state.lost_because() {
         return Some(format!("was lost ({reason})"));
+    }
+    if state.two_phase {
+        return Some("was made anew with two_phase".to_owned());
     }
     let stands = state.confirmed_flush.filter(|stands| *stands > known)?;
     Some(format!("moved from {known} to {stands}"))
@@ -604,6 +611,8 @@ mod tests {
             wal_status: Some("reserved".into()),
             invalidation_reason: None,
             retained_bytes: None,
+            two_phase: false,
+            temporary: false,
             failover: false,
             synced: false,
         }
@@ -659,6 +668,9 @@ mod tests {
         let mut lost = slot(1);
         lost.wal_status = Some("lost".into());
         assert!(is_lost(&judge(Some(&lost), &crashed, &new)));
+        let mut two_phase = slot(90);
+        two_phase.two_phase = true;
+        assert!(is_lost(&judge(Some(&two_phase), &stopped, &new)));
         // Made by us and never streamed: it stands where it was made.
         let made = Progress {
             scan_before: Some("1:1:".to_owned()),

@@ -14,6 +14,11 @@
 //! same rows of the table. What is lost is precision: the rows of a whole bucket are published when one row of it is missing, and a row
 //! that was deleted from the table can hide a missing one of the same bucket. Only whole buckets are compared: the snapshot that is
 //! noted then ends at the edge of one, below every running transaction. Buckets end when nothing is counted any more.
+//!
+//! So a transaction that writes for long, or one that is prepared and left, holds up all notes once there are buckets: rows arrive, stay
+//! `pending`, and no retention takes them. Nothing is lost, the counts stay bounded, and the next note behind it compares all of it. That is
+//! not mended: a bucket with a running transaction in it has rows that the table does not show yet, and to know which of the streamed rows are
+//! of visible transactions would take the count of each. [`super::delivered`] says which transaction it is.
 
 use std::collections::BTreeMap;
 

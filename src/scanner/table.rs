@@ -11,7 +11,7 @@ use super::outbox::{SEQ, TXID};
 use super::progress::Snapshot;
 use super::rows::{Raw, RowReader, TextAs, decode, is_unconvertible, printed};
 use crate::outbox::{Extractor, RowNumber};
-use crate::pgoutput::types::{INT2, INT4, INT8};
+use crate::pgoutput::types::{INT2, INT4, INT8, XID8};
 use crate::pgoutput::{Relation, Tuple};
 use crate::postgres::{TableName, quote_literal, sql_error};
 use crate::{Error, Result};
@@ -82,24 +82,32 @@ impl ScanRow {
 }
 
 impl ScanTable {
-    /// Looks at a table; `None` when it does not exist, or lacks `txid` or `seq`, so that it cannot be scanned.
+    /// Looks at a table; `None` when it does not exist, or lacks `txid` of type `xid8` or a `seq` that is a number, so that it cannot be
+    /// scanned. (A domain over such a type will do.)
     pub async fn describe(client: &Client, name: &TableName) -> Result<Option<Self>> {
         let Some((relation, reader)) = RowReader::describe(client, name).await? else {
             return Ok(None);
         };
-        let (Some(seq), Some(_)) = (relation.position(SEQ), relation.position(TXID)) else {
+        let (Some(seq), Some(txid)) = (relation.position(SEQ), relation.position(TXID)) else {
             return Ok(None);
         };
+        if relation.columns[txid].type_oid != XID8 {
+            return Ok(None);
+        }
         let seq = match relation.columns[seq].type_oid {
             INT8 | INT4 | INT2 => format!("o.{SEQ}::pg_catalog.int8"),
             _ => printed(&format!("o.{SEQ}")),
         };
         let head = format!("{seq}, o.{TXID}");
         let sql = "SELECT coalesce(bool_or(attname = $2 AND attidentity = 'a'), false),
-                          coalesce(bool_or(attname = $3 AND NOT attnotnull), false)
-                   FROM pg_attribute WHERE attrelid = $1 AND attname IN ($2, $3)";
+                          coalesce(bool_or(attname = $3 AND NOT attnotnull), false),
+                          coalesce(bool_or(attname = $2 AND typcategory = 'N'), false)
+                   FROM pg_attribute JOIN pg_type t ON t.oid = atttypid WHERE attrelid = $1 AND attname IN ($2, $3)";
         let row = client.query_one(sql, &[&relation.id, &SEQ, &TXID]).await;
         let row = row.map_err(|error| sql_error("look at the outbox table", error))?;
+        if !row.get::<_, bool>(2) {
+            return Ok(None);
+        }
         Ok(Some(Self {
             name: name.clone(),
             relation,

@@ -89,29 +89,44 @@ async fn wal_level(client: &Client) -> Result<Finding> {
 /// Rights beyond those that streaming itself needs: on the tables, for the scanner, and on walpost's own.
 async fn rights(client: &Client, config: &Config) -> Result<Finding> {
     const OWN: &str = "
-        SELECT format('GRANT SELECT, INSERT, UPDATE, DELETE ON walpost.%I TO %I;', c.relname, current_user)
-        FROM pg_class c
-        WHERE c.relnamespace = to_regnamespace('walpost') AND c.relname IN ('progress', 'straggler')
-          AND NOT coalesce((SELECT bool_and(has_table_privilege(c.oid, p)) FROM unnest(CASE c.relname
-              WHEN 'progress' THEN array['SELECT', 'INSERT', 'UPDATE']
-              ELSE array['SELECT', 'INSERT', 'UPDATE', 'DELETE'] END) p), false)
+        SELECT format('GRANT %s ON walpost.%I TO %I;', w.rights, c.relname, current_user)
+        FROM (VALUES ('progress', 'SELECT, INSERT, UPDATE'), ('straggler', 'SELECT, INSERT, UPDATE, DELETE'),
+                     ('discarded', 'SELECT, INSERT, DELETE'), ('after_publish', 'SELECT, INSERT, UPDATE'),
+                     ('left_undone', 'SELECT, INSERT, UPDATE')) w (name, rights)
+        JOIN pg_class c ON c.relnamespace = to_regnamespace('walpost') AND c.relname = w.name
+        WHERE NOT (SELECT bool_and(has_table_privilege(c.oid, p)) FROM regexp_split_to_table(w.rights, ', ') p)
         UNION ALL
         SELECT format('GRANT USAGE ON SCHEMA walpost TO %I;', current_user)
         WHERE to_regnamespace('walpost') IS NOT NULL AND NOT has_schema_privilege(to_regnamespace('walpost'), 'USAGE')";
+    // Who notes what is delivered compares the tables with the stream.
+    const NOTES: &str = "
+        SELECT coalesce(bool_or(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+                                AND has_table_privilege(c.oid, 'UPDATE')), false)
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'walpost' AND c.relname = 'progress'";
     const TABLE: &str = "
         SELECT current_user::text, coalesce(bool_or(has_table_privilege(c.oid, 'SELECT')), true)
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = $2";
     let failed = |error| sql_error("read the role's rights", error);
     let own = client.query(OWN, &[]).await.map_err(failed)?;
     let mut mends: Vec<String> = own.iter().map(|row| row.get(0)).collect();
-    let mut user = String::new();
+    let notes = client.query_one(NOTES, &[]).await.map_err(failed)?;
+    let notes: bool = notes.get(0);
+    let (mut user, mut unread) = (String::new(), Vec::new());
     for name in &config.outbox_tables {
         let row = client.query_one(TABLE, &[&name.schema, &name.name]).await;
         let row = row.map_err(failed)?;
         user = row.get(0);
         if !row.get::<_, bool>(1) {
             mends.push(format!("GRANT SELECT ON {name} TO {};", quote_ident(&user)));
+            unread.push(name.to_string());
         }
+    }
+    if notes && !unread.is_empty() {
+        return Err(Error::refused(format!(
+            "role {user} may not read {}: what is delivered cannot be noted, of no table",
+            unread.join(", ")
+        ))
+        .hint(mends.join(" ")));
     }
     if mends.is_empty() {
         return Ok(Finding::ok(
@@ -292,6 +307,8 @@ mod tests {
             wal_status: None,
             invalidation_reason: None,
             retained_bytes: Some(retained_bytes),
+            two_phase: false,
+            temporary: false,
             failover: false,
             synced: false,
         }

@@ -85,6 +85,7 @@ fn ids(table: &OutboxTable) -> Option<Finding> {
 /// The modes that are asked for.
 fn possible(table: &OutboxTable, config: &Config) -> Result<(), Error> {
     table.check_after_publish(config.after_publish)?;
+    table.check_row_movement(config)?;
     if config.retention.is_some() {
         table.check_retention(config.after_publish)?;
     }
@@ -99,8 +100,7 @@ fn lacks(table: &OutboxTable, config: &Config) -> (Vec<String>, Vec<String>) {
         cannot.push(what.to_owned());
         mends.push(mend);
     };
-    let add = |column: &str| format!("ALTER TABLE {name} ADD COLUMN {column};");
-    let has = |column: &str| table.columns.iter().any(|known| known.name == column);
+    let add = |definition: &str| table.add_column(definition);
     if !table.has_txid {
         lack(
             "status, gap scan and retention, nor a comparison with what the stream brought (no column txid of type xid8)",
@@ -110,15 +110,15 @@ fn lacks(table: &OutboxTable, config: &Config) -> (Vec<String>, Vec<String>) {
             )),
         );
     }
-    if !has(SEQ) {
+    if !table.has_seq {
         lack(
-            "a gap scan in the order of insertion (no column seq)",
+            "a gap scan in the order of insertion (no column seq that is a number)",
             add(&format!("{SEQ} bigint GENERATED ALWAYS AS IDENTITY")),
         );
     }
     if !table.has_sent_at {
         lack(
-            "the mode mark (no column sent_at)",
+            "the mode mark (no column sent_at of type timestamptz)",
             add(&format!("{SENT_AT} timestamptz")),
         );
     }

@@ -3,7 +3,7 @@
 use tokio_postgres::{Client, GenericClient};
 
 use crate::config::{Config, Mode};
-use crate::postgres::slot::{PLUGIN, SlotState};
+use crate::postgres::slot::{PLUGIN, SlotState, mend_two_phase};
 use crate::postgres::{TableName, quote_literal, sql_error};
 use crate::{Error, Result};
 
@@ -175,6 +175,7 @@ impl Table {
     pub(super) fn has_status_columns(&self) -> bool {
         let mut columns = ["txid", "seq", "sent_at", "created_at"].iter();
         columns.all(|column| self.column_type(column).is_some())
+            && self.column_type("txid") == Some("xid8")
     }
 
     /// Whether `walpost.emit` can insert into it.
@@ -438,6 +439,11 @@ pub(super) fn check_slot(name: &str, slot: &SlotState, server: &Server) -> Resul
             quote_literal(name)
         )));
     }
+    if let Some(why) = slot.unfit_because() {
+        return Err(
+            Error::refused(format!("slot {name} is there, but {why}")).hint(mend_two_phase(name))
+        );
+    }
     Ok(())
 }
 
@@ -469,6 +475,8 @@ mod tests {
             wal_status: Some("reserved".to_owned()),
             invalidation_reason: None,
             retained_bytes: None,
+            two_phase: false,
+            temporary: false,
             failover: false,
             synced: false,
         }
@@ -518,6 +526,7 @@ mod tests {
         assert!(said(&|s| s.plugin = None).contains("physical"));
         assert!(said(&|s| s.plugin = Some("wal2json".to_owned())).contains("wal2json"));
         assert!(said(&|s| s.database = Some("x".to_owned())).contains("of database x"));
+        assert!(said(&|s| s.two_phase = true).contains("two_phase"));
         let lost = said(&|s| s.wal_status = Some("lost".to_owned()));
         assert!(lost.contains("pg_drop_replication_slot('s')"), "{lost}");
     }
