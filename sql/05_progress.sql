@@ -31,7 +31,8 @@ alter table walpost.progress add column if not exists timeline integer;
 alter table walpost.progress add column if not exists tables jsonb;
 -- How many rows the stream brought since "delivered", written when the process stopped in good order.
 alter table walpost.progress add column if not exists streamed jsonb;
--- Names the state of the publication before "delivered" (of a gap: "scan_upto") was taken: another one now says that it was changed since.
-alter table walpost.progress add column if not exists publication text;
+-- Version of the publication and of the tables' definitions, read before "delivered" (in a gap: "scan_upto"). A different version now means that one
+-- of them was changed.
+alter table walpost.progress add column if not exists catalog text;
 
 do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

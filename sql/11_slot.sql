@@ -73,20 +73,14 @@ end
 $walpost$;
 
 -- Noted before there is a slot: of one that is left behind half done "walpost run" then knows that it is.
-insert into walpost.progress as p (slot, system_id, scan_before, timeline, publication)
+insert into walpost.progress as p (slot, system_id, scan_before, timeline)
     select current_setting('walpost.slot'), c.system_identifier::text, current_setting('walpost.scan_before')::pg_snapshot,
-           ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int,
-           -- Its version, which every change of it changes.
-           (select b.oid::text || ':' || b.xmin::text || ':' || hashtextextended(coalesce(
-                       string_agg(d.classid::text || '.' || d.objid::text, ',' order by d.classid, d.objid), ''), 0)::text
-            from pg_publication b
-            left join pg_depend d on d.refclassid = 'pg_publication'::regclass and d.refobjid = b.oid
-            where b.pubname = /*:publication*/ 'walpost' group by b.oid, b.xmin)
+           ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int
     from pg_control_system() c
     where current_setting('walpost.scan_before') <> ''
     on conflict (slot) do update
     set scan_before = excluded.scan_before, scan_upto = null, scan_position = null, confirmed_lsn = null, streamed = null,
-        timeline = excluded.timeline, publication = excluded.publication, updated_at = clock_timestamp()
+        timeline = excluded.timeline, catalog = null, updated_at = clock_timestamp()
     where p.system_id = excluded.system_id;
 
 execute walpost_make_slot (current_setting('walpost.slot'), current_setting('walpost.scan_before'));

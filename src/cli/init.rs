@@ -499,7 +499,7 @@ async fn lock_slot(client: &Client, slot: &str) -> Result<()> {
 
 async fn make_slot(client: &Client, config: &Config) -> Result<String> {
     let slot = &config.slot;
-    let creating = slot_maker::make_slot(client, slot, &config.publication);
+    let creating = slot_maker::make_slot(client, slot, &config.publication, &config.outbox_tables);
     let created = waiting::naming_holders(&config.postgres, waiting::SLOT_WAITS, creating).await;
     let made = match created {
         Ok(_) => true,

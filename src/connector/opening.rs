@@ -250,9 +250,9 @@ impl Connector {
         }
         let began = progress::snapshot(client).await?;
         // Behind the snapshot: see `reconcile`.
-        let publication = published::version(client, &self.config.publication).await?;
-        let stored = &prepared.progress.publication;
-        let was_changed = stored.is_some() && *stored != publication;
+        let tables = &self.config.outbox_tables;
+        let catalog = published::version(client, &self.config.publication, tables).await?;
+        let was_changed = prepared.progress.catalog != catalog;
         let Some((log, _)) = &self.pipe else {
             return Err(Error::bug("there is no pipe to note anything of"));
         };
@@ -262,7 +262,7 @@ impl Connector {
             .is_some_and(|carried| carried.streamed.is_some());
         if config.reconcile && !is_known && was_changed {
             warn!(
-                "the process before did not stop in good order, and the publication was changed since the last note of what is delivered: \
+                "the process before did not stop in good order, and the publication or a table was changed since the last note of what is delivered: \
                  all rows committed since that note are published from the table, also those that were streamed"
             );
         } else if config.reconcile && !is_known {
@@ -391,7 +391,8 @@ impl Connector {
             if prepared.unknown.is_none() {
                 return Ok((scanned, stragglers));
             }
-            recovery::scan_up_to_now(client, &self.config.publication, prepared).await?;
+            let (publication, tables) = (&self.config.publication, &self.config.outbox_tables);
+            recovery::scan_up_to_now(client, publication, tables, prepared).await?;
         }
     }
 

@@ -141,25 +141,56 @@ pub async fn relations(
     Ok(relations)
 }
 
-/// A text that changes with every change of the publication, and never comes back to an earlier value; `None` where there is none.
+/// A text that changes with every change of what keeps rows out of the stream: the publication, and the definitions of the outbox tables and
+/// their partitions. It never comes back to an earlier value. `None` where there is no publication.
 ///
-/// A change of its options is a new version of its row. Each table or schema in it, with filter and columns, is a row of its own, which
-/// has an OID and depends on the publication; a change of it is a new row. (`pg_publication_namespace` does not exist before
-/// Postgres 15, the dependencies do.)
+/// A change of the publication's options is a new version of its row. Each table or schema in it, with filter and columns, is a row of its
+/// own, which has an OID and depends on the publication; a change of it is a new row. (`pg_publication_namespace` does not exist before
+/// Postgres 15, the dependencies do.) `ALTER TABLE` (`SET UNLOGGED`, `SET SCHEMA`, `RENAME`) makes a new version of the table's row,
+/// `ATTACH PARTITION` a new row in `pg_inherits`. VACUUM and ANALYZE change a table's row in place.
 ///
 /// # Errors
 /// Temporary when the server is away.
-pub async fn version(client: &impl GenericClient, publication: &str) -> Result<Option<String>> {
+pub async fn version(
+    client: &impl GenericClient,
+    publication: &str,
+    tables: &[TableName],
+) -> Result<Option<String>> {
     const SQL: &str = "
-        SELECT p.oid::text || ':' || p.xmin::text || ':' || pg_catalog.hashtextextended(coalesce(
-                   pg_catalog.string_agg(d.classid::text || '.' || d.objid::text, ',' ORDER BY d.classid, d.objid), ''), 0)::text
-        FROM pg_catalog.pg_publication p
-        LEFT JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_publication'::pg_catalog.regclass AND d.refobjid = p.oid
-        WHERE p.pubname = $1 GROUP BY p.oid, p.xmin";
-    let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&publication, Type::TEXT)];
+        WITH RECURSIVE family AS (
+            SELECT c.oid, ''::text AS attached FROM ROWS FROM (pg_catalog.unnest($2), pg_catalog.unnest($3)) AS w (schema, name)
+            JOIN pg_catalog.pg_namespace n ON n.nspname = w.schema
+            JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = w.name
+            UNION
+            SELECT i.inhrelid, i.xmin::text FROM family f JOIN pg_catalog.pg_inherits i ON i.inhparent = f.oid
+        ), tables AS (
+            SELECT pg_catalog.string_agg(f.oid::text || '.' || f.attached || '.' || c.xmin::text, ',' ORDER BY f.oid, f.attached) AS all
+            FROM family f JOIN pg_catalog.pg_class c ON c.oid = f.oid
+        ), members AS (
+            SELECT p.oid, p.xmin, pg_catalog.string_agg(d.classid::text || '.' || d.objid::text, ',' ORDER BY d.classid, d.objid) AS all
+            FROM pg_catalog.pg_publication p
+            LEFT JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_publication'::pg_catalog.regclass AND d.refobjid = p.oid
+            WHERE p.pubname = $1 GROUP BY p.oid, p.xmin)
+        SELECT m.oid::text || ':' || m.xmin::text || ':' || pg_catalog.hashtextextended(coalesce(m.all, ''), 0)::text
+               || ':' || pg_catalog.hashtextextended(coalesce(t.all, ''), 0)::text
+        FROM members m CROSS JOIN tables t";
+    let (schemas, names) = names_of(tables);
+    let parameters: [(&(dyn ToSql + Sync), Type); 3] = [
+        (&publication, Type::TEXT),
+        (&schemas, Type::TEXT_ARRAY),
+        (&names, Type::TEXT_ARRAY),
+    ];
     let rows = client.query_typed(SQL, &parameters).await;
-    let rows = rows.map_err(|error| sql_error("read the publication's version", error))?;
+    let rows = rows.map_err(|error| sql_error("read the version of the publication", error))?;
     rows.first().map(|row| get(row, 0)).transpose()
+}
+
+/// Schemas and names of these tables.
+fn names_of(tables: &[TableName]) -> (Vec<&str>, Vec<&str>) {
+    tables
+        .iter()
+        .map(|t| (t.schema.as_str(), t.name.as_str()))
+        .unzip()
 }
 
 /// The publication's options; `None` where there is no publication.
@@ -262,16 +293,7 @@ async fn read(
     client: &impl GenericClient,
     subscription: &Subscription,
 ) -> Result<(Option<Options>, Vec<Option<Table>>)> {
-    let schemas: Vec<&str> = subscription
-        .tables
-        .iter()
-        .map(|t| t.schema.as_str())
-        .collect();
-    let names: Vec<&str> = subscription
-        .tables
-        .iter()
-        .map(|t| t.name.as_str())
-        .collect();
+    let (schemas, names) = names_of(&subscription.tables);
     let parameters: [(&(dyn ToSql + Sync), Type); 4] = [
         (&subscription.publication, Type::TEXT),
         (&schemas, Type::TEXT_ARRAY),

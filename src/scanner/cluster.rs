@@ -69,7 +69,7 @@ pub(crate) fn check_cluster(progress: &Progress, system_id: &str, slot: &str) ->
     let set = |delivered: &str, upto: &str| {
         format!(
             "UPDATE walpost.progress SET system_id = '{system_id}', delivered = {delivered}, scan_before = NULL, \
-             scan_upto = {upto}, scan_position = NULL, tables = NULL, streamed = NULL, publication = NULL WHERE slot = {}",
+             scan_upto = {upto}, scan_position = NULL, tables = NULL, streamed = NULL, catalog = NULL WHERE slot = {}",
             quote_literal(slot).trim()
         )
     };

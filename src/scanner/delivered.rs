@@ -11,7 +11,7 @@
 //! # One note
 //!
 //! 1. Ask the catalogue whether the publication sends every row of the tables ([`published`]). What it leaves out now ends the stream (69).
-//! 2. List the leaf tables ([`super::coverage`]). Take a snapshot `N`, then read where the log's insert position L is, and whose log that is: the session is another one than the
+//! 2. List the leaf tables ([`super::coverage`]). Read the version of the publication and the tables ([`published::version`]). Take a snapshot `N`, then read where the log's insert position L is, and whose log that is: the session is another one than the
 //!    stream's, and may have found a promoted standby before the stream did.
 //! 3. Wait until the confirmed LSN is at L. All rows taken before that were handed over with it or before it: a handover holds all rows that
 //!    were taken before its confirmed LSN was read.
@@ -326,8 +326,8 @@ struct Task {
 
 /// What a note is of.
 struct Moment {
-    /// The publication's version before the snapshot.
-    publication: Option<String>,
+    /// [`published::version`] before the snapshot.
+    catalog: Option<String>,
     snapshot: Snapshot,
     /// Everything visible in the snapshot was committed before it.
     position: Lsn,
@@ -513,7 +513,7 @@ impl Task {
         };
         let before = before?;
         let Some(Moment {
-            publication,
+            catalog,
             snapshot: taken,
             position,
         }) = self.moment(client).await?
@@ -574,7 +574,7 @@ impl Task {
         };
         let is_whole = upto == taken;
         if !found.missing.is_empty() {
-            return self.note_missing(client, upto, found, publication).await;
+            return self.note_missing(client, upto, found, catalog).await;
         }
         self.short_rounds = 0;
         self.start.meter.set_short_rounds(0);
@@ -586,7 +586,7 @@ impl Task {
         }
         let progress = &mut self.start.progress;
         let (claim, covered) = (&self.start.claim, found.covered);
-        let noting = progress::delivered(client, claim, progress, &upto, covered, publication);
+        let noting = progress::delivered(client, claim, progress, &upto, covered, catalog);
         self.heard.throughout(noting).await?;
         debug!(snapshot = upto, %position, "delivered");
         self.forget(&upto)?;
@@ -600,15 +600,16 @@ impl Task {
     /// What the next note is of; `None` when the task is to end.
     async fn moment(&mut self, client: &Client) -> Result<Option<Moment>> {
         let (log, confirmed) = (&self.start.log, self.heard.confirmed);
-        let publication = &self.start.subscription.publication;
+        let subscription = &self.start.subscription;
+        let (publication, tables) = (&subscription.publication, &subscription.tables);
         // In this order: see the module above, and `reconcile`.
         let asked = async {
-            let publication = published::version(client, publication).await?;
+            let catalog = published::version(client, publication, tables).await?;
             let snapshot: Snapshot = ask(client, "SELECT pg_current_snapshot()::text").await?;
             let position = insert_position(client).await?;
             check_log(client, log, confirmed, position).await?;
             Ok(Moment {
-                publication,
+                catalog,
                 snapshot,
                 position,
             })
@@ -779,7 +780,7 @@ impl Task {
         client: &Client,
         upto: Snapshot,
         found: Found,
-        publication: Option<String>,
+        catalog: Option<String>,
     ) -> Result<Round> {
         for (table, compared, partitions) in &found.told {
             tell(table, compared, *partitions);
@@ -799,7 +800,7 @@ impl Task {
             ..progress::Position::default()
         };
         let claim = &self.start.claim;
-        let noting = progress::missing(client, claim, progress, &upto, position, publication);
+        let noting = progress::missing(client, claim, progress, &upto, position, catalog);
         self.heard.throughout(noting).await?;
         self.forget(&upto)?;
         self.count_from_now_on(found.counted);

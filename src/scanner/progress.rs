@@ -59,9 +59,8 @@ pub struct Progress {
     pub tables: Option<Leaves>,
     /// JSON: what the stream brought since `delivered`, if its process stopped in good order.
     pub streamed: Option<String>,
-    /// [`published::version`](crate::postgres::published::version) of the publication, read before `delivered` (of a gap: `scan_upto`)
-    /// was taken. `None` in a row of an earlier version.
-    pub publication: Option<String>,
+    /// [`published::version`](crate::postgres::published::version), read before `delivered` (of a gap: `scan_upto`) was taken. `None`: not known.
+    pub catalog: Option<String>,
     /// A snapshot in it knows transactions that this cluster has not come to.
     pub ahead: bool,
 }
@@ -143,7 +142,7 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<Progress>> {
     let sql = "SELECT system_id, delivered::text, scan_before::text, scan_upto::text, scan_position::text, session, confirmed_lsn::text,
                       coalesce(greatest(pg_snapshot_xmax(delivered), pg_snapshot_xmax(scan_before), pg_snapshot_xmax(scan_upto))
                                > pg_snapshot_xmax(pg_current_snapshot()), false),
-                      timeline, tables::text, streamed::text, publication
+                      timeline, tables::text, streamed::text, catalog
                FROM walpost.progress WHERE slot = $1";
     let row = client.query_opt(sql, &[&slot]).await.map_err(|error| {
         let error = sql_error("read walpost.progress", error);
@@ -172,7 +171,7 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<Progress>> {
             timeline: timeline.map(i32::cast_unsigned),
             tables: leaves.map(|text| leaves_of(&text)).transpose()?,
             streamed: row.get(10),
-            publication: row.get(11),
+            catalog: row.get(11),
         })
     })
     .transpose()
@@ -220,7 +219,7 @@ pub async fn begin(client: &Client, slot: &str, system_id: &str) -> Result<Progr
 }
 
 /// A slot is about to be made: rows visible in `before` it will never stream. Until [`slot_made`] says the rest, the slot is
-/// not one to be streamed. `from` is the row as it was read, `None` where there was none. `publication` is its version, read before.
+/// not one to be streamed. `from` is the row as it was read, `None` where there was none. `catalog` is the version of publication and tables, read before.
 /// Returns the row as it is then.
 ///
 /// # Errors
@@ -231,14 +230,14 @@ pub async fn slot_making(
     from: Option<&Progress>,
     identity: (&str, u32),
     before: &Snapshot,
-    publication: Option<&str>,
+    catalog: Option<&str>,
 ) -> Result<Progress> {
     let (system_id, timeline) = identity;
     let stored_timeline = timeline.cast_signed();
     if let Some(from) = from {
         let sql = "UPDATE walpost.progress
                    SET scan_before = $7::text::pg_snapshot, scan_upto = NULL, scan_position = NULL, confirmed_lsn = NULL,
-                       streamed = NULL, timeline = $8, publication = $9, updated_at = clock_timestamp()
+                       streamed = NULL, timeline = $8, catalog = $9, updated_at = clock_timestamp()
                    WHERE slot = $1 AND session IS NOT DISTINCT FROM $2 AND delivered::text IS NOT DISTINCT FROM $3
                      AND scan_before::text IS NOT DISTINCT FROM $4 AND scan_upto::text IS NOT DISTINCT FROM $5 AND system_id = $6";
         let values: [&(dyn ToSql + Sync); 9] = [
@@ -250,15 +249,14 @@ pub async fn slot_making(
             &from.system_id,
             before,
             &stored_timeline,
-            &publication,
+            &catalog,
         ];
         store(client, slot, sql, &values).await?;
     } else {
-        let sql =
-            "INSERT INTO walpost.progress (slot, system_id, scan_before, timeline, publication)
+        let sql = "INSERT INTO walpost.progress (slot, system_id, scan_before, timeline, catalog)
                    VALUES ($1, $2, $3::text::pg_snapshot, $4, $5) ON CONFLICT DO NOTHING";
         let values: [&(dyn ToSql + Sync); 5] =
-            [&slot, &system_id, before, &stored_timeline, &publication];
+            [&slot, &system_id, before, &stored_timeline, &catalog];
         store(client, slot, sql, &values).await?;
     }
     Ok(Progress {
@@ -269,7 +267,7 @@ pub async fn slot_making(
         confirmed: None,
         timeline: Some(timeline),
         streamed: None,
-        publication: publication.map(str::to_owned),
+        catalog: catalog.map(str::to_owned),
         ..from.cloned().unwrap_or_default()
     })
 }
@@ -323,7 +321,7 @@ pub async fn delivered(
     from: &mut Progress,
     snapshot: &Snapshot,
     tables: Option<Leaves>,
-    publication: Option<String>,
+    catalog: Option<String>,
 ) -> Result<()> {
     if from.gap().is_some() {
         return Err(Error::bug(format!(
@@ -331,12 +329,12 @@ pub async fn delivered(
             claim.slot
         )));
     }
-    let set = "delivered = $6::text::pg_snapshot, tables = coalesce($7::text::jsonb, tables), publication = $8,
+    let set = "delivered = $6::text::pg_snapshot, tables = coalesce($7::text::jsonb, tables), catalog = $8,
                scan_before = NULL, scan_upto = NULL, scan_position = NULL";
     let shown = tables.as_ref().map(|tables| tables.to_json().to_string());
-    let values: [&(dyn ToSql + Sync); 3] = [snapshot, &shown, &publication];
+    let values: [&(dyn ToSql + Sync); 3] = [snapshot, &shown, &catalog];
     change(client, claim, from, set, &values).await?;
-    from.publication = publication;
+    from.catalog = catalog;
     from.delivered = Some(snapshot.clone());
     from.tables = tables.or_else(|| from.tables.take());
     (from.scan_before, from.scan_upto) = (None, None);
@@ -354,7 +352,7 @@ pub async fn missing(
     from: &mut Progress,
     upto: &Snapshot,
     position: Position,
-    publication: Option<String>,
+    catalog: Option<String>,
 ) -> Result<()> {
     if from.gap().is_some() {
         return Err(Error::bug(format!(
@@ -362,12 +360,12 @@ pub async fn missing(
             claim.slot
         )));
     }
-    let set = "scan_before = NULL, scan_upto = $6::text::pg_snapshot, scan_position = $7::text::jsonb, publication = $8";
-    let values: [&(dyn ToSql + Sync); 3] = [upto, &show(&position), &publication];
+    let set = "scan_before = NULL, scan_upto = $6::text::pg_snapshot, scan_position = $7::text::jsonb, catalog = $8";
+    let values: [&(dyn ToSql + Sync); 3] = [upto, &show(&position), &catalog];
     change(client, claim, from, set, &values).await?;
     (from.scan_before, from.scan_upto) = (None, Some(upto.clone()));
     from.position = position;
-    from.publication = publication;
+    from.catalog = catalog;
     Ok(())
 }
 
@@ -402,7 +400,7 @@ pub async fn scan_again(
     from: &mut Progress,
     (before, upto): (Option<&Snapshot>, &Snapshot),
     timeline: u32,
-    publication: Option<String>,
+    catalog: Option<String>,
 ) -> Result<()> {
     if from.gap().is_some() {
         return Err(Error::bug(
@@ -410,14 +408,14 @@ pub async fn scan_again(
         ));
     }
     let set = "scan_before = $6::text::pg_snapshot, scan_upto = $7::text::pg_snapshot, scan_position = NULL, timeline = $8,
-               publication = $9";
-    let values: [&(dyn ToSql + Sync); 4] = [&before, upto, &timeline.cast_signed(), &publication];
+               catalog = $9";
+    let values: [&(dyn ToSql + Sync); 4] = [&before, upto, &timeline.cast_signed(), &catalog];
     change(client, claim, from, set, &values).await?;
     from.scan_before = before.cloned();
     from.scan_upto = Some(upto.clone());
     from.position = Position::default();
     from.timeline = Some(timeline);
-    from.publication = publication;
+    from.catalog = catalog;
     Ok(())
 }
 

@@ -30,10 +30,10 @@
 //!
 //! * The counts live in the process. A stop in good order stores them in `walpost.progress.streamed`, and the next start goes on with them. After a
 //!   crash, or a stop that could not wait for its receipts, nobody knows what was streamed of the transactions between `delivered` and the next
-//!   start. They are not compared as long as the publication is what it was: then it has hidden none of them. `walpost.progress.publication` is its
-//!   version ([`published::version`](crate::postgres::published::version)), read before `delivered` was taken; the next start reads it again behind the snapshot up to which nothing
-//!   is compared. Where the two differ the publication was changed in between, and all these transactions are compared with nothing:
-//!   all their rows are published from the table. Some of them come twice then, none is lost.
+//!   start. They are not compared as long as the publication and the tables are what they were: then the stream has left none of them out. `walpost.progress.catalog`
+//!   is the version of both ([`published::version`](crate::postgres::published::version)), read before `delivered` was taken; the next start reads it again behind the snapshot up to
+//!   which nothing is compared. Where the two differ something was changed in between, or the version is not known (the slot was made by
+//!   `sql/11_slot.sql`, and nothing was noted since). All rows of these transactions are then published from the table. Some of them come twice, none is lost.
 //! * A row with the `txid` of another transaction, a copy (COPY, INSERT … SELECT), that is committed while the tables are compared is not known as brought yet.
 //!   The tables are then compared again behind it, up to three times ([`super::delivered`]). Only where such rows are committed during
 //!   each of these is their transaction taken for short, and its rows are published again.

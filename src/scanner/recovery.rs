@@ -231,13 +231,14 @@ pub async fn prepare(
 pub async fn scan_up_to_now(
     client: &Client,
     publication: &str,
+    tables: &[TableName],
     prepared: &mut Prepared,
 ) -> Result<()> {
     let Some(unknown) = &prepared.unknown else {
         return Ok(());
     };
     // Of no slot that walpost did not make itself is it known what ran while it was made: see the module.
-    let publication = published::version(client, publication).await?;
+    let catalog = published::version(client, publication, tables).await?;
     let upto = settled(client).await?;
     let before = unknown.never_streamed.as_ref();
     let snapshots = (before, &upto);
@@ -247,7 +248,7 @@ pub async fn scan_up_to_now(
         &mut prepared.progress,
         snapshots,
         unknown.timeline,
-        publication,
+        catalog,
     )
     .await?;
     prepared.unknown = None;
@@ -287,7 +288,12 @@ async fn make_anew(
         let dropped = client.execute(drop_slot, &[slot]).await;
         dropped.map_err(|error| sql_error(&format!("drop slot {slot}"), error))?;
     }
-    let making = Box::pin(make_slot(client, slot, &config.publication));
+    let making = Box::pin(make_slot(
+        client,
+        slot,
+        &config.publication,
+        &config.outbox_tables,
+    ));
     waiting::naming_holders(&config.postgres, waiting::SLOT_WAITS, making).await
 }
 

@@ -28,7 +28,7 @@ use tracing::warn;
 use super::cluster;
 use super::progress::{self, Progress, Snapshot};
 use crate::Result;
-use crate::postgres::{published, slot};
+use crate::postgres::{TableName, published, slot};
 
 /// Between two looks at the transactions that are waited for, at most.
 const LOOK: Duration = Duration::from_secs(1);
@@ -41,19 +41,24 @@ const NAMED: usize = 5;
 ///
 /// # Errors
 /// Refused when the progress is from another cluster, and for what [`slot::create_slot`] refuses.
-pub async fn make_slot(client: &Client, slot: &str, publication: &str) -> Result<Progress> {
+pub async fn make_slot(
+    client: &Client,
+    slot: &str,
+    publication: &str,
+    tables: &[TableName],
+) -> Result<Progress> {
     let system_id = cluster::system_id(client).await?;
     let timeline = cluster::timeline(client).await?;
     let stored = progress::read(client, slot).await?;
     if let Some(progress) = &stored {
         cluster::check_cluster(progress, &system_id, slot)?;
     }
-    let publication = published::version(client, publication).await?;
+    let catalog = published::version(client, publication, tables).await?;
     let before = progress::snapshot(client).await?;
     let identity = (&*system_id, timeline);
     let stored = stored.as_ref();
-    let publication = publication.as_deref();
-    let making = progress::slot_making(client, slot, stored, identity, &before, publication).await;
+    let catalog = catalog.as_deref();
+    let making = progress::slot_making(client, slot, stored, identity, &before, catalog).await;
     let mut making = making?;
     let stands = slot::create_slot(client, slot).await?;
     let upto = settled(client).await?;

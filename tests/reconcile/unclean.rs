@@ -138,7 +138,70 @@ async fn nothing_comes_twice_where_nothing_was_changed(major: i32) {
     once_each(&database).await;
 }
 
+/// Tables that hide rows: what is made before walpost runs, what hides and mends around it, and the settings.
+const AROUND_A_KILL: [(&str, &str, &str); 2] = [
+    (
+        "ALTER TABLE events DETACH PARTITION kept;",
+        "INSERT INTO kept (aggregatetype, aggregateid, type, payload) VALUES ('t', 'k', 'e', '1');",
+        "ALTER TABLE events ATTACH PARTITION kept FOR VALUES IN ('t');",
+    ),
+    (
+        "ALTER TABLE kept SET UNLOGGED;",
+        "INSERT INTO events (aggregatetype, aggregateid, type, payload) VALUES ('t', 'k', 'e', '1');",
+        "ALTER TABLE kept SET LOGGED;",
+    ),
+];
+
+async fn rows_of_a_changed_table_come(major: i32) {
+    // GIVEN a partitioned outbox of the application's own
+    let database = Database::create_on_major(major, "unclean").await;
+    database
+        .sql(
+            "CREATE TABLE events (id uuid DEFAULT gen_random_uuid(), aggregatetype text NOT NULL, aggregateid text NOT NULL, type text NOT NULL,
+                 payload json, seq bigint GENERATED ALWAYS AS IDENTITY, txid xid8 NOT NULL DEFAULT pg_current_xact_id())
+                 PARTITION BY LIST (aggregatetype);
+             CREATE TABLE kept (LIKE events INCLUDING DEFAULTS);
+             CREATE SEQUENCE numbers START 1000000; ALTER TABLE kept ALTER COLUMN seq SET DEFAULT nextval('numbers');
+             ALTER TABLE events ATTACH PARTITION kept FOR VALUES IN ('t');",
+        )
+        .await;
+    let events = [("WALPOST_OUTBOX_TABLE", "events"), OFTEN];
+    database.init(&[], &events).await;
+    let noted = async || {
+        let sql = "SELECT count(*) FROM events e WHERE NOT EXISTS (
+                       SELECT FROM walpost.progress WHERE pg_visible_in_snapshot(e.txid, delivered))";
+        (database.rows(sql, &[]).await[0].get::<_, i64>(0) == 0).then_some(())
+    };
+    for (hide, insert, mend) in AROUND_A_KILL {
+        // AND a process that is killed behind a note
+        let mut walpost = database.start(&events).await;
+        let row = "INSERT INTO events (aggregatetype, aggregateid, type, payload) VALUES ('t', 'k', 'e', '1')";
+        database.sql(row).await;
+        eventually(DEADLINE, "a note", noted).await;
+        walpost.sigkill();
+        walpost.wait_exit(DEADLINE).await;
+        // WHEN rows come while the stream cannot bring them
+        for change in [hide, insert, mend] {
+            database.sql(change).await;
+        }
+        let walpost = database.start(&events).await;
+        eventually(DEADLINE, "a note", noted).await;
+        walpost.stop().await;
+    }
+    // THEN they come
+    let expected = ids(&database, "events").await;
+    eventually(DEADLINE, "every row to arrive", async || {
+        let arrived = arrived(&database, expected.len()).await;
+        expected
+            .iter()
+            .all(|id| arrived.contains_key(id))
+            .then_some(())
+    })
+    .await;
+}
+
 on_each_major! {
+    rows_of_a_table_that_was_changed_around_a_kill_come: rows_of_a_changed_table_come();
     rows_hidden_around_a_kill_come: rows_hidden_around_an_unclean_end_come(End::Killed);
     rows_hidden_around_a_stop_without_receipts_come: rows_hidden_around_an_unclean_end_come(End::WithoutReceipts);
     rows_hidden_after_a_kill_before_the_first_note_come: a_first_process_is_killed_before_its_first_note();

@@ -363,8 +363,8 @@ impl Catalog {
                             join pg_class i on i.oid = indexrelid
                             where i.relname in ('straggler_row', 'straggler_due', 'straggler_key', 'straggler_id'))
                    and exists (select from pg_class c, ours where relnamespace = schema and relname = 'discarded'),
-                   3 = (select count(*) from progress join pg_attribute on attrelid = oid
-                        where attname in ('timeline', 'tables', 'streamed') and not attisdropped),
+                   4 = (select count(*) from progress join pg_attribute on attrelid = oid
+                        where attname in ('timeline', 'tables', 'streamed', 'catalog') and not attisdropped),
                    exists (select from pg_class where relnamespace = schema and relname = 'left_undone')
             from ours";
         let schema = client
