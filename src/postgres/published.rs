@@ -146,8 +146,8 @@ pub async fn relations(
 ///
 /// A change of the publication's options is a new version of its row. Each table or schema in it, with filter and columns, is a row of its
 /// own, which has an OID and depends on the publication; a change of it is a new row. (`pg_publication_namespace` does not exist before
-/// Postgres 15, the dependencies do.) `ALTER TABLE` (`SET UNLOGGED`, `SET SCHEMA`, `RENAME`) makes a new version of the table's row,
-/// `ATTACH PARTITION` a new row in `pg_inherits`. VACUUM and ANALYZE change a table's row in place.
+/// Postgres 15, the dependencies do.) `SET UNLOGGED` and `SET LOGGED` give a table a new file, `SET SCHEMA` makes a new version of its dependency
+/// on the schema, `ATTACH PARTITION` a new row in `pg_inherits`. (The version of its row in `pg_class` would also tell of each GRANT.)
 ///
 /// # Errors
 /// Temporary when the server is away.
@@ -164,8 +164,11 @@ pub async fn version(
             UNION
             SELECT i.inhrelid, i.xmin::text FROM family f JOIN pg_catalog.pg_inherits i ON i.inhparent = f.oid
         ), tables AS (
-            SELECT pg_catalog.string_agg(f.oid::text || '.' || f.attached || '.' || c.xmin::text, ',' ORDER BY f.oid, f.attached) AS all
+            SELECT pg_catalog.string_agg(f.oid::text || '.' || f.attached || '.' || c.relfilenode::text || '.' || d.xmin::text, ','
+                                         ORDER BY f.oid, f.attached) AS all
             FROM family f JOIN pg_catalog.pg_class c ON c.oid = f.oid
+            JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = f.oid AND d.objsubid = 0
+                AND d.refclassid = 'pg_catalog.pg_namespace'::pg_catalog.regclass
         ), members AS (
             SELECT p.oid, p.xmin, pg_catalog.string_agg(d.classid::text || '.' || d.objid::text, ',' ORDER BY d.classid, d.objid) AS all
             FROM pg_catalog.pg_publication p

@@ -126,8 +126,15 @@ async fn nothing_comes_twice_where_nothing_was_changed(major: i32) {
         }
         walpost.sigkill();
         walpost.wait_exit(DEADLINE).await;
-        // AND rows are committed while nobody streams
+        // AND rows are committed while nobody streams, and what hides no row is done to the table
         database.sql(INSERT).await;
+        for harmless in [
+            "VACUUM ANALYZE walpost.outbox",
+            "GRANT SELECT ON walpost.outbox TO PUBLIC",
+            "CREATE INDEX IF NOT EXISTS by_type ON walpost.outbox (type)",
+        ] {
+            database.sql(harmless).await;
+        }
         let walpost = database.start(&[OFTEN]).await;
         database.wait_all_sent(DEADLINE).await;
         let said = walpost.output();
@@ -198,6 +205,47 @@ async fn rows_of_a_changed_table_come(major: i32) {
             .then_some(())
     })
     .await;
+}
+
+async fn rows_of_a_table_that_left_its_schema_come(major: i32) {
+    // GIVEN a publication of a schema, and a process that is killed behind a note
+    let database = Database::create_on_major(major, "unclean").await;
+    database.init(&[], &[]).await;
+    database
+        .sql("CREATE SCHEMA hidden; DROP PUBLICATION walpost; CREATE PUBLICATION walpost FOR TABLES IN SCHEMA walpost WITH (publish = 'insert', publish_via_partition_root = true);
+              SELECT pg_drop_replication_slot(slot) FROM walpost.progress; DELETE FROM walpost.progress")
+        .await;
+    database.init(&[], &[]).await;
+    let mut walpost = database.start(&[OFTEN]).await;
+    database.sql(INSERT).await;
+    database.wait_all_sent(DEADLINE).await;
+    walpost.sigkill();
+    walpost.wait_exit(DEADLINE).await;
+    // WHEN rows come while the table is in another schema
+    database
+        .sql("ALTER TABLE walpost.outbox SET SCHEMA hidden")
+        .await;
+    database
+        .sql(&INSERT.replace("walpost.outbox", "hidden.outbox"))
+        .await;
+    database
+        .sql("ALTER TABLE hidden.outbox SET SCHEMA walpost")
+        .await;
+    let mut walpost = database.start(&[OFTEN]).await;
+    // THEN they come
+    reconciled(&database, &mut walpost).await;
+    walpost.stop().await;
+    all_come(&database).await;
+}
+
+#[tokio::test]
+async fn rows_of_a_table_that_left_its_schema_around_a_kill_come_on_15() {
+    rows_of_a_table_that_left_its_schema_come(15).await;
+}
+
+#[tokio::test]
+async fn rows_of_a_table_that_left_its_schema_around_a_kill_come_on_18() {
+    rows_of_a_table_that_left_its_schema_come(18).await;
 }
 
 on_each_major! {
