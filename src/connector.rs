@@ -28,7 +28,7 @@
 //! On shutdown the transaction that is arriving is taken to its end (for at most half of the grace period); on an event that
 //! cannot be published intake ends at once. Then what is in flight gets its receipts within the grace period, and a last
 //! status update confirms it. What has no receipt by then is not confirmed and comes again. A stream that is lost meanwhile is
-//! not made anew: what it has not been told of comes again.
+//! not made anew: Postgres resends everything after the confirmed LSN.
 
 mod opening;
 mod publishing;
@@ -213,7 +213,7 @@ struct Connector {
 }
 
 impl Connector {
-    /// What is in the air is not ours to wait for any more.
+    /// Drops the in-flight batches: another instance owns the slot now, or they come again.
     fn drop_pipe(&mut self) {
         (self.pipe, self.keeper) = (None, None);
         self.meter.set_in_flight((0, 0), 0);
@@ -258,7 +258,7 @@ impl Connector {
         }
     }
 
-    /// Told to stop while Postgres is away: what it has not been told of comes again.
+    /// Stops while Postgres is away: it resends everything after the confirmed LSN.
     async fn stopped_without_stream(&mut self) -> Result<()> {
         // A gap scan that was cut short has published rows, too.
         self.modes.drain(self.config.shutdown_grace).await;

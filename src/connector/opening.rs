@@ -79,8 +79,8 @@ impl Connector {
             .as_ref()
             .is_some_and(|prepared| prepared.out_of_date)
         {
-            // What was in the air is in the gap, or the slot sends it again, or another instance has published it; but of our own slot that is lost
-            // it may be in no table (an event of `emit_transient`, a row that was deleted since).
+            // In-flight rows are in the gap, are sent again, or were published by another instance. If this process streamed the lost
+            // slot, in-flight events may be in no table (an event of `emit_transient`, a row that was deleted since).
             let was_ours = prepared.as_ref().is_some_and(|prepared| prepared.was_ours);
             if was_ours && self.settle(shutdown.as_mut()).await?.is_none() {
                 return Ok(None);

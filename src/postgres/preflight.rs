@@ -109,7 +109,8 @@ fn check_slot(name: &str, state: Option<&SlotState>, database: &str) -> Result<(
     if let Some(reason) = state.lost_because() {
         return Err(
             Error::refused(format!("replication slot {name} is lost: {reason}")).hint(format!(
-                "SELECT pg_drop_replication_slot({}); then: walpost init",
+                "walpost run with WALPOST_SLOT_LOST=recover makes it anew and publishes the rows in between from tables with txid and seq; to \
+                 give up those rows: SELECT pg_drop_replication_slot({}); then: walpost init",
                 quote_literal(name)
             )),
         );

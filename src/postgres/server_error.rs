@@ -145,11 +145,12 @@ fn meaning(error: &ServerError) -> (bool, Option<&'static str>) {
             Some("another process streams this slot: pg_replication_slots.active_pid says which")
         }
         "42704" => Some(
-            "walpost init (a publication must also be older than its slot: if it was made later, drop the slot first)",
+            "walpost init (a publication must also be older than its slot; if it was made later, start walpost run with WALPOST_SLOT_LOST=recover: it makes the slot anew and publishes the rows in between from tables with txid and seq)",
         ),
         "42P01" | "3F000" => Some("walpost init"),
         "55000" => Some(
-            "if the slot is lost (wal_status in pg_replication_slots), drop it with pg_drop_replication_slot and run: walpost init",
+            "if the slot is lost (wal_status in pg_replication_slots): start walpost run with WALPOST_SLOT_LOST=recover: it makes the slot anew and publishes the rows in between from tables with txid and seq; to give up \
+             those rows, drop it with pg_drop_replication_slot, then: walpost init",
         ),
         "25006" => Some(
             "the server is read-only: name all servers and target_session_attrs=read-write in the URL",

@@ -52,7 +52,7 @@ use crate::{Error, Lsn, Result};
 
 /// Handovers that wait to be taken. Each is at most [`StreamedRuns::FULL`](super::streamed::StreamedRuns::FULL) entries, and a pipe with so many takes no further row.
 const HANDOVERS: usize = 4;
-/// So often the tables are compared before rows count as missing.
+/// Comparisons before rows count as missing.
 const LOOKS: u32 = 3;
 /// An old transaction is told of when so many rounds in a row were held up by it.
 const HELD_UP_ROUNDS: u32 = 3;
@@ -850,7 +850,7 @@ struct Found {
     /// Rows of the tables in the window.
     rows: u64,
     missing: Missing,
-    /// Of each table in `missing`: what there is to be said, and how many partitions came.
+    /// For each table in `missing`: its comparison, and the number of new partitions.
     told: Vec<(TableName, reconcile::Compared, usize)>,
     covered: Option<Leaves>,
     /// By table: the leaf tables that were compared.
@@ -883,7 +883,7 @@ fn tell(table: &TableName, compared: &reconcile::Compared, partitions: usize) {
 }
 
 /// The session may have reached another server than the stream did: a standby that was promoted while the stream is lost, or a database
-/// that was put back. A position of its log is none of the stream's. (Asked behind the position: a server that gives one is no standby,
+/// that was put back. Positions of that server's log do not apply to the stream's log. (Asked behind the position: a server that gives one is no standby,
 /// and its timeline stays.)
 async fn check_log(
     client: &Client,
@@ -903,7 +903,7 @@ async fn check_log(
     )))
 }
 
-/// Where the log ends for whoever inserts.
+/// The current WAL insert position.
 async fn insert_position(client: &Client) -> Result<Lsn> {
     let position = ask(client, "SELECT pg_current_wal_insert_lsn()::text").await?;
     position

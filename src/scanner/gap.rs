@@ -28,7 +28,7 @@
 //!
 //! (A missing right, a dropped column, a damaged page, rows that no scan can use, two rows of one number.) It holds up no other: it is left with
 //! its reason, which the log, `/status` and `walpost check` tell, and the others are read. The gap stays open, so `delivered` does not move
-//! over its rows. What the others are through with stands in `scan_position` (`ahead`). Poll mode looks on, with later ends for the others,
+//! over its rows. `scan_position.ahead` stores how far the other tables are published. Poll mode looks on, with later ends for the others,
 //! and tries the table again with each look; one that was left in the middle first goes on with the end that it had (`left`), so that
 //! its first rows are not published once more. A gap in front of a stream is closed for the others, and then the stream does not begin: rows of
 //! the stream would overtake older ones of their key, and nothing could be noted as delivered.
@@ -151,7 +151,7 @@ pub async fn close(
     Ok((stragglers, left))
 }
 
-/// Notes what the tables are through with that were read (`seen` says what of them), and where those are that were not.
+/// Records the end of the scan for tables that were read (`seen`: their leaf tables), and the position of those that were not.
 fn set_apart(
     position: &mut progress::Position,
     tables: &[TableName],
@@ -209,7 +209,7 @@ struct Read {
     seen: Seen,
 }
 
-/// Publishes one table's rows of the gap. What was read of it, or why it cannot be read.
+/// Publishes one table's rows of the gap. Returns what was read of it, or the reason why it cannot be read.
 async fn close_table(
     gap: &Gap<'_>,
     (place, name): (u16, &TableName),

@@ -24,7 +24,7 @@ use crate::{Error, Result};
 const MAX_ROWS: usize = 10_000;
 /// Statements that may fail in one stretch: enough to find twenty rows.
 const FAILURES: u32 = 512;
-/// How many of them a statement counts as that waited for a lock in vain.
+/// A statement that timed out on a lock counts as this many failed statements.
 const LOCK_FAILURE: u32 = 20;
 const LOCK_NOT_AVAILABLE: &str = "55P03";
 /// An entry that was not tried for so long after it was due is dropped: its table or partition is gone.

@@ -40,7 +40,7 @@ use crate::{Error, Result};
 pub(super) const STATEMENT_ROWS: usize = 1_000;
 /// Statements that may fail while one table's rows are marked: enough to find 25 rows among a thousand.
 const FAILURES: u32 = 256;
-/// How many of them a statement counts as that waited for a lock in vain: it took that much longer.
+/// A statement that timed out on a lock counts as this many failed statements.
 const LOCK_FAILURE: u32 = 20;
 /// How long a statement waits for a lock.
 const LOCK_TIMEOUT: &str = "200ms";

@@ -77,7 +77,7 @@ pub struct Position {
     pub missing: Option<Missing>,
     /// By table: the leaf tables of which the scan has read every row up to its place, or the comparison that found the gap.
     pub covered: BTreeMap<String, Seen>,
-    /// By table: what of it is out although `delivered` does not show it, because another table could not be read.
+    /// By table: published rows that `delivered` does not cover yet, because another table could not be read.
     pub ahead: BTreeMap<String, Stretch>,
     /// By table: the end of a scan that could not be finished, and that goes on before a later one begins.
     pub left: BTreeMap<String, Stretch>,
@@ -670,7 +670,8 @@ fn leaves_of(text: &str) -> Result<Leaves> {
     let value = serde_json::from_str(text).ok();
     value.and_then(|value| Leaves::from_json(&value)).ok_or_else(|| {
         Error::refused("walpost.progress.tables is not what walpost wrote").hint(
-            "UPDATE walpost.progress SET tables = NULL: every partition that there is now then counts as covered",
+            "UPDATE walpost.progress SET tables = '{}' WHERE slot = '<this slot>' publishes every row again; with tables = NULL every \
+             partition that there is now counts as covered, also one whose rows were never published",
         )
     })
 }
