@@ -3,6 +3,8 @@
 
 #[path = "reconcile/coverage.rs"]
 mod coverage;
+#[path = "reconcile/forms.rs"]
+mod forms;
 #[path = "reconcile/modes.rs"]
 mod modes;
 mod support;
@@ -12,6 +14,7 @@ mod unclean;
 use std::collections::HashMap;
 use std::time::Duration;
 
+use forms::Form;
 use support::{Database, Walpost, consume, eventually, on_each_major, servers};
 
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -141,10 +144,18 @@ async fn rows_of_a_publication_that_was_dropped_and_made_again_come_once_on_18()
     once_each(&database).await;
 }
 
-async fn partition_with_rows(major: i32, settings: &[(&str, &str)], at_work: &str) {
+async fn partition_with_rows(
+    major: i32,
+    publication: Option<Form>,
+    settings: &[(&str, &str)],
+    at_work: &str,
+) {
     // GIVEN a partitioned outbox that is streamed, or polled
     let database = Database::create_on_major(major, "attach").await;
     database.init(&["--partition-by", "day"], &[]).await;
+    if let Some(form) = publication {
+        database.sql(&form.made_anew()).await;
+    }
     let settings = [&[database.as_owner(), OFTEN], settings].concat();
     let mut walpost = database.walpost(&["run"], &settings).spawn();
     walpost.wait_for_line(at_work, DEADLINE).await;
@@ -393,10 +404,9 @@ async fn a_stream_ends_and_the_next_one_publishes(major: i32) {
     once_each(&database).await;
 }
 
-#[tokio::test]
-async fn of_a_transaction_that_came_in_part_every_row_is_published() {
+async fn a_transaction_comes_in_part(major: i32) {
     // GIVEN a stream
-    let database = Database::create("part").await;
+    let database = Database::create_on_major(major, "part").await;
     database.init(&[], &[]).await;
     let mut walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
@@ -416,10 +426,9 @@ async fn of_a_transaction_that_came_in_part_every_row_is_published() {
     walpost.stop().await;
 }
 
-#[tokio::test]
-async fn a_missing_row_that_cannot_be_published_becomes_a_straggler_and_the_others_come() {
+async fn a_missing_row_cannot_be_published(major: i32) {
     // GIVEN a stream
-    let database = Database::create("unfit").await;
+    let database = Database::create_on_major(major, "unfit").await;
     database.init(&[], &[]).await;
     let mut walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
@@ -447,10 +456,9 @@ async fn a_missing_row_that_cannot_be_published_becomes_a_straggler_and_the_othe
     walpost.stop().await;
 }
 
-#[tokio::test]
-async fn rows_that_were_streamed_are_not_taken_for_missing_whatever_happens_to_the_process() {
+async fn streamed_rows_are_not_taken_for_missing(major: i32) {
     // GIVEN writers' transactions of every kind: one row, many, copied rows, rows that go in their own transaction
-    let database = Database::create("stays").await;
+    let database = Database::create_on_major(major, "stays").await;
     database.init(&[], &[]).await;
     let work = async |round: i32| {
         database.sql(INSERT).await;
@@ -532,10 +540,9 @@ async fn a_partition_and_a_table_come_behind_a_crash(major: i32) {
     walpost.stop().await;
 }
 
-#[tokio::test]
-async fn a_stop_before_there_is_a_stream_keeps_what_the_last_stop_left() {
+async fn a_stop_comes_before_the_stream(major: i32) {
     // GIVEN a stream that stopped in good order, and rows that were left out since
-    let database = Database::create("early").await;
+    let database = Database::create_on_major(major, "early").await;
     database.init(&[], &[]).await;
     let walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
@@ -565,11 +572,9 @@ async fn a_stop_before_there_is_a_stream_keeps_what_the_last_stop_left() {
     once_each(&database).await;
 }
 
-#[tokio::test]
-async fn a_process_that_is_killed_before_missing_rows_are_published_publishes_them_at_its_next_start()
- {
+async fn a_process_is_killed_before_missing_rows_are_published(major: i32) {
     // GIVEN rows that a stream did not bring, and a broker that takes nothing more when that is found
-    let database = Database::create("found").await;
+    let database = Database::create_on_major(major, "found").await;
     database.init(&[], &[]).await;
     let proxy = support::Proxy::before_broker(&servers().pulsar_addr);
     let url = format!("pulsar://{}", proxy.addr());
@@ -605,10 +610,9 @@ async fn a_process_that_is_killed_before_missing_rows_are_published_publishes_th
     assert_eq!(arrived(&database, 10).await.len(), 10);
 }
 
-#[tokio::test]
-async fn a_stream_that_leaves_rows_out_again_and_again_is_not_ready() {
+async fn a_stream_leaves_rows_out_again_and_again(major: i32) {
     // GIVEN a stream
-    let database = Database::create("again").await;
+    let database = Database::create_on_major(major, "again").await;
     database.init(&[], &[]).await;
     let mut walpost = database.start(&[OFTEN]).await;
     let line = walpost.wait_for_line("http://", DEADLINE).await;
@@ -651,10 +655,9 @@ async fn ready(addr: &str) -> Option<String> {
     Some(said)
 }
 
-#[tokio::test]
-async fn a_copied_row_that_is_committed_while_the_tables_are_compared_is_not_taken_for_missing() {
+async fn a_copied_row_is_committed_meanwhile(major: i32) {
     // GIVEN a stream whose rows are noted, and a table that is locked
-    let database = Database::create("reconcile").await;
+    let database = Database::create_on_major(major, "reconcile").await;
     database.init(&[], &[]).await;
     let walpost = database.start(&[OFTEN]).await;
     database.sql(INSERT).await;
@@ -690,12 +693,20 @@ async fn a_copied_row_that_is_committed_while_the_tables_are_compared_is_not_tak
 
 on_each_major! {
     rows_that_the_publication_hides_for_a_while_come_once: rows_that_were_hidden_from_the_stream_come();
-    a_partition_that_comes_with_rows_in_it_is_published_by_polling_too: partition_with_rows(&[("WALPOST_MODE", "poll")], "polling");
+    a_partition_that_comes_with_rows_in_it_is_published_by_polling_too: partition_with_rows(None, &[("WALPOST_MODE", "poll")], "polling");
     a_partition_that_comes_with_rows_in_it_is_published_and_one_that_comes_back_only_from_its_going_on:
-        partition_with_rows(&[], "streaming");
+        partition_with_rows(None, &[], "streaming");
     a_table_that_is_given_txid_and_seq_while_it_is_streamed_is_not_published_again: a_table_is_given_txid_and_seq();
     a_table_that_is_added_to_the_settings_brings_its_older_rows: a_table_is_added();
     an_outbox_that_is_replaced_by_another_of_its_name_loses_nothing: an_outbox_is_replaced();
     a_publication_that_leaves_rows_out_ends_a_running_stream_and_the_next_one_publishes_them: a_stream_ends_and_the_next_one_publishes();
     a_partition_and_a_table_that_come_behind_a_crash_are_published_although_nothing_else_can_be_compared: a_partition_and_a_table_come_behind_a_crash();
+    of_a_transaction_that_came_in_part_every_row_is_published: a_transaction_comes_in_part();
+    a_missing_row_that_cannot_be_published_becomes_a_straggler_and_the_others_come: a_missing_row_cannot_be_published();
+    rows_that_were_streamed_are_not_taken_for_missing_whatever_happens_to_the_process: streamed_rows_are_not_taken_for_missing();
+    a_stop_before_there_is_a_stream_keeps_what_the_last_stop_left: a_stop_comes_before_the_stream();
+    a_process_that_is_killed_before_missing_rows_are_published_publishes_them_at_its_next_start:
+        a_process_is_killed_before_missing_rows_are_published();
+    a_stream_that_leaves_rows_out_again_and_again_is_not_ready: a_stream_leaves_rows_out_again_and_again();
+    a_copied_row_that_is_committed_while_the_tables_are_compared_is_not_taken_for_missing: a_copied_row_is_committed_meanwhile();
 }

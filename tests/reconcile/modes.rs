@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::support::{Asked, Database, FakeBroker, Reaction, Walpost, eventually};
+use crate::support::{Asked, Database, FakeBroker, Reaction, Walpost, eventually, on_each_major};
 use crate::{DEADLINE, INSERT, OFTEN, arrived};
 
 const OFF: (&str, &str) = ("WALPOST_RECONCILE", "off");
@@ -63,10 +63,9 @@ fn go_on(broker: &FakeBroker) {
     broker.release(|_| {});
 }
 
-#[tokio::test]
-async fn without_the_comparison_delivered_moves_hidden_rows_stay_away_and_check_says_so() {
+async fn without_the_comparison(major: i32) {
     // GIVEN a stream that compares nothing
-    let database = Database::create("off").await;
+    let database = Database::create_on_major(major, "off").await;
     database.init(&[], &[]).await;
     let walpost = database.start(&[OFTEN, OFF]).await;
     database.sql(INSERT).await;
@@ -103,9 +102,9 @@ async fn without_the_comparison_delivered_moves_hidden_rows_stay_away_and_check_
 }
 
 /// A hidden row is found, published, and only then marked or deleted.
-async fn hidden_rows_come_and_then(mode: &str, waiting: &str, done: (&str, i64)) {
+async fn hidden_rows_come_and_then(major: i32, mode: &str, waiting: &str, done: (&str, i64)) {
     let mode = [("WALPOST_AFTER_PUBLISH", mode)];
-    let database = Database::create("mode").await;
+    let database = Database::create_on_major(major, "mode").await;
     database.init(&[], &mode).await;
     let broker = FakeBroker::start().await;
     let url = broker.url();
@@ -143,24 +142,6 @@ async fn hidden_rows_come_and_then(mode: &str, waiting: &str, done: (&str, i64))
     assert_eq!(count(&database, done).await, all);
 }
 
-#[tokio::test]
-async fn a_hidden_row_is_found_in_the_mode_keep() {
-    let (waiting, done) = ("pending", "sent");
-    let status = |status| format!("walpost.outbox_status WHERE status = '{status}'");
-    hidden_rows_come_and_then("keep", &status(waiting), (&status(done), 5)).await;
-}
-
-#[tokio::test]
-async fn a_hidden_row_is_found_in_the_mode_mark_and_marked_behind_its_receipt() {
-    let done = ("walpost.outbox WHERE sent_at IS NOT NULL", 5);
-    hidden_rows_come_and_then("mark", "walpost.outbox WHERE sent_at IS NULL", done).await;
-}
-
-#[tokio::test]
-async fn a_hidden_row_is_found_in_the_mode_delete_and_deleted_behind_its_receipt() {
-    hidden_rows_come_and_then("delete", "walpost.outbox", ("walpost.outbox", 0)).await;
-}
-
 /// A stream with a retention of seconds, and old rows of a time in which the publication sent none, which the broker has and gives no
 /// receipt for.
 async fn hidden_from_the_retention(
@@ -192,10 +173,9 @@ async fn hidden_from_the_retention(
     (walpost, hidden)
 }
 
-#[tokio::test]
-async fn the_retention_deletes_no_hidden_row_before_it_is_published() {
+async fn the_retention_deletes_no_hidden_row(major: i32) {
     // GIVEN old rows that were hidden, and that wait for their receipts
-    let database = Database::create("retain").await;
+    let database = Database::create_on_major(major, "retain").await;
     database.init(&[], &[RETENTION]).await;
     let broker = FakeBroker::start().await;
     let (walpost, hidden) = hidden_from_the_retention(&database, &broker, &[RETENTION]).await;
@@ -212,10 +192,9 @@ async fn the_retention_deletes_no_hidden_row_before_it_is_published() {
     assert!(hidden.is_subset(&stored(&broker)));
 }
 
-#[tokio::test]
-async fn the_retention_drops_no_partition_with_hidden_rows_before_they_are_published() {
+async fn the_retention_drops_no_partition_with_hidden_rows(major: i32) {
     // GIVEN the same in a partition of its own
-    let database = Database::create("retain").await;
+    let database = Database::create_on_major(major, "retain").await;
     database
         .init(&["--partition-by", "hour"], &[RETENTION])
         .await;
@@ -256,11 +235,9 @@ const FILLED: &str = "walpost.outbox WHERE aggregateid LIKE 'old-%'";
 const FILLED_PENDING: &str =
     "walpost.outbox_status WHERE status = 'pending' AND aggregateid LIKE 'old-%'";
 
-#[tokio::test]
-async fn rows_of_a_partition_that_was_attached_are_neither_shown_as_sent_nor_removed_before_they_are_published()
- {
+async fn rows_of_an_attached_partition_are_pending(major: i32) {
     // GIVEN a stream with a retention, and a table with old rows, older than the last note
-    let database = Database::create("retain").await;
+    let database = Database::create_on_major(major, "retain").await;
     database.init(&["--partition-by", "day"], &[]).await;
     let broker = FakeBroker::start().await;
     let url = broker.url();
@@ -295,11 +272,9 @@ async fn rows_of_a_partition_that_was_attached_are_neither_shown_as_sent_nor_rem
     assert!(filled.is_subset(&stored(&broker)));
 }
 
-#[tokio::test]
-async fn the_retention_removes_no_row_of_a_table_that_is_new_in_the_settings_before_it_is_published()
- {
+async fn the_retention_removes_no_row_of_a_new_table(major: i32) {
     // GIVEN a stream of one table, and another one with old rows, older than the last note
-    let database = Database::create("retain").await;
+    let database = Database::create_on_major(major, "retain").await;
     database.init(&[], &[RETENTION]).await;
     let broker = FakeBroker::start().await;
     let url = broker.url();
@@ -338,11 +313,9 @@ async fn the_retention_removes_no_row_of_a_table_that_is_new_in_the_settings_bef
     assert!(old.is_subset(&stored(&broker)));
 }
 
-#[tokio::test]
-async fn what_is_attached_without_the_comparison_is_pending_until_there_is_one_and_a_new_partition_is_not()
- {
+async fn a_partition_is_attached_without_the_comparison(major: i32) {
     // GIVEN a stream that compares nothing, and a table with rows that are older than a note
-    let database = Database::create("off").await;
+    let database = Database::create_on_major(major, "off").await;
     database.init(&["--partition-by", "day"], &[]).await;
     let settings = [database.as_owner(), OFTEN];
     let without = [&settings[..], &[OFF]].concat();
@@ -382,4 +355,27 @@ async fn what_is_attached_without_the_comparison_is_pending_until_there_is_one_a
     database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     crate::once_each(&database).await;
+}
+
+on_each_major! {
+    without_the_comparison_delivered_moves_hidden_rows_stay_away_and_check_says_so: without_the_comparison();
+    a_hidden_row_is_found_in_the_mode_keep:
+        hidden_rows_come_and_then(
+            "keep",
+            "walpost.outbox_status WHERE status = 'pending'",
+            ("walpost.outbox_status WHERE status = 'sent'", 5)
+        );
+    a_hidden_row_is_found_in_the_mode_mark_and_marked_behind_its_receipt:
+        hidden_rows_come_and_then(
+            "mark",
+            "walpost.outbox WHERE sent_at IS NULL",
+            ("walpost.outbox WHERE sent_at IS NOT NULL", 5)
+        );
+    a_hidden_row_is_found_in_the_mode_delete_and_deleted_behind_its_receipt:
+        hidden_rows_come_and_then("delete", "walpost.outbox", ("walpost.outbox", 0));
+    the_retention_deletes_no_hidden_row_before_it_is_published: the_retention_deletes_no_hidden_row();
+    the_retention_drops_no_partition_with_hidden_rows_before_they_are_published: the_retention_drops_no_partition_with_hidden_rows();
+    rows_of_a_partition_that_was_attached_are_neither_shown_as_sent_nor_removed_before_they_are_published: rows_of_an_attached_partition_are_pending();
+    the_retention_removes_no_row_of_a_table_that_is_new_in_the_settings_before_it_is_published: the_retention_removes_no_row_of_a_new_table();
+    what_is_attached_without_the_comparison_is_pending_until_there_is_one_and_a_new_partition_is_not: a_partition_is_attached_without_the_comparison();
 }

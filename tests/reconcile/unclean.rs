@@ -87,6 +87,37 @@ async fn rows_hidden_around_an_unclean_end_come(major: i32, end: End) {
     all_come(&database).await;
 }
 
+async fn rows_that_another_form_hides_around_a_kill_come(major: i32, form: Form) {
+    // GIVEN a publication of that form
+    let database = Database::create_on_major(major, "unclean").await;
+    database.init(&[], &[]).await;
+    database.sql(&form.made_anew()).await;
+    for (hide, outbox, mend) in form.ways(major) {
+        // AND a process that was killed
+        end_after_a_note(&database, End::Killed).await;
+        // WHEN rows are hidden until the next one starts
+        let insert = INSERT.replace("walpost.outbox", outbox);
+        for statements in [hide, &insert, &mend] {
+            database.sql(statements).await;
+        }
+        let mut walpost = database.start(&[OFTEN]).await;
+        // THEN they come
+        reconciled(&database, &mut walpost).await;
+        walpost.stop().await;
+    }
+    all_come(&database).await;
+}
+
+#[tokio::test]
+async fn rows_that_a_publication_of_a_schema_hides_around_a_kill_come_on_15() {
+    rows_that_another_form_hides_around_a_kill_come(15, Form::TablesInSchema).await;
+}
+
+#[tokio::test]
+async fn rows_that_a_publication_of_a_schema_hides_around_a_kill_come_on_18() {
+    rows_that_another_form_hides_around_a_kill_come(18, Form::TablesInSchema).await;
+}
+
 async fn a_first_process_is_killed_before_its_first_note(major: i32) {
     // GIVEN a slot and a process that is killed before it has noted anything
     let database = Database::create_on_major(major, "unclean").await;
@@ -249,6 +280,7 @@ async fn rows_of_a_table_that_left_its_schema_around_a_kill_come_on_18() {
 }
 
 on_each_major! {
+    rows_that_a_publication_of_all_tables_hides_around_a_kill_come: rows_that_another_form_hides_around_a_kill_come(Form::AllTables);
     rows_of_a_table_that_was_changed_around_a_kill_come: rows_of_a_changed_table_come();
     rows_hidden_around_a_kill_come: rows_hidden_around_an_unclean_end_come(End::Killed);
     rows_hidden_around_a_stop_without_receipts_come: rows_hidden_around_an_unclean_end_come(End::WithoutReceipts);
