@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use support::{
     Committed, Database, Load, Proxy, Received, Servers, Walpost, consume, eventually, insert_many,
-    servers,
+    on_each_major, servers,
 };
 
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -324,10 +324,9 @@ async fn what_scan_and_stream_both_have_comes_once_also_where_the_scan_has_delet
     assert_eq!((ids.len(), messages.len()), (20_010, 20_010));
 }
 
-#[tokio::test]
-async fn a_slot_whose_making_by_hand_was_cut_short_is_kept_and_older_rows_come() {
+async fn a_making_by_hand_was_cut_short(major: i32) {
     // GIVEN rows, and a slot from the file of sql/ whose last statement was not run
-    let database = Database::create("gap").await;
+    let database = Database::create_on_major(major, "gap").await;
     Load::prepare(&database).await;
     drop_slot(&database).await;
     database.sql("DELETE FROM walpost.progress").await;
@@ -348,4 +347,8 @@ async fn a_slot_whose_making_by_hand_was_cut_short_is_kept_and_older_rows_come()
 
     // WHEN walpost runs THEN
     recovers(&database, "its making was cut short").await;
+}
+
+on_each_major! {
+    a_slot_whose_making_by_hand_was_cut_short_is_kept_and_older_rows_come: a_making_by_hand_was_cut_short();
 }
