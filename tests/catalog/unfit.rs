@@ -1,6 +1,6 @@
 //! Rows of partitions and children that the stream cannot bring, and that the operator mends as the error says.
 
-use super::support::{Database, Servers, Walpost};
+use super::support::{Database, Walpost, on_each_major};
 use super::{DEADLINE, arrived, insert, on};
 
 const SOON: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "200ms");
@@ -19,12 +19,7 @@ async fn is_refused(mut walpost: Walpost, expected: &[&str]) {
 
 async fn an_unlogged_partition(major: i32) {
     // GIVEN a stream of a partitioned outbox
-    let database = if major == 15 {
-        Database::create("unfit").await
-    } else {
-        let on = Servers::up(&["--postgres", &major.to_string(), "--no-pulsar"]);
-        Database::create_on(&on, "unfit").await
-    };
+    let database = Database::create_on_major(major, "unfit").await;
     let partitioned = ["--payload", "text", "--partition-by", "day"];
     database.init(&partitioned, &[]).await;
     let settings = [SOON, database.as_owner()];
@@ -160,10 +155,9 @@ async fn a_child_in_a_publication_of_all_tables_is_told_by_the_stream_on_18() {
     a_child_by_inheritance(18, Some("FOR ALL TABLES"), SELDOM).await;
 }
 
-#[tokio::test]
-async fn rows_of_a_partition_that_was_unlogged_for_a_moment_are_found() {
+async fn a_partition_was_unlogged_for_a_moment(major: i32) {
     // GIVEN a stream of a partitioned outbox
-    let database = Database::create("unfit").await;
+    let database = Database::create_on_major(major, "unfit").await;
     let partitioned = ["--payload", "text", "--partition-by", "day"];
     database.init(&partitioned, &[]).await;
     let walpost = database.start(&[SOON, database.as_owner()]).await;
@@ -185,4 +179,8 @@ async fn rows_of_a_partition_that_was_unlogged_for_a_moment_are_found() {
     // THEN it arrives, by the same stream
     assert_eq!(arrived(&database, 2).await, ["one", "two"]);
     walpost.stop().await;
+}
+
+on_each_major! {
+    rows_of_a_partition_that_was_unlogged_for_a_moment_are_found: a_partition_was_unlogged_for_a_moment();
 }
