@@ -127,10 +127,12 @@ async fn the_file_waits(major: i32) {
     assert!(is_visible(&database, &upto).await);
 }
 
-#[tokio::test]
-async fn a_row_whose_commit_an_unknown_slot_has_passed_before_it_is_visible_arrives() {
+async fn an_unknown_slot_has_passed_a_commit_that_is_not_visible(major: i32) {
     // GIVEN a server whose commits wait for a standby that does not come, if they do not say otherwise
-    let own = Servers::own("settled-standby", &["--no-pulsar"]);
+    let own = Servers::own(
+        &format!("settled-standby-{major}"),
+        &["--postgres", &major.to_string(), "--no-pulsar"],
+    );
     let database = Database::create_on(&own, "settled").await;
     database.init(&[], &[POLL]).await;
     database.sql(PUBLISH).await;
@@ -185,4 +187,5 @@ on_each_major! {
     the_snapshot_after_a_slots_making_waits_for_transactions_that_are_open: waits_for_open_transactions();
     the_transactions_that_are_waited_for_are_named: are_named();
     the_file_of_sql_waits_as_well: the_file_waits();
+    a_row_whose_commit_an_unknown_slot_has_passed_before_it_is_visible_arrives: an_unknown_slot_has_passed_a_commit_that_is_not_visible();
 }
