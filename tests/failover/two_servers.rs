@@ -1,13 +1,12 @@
 //! A URL with several hosts: the session that reads rows and the one that notes them as delivered are of one server.
 
-use support::{Database, Proxy, Servers, consume, eventually, servers};
+use support::{Database, Proxy, consume, eventually, on_each_major, servers};
 
-use crate::{DEADLINE, Standby, support};
+use crate::{DEADLINE, Standby, own, support};
 
-#[tokio::test]
-async fn rows_that_a_standby_does_not_have_yet_do_not_count_as_delivered() {
+async fn a_standby_is_behind(major: i32) {
     // GIVEN a primary with a row that its standby does not have yet
-    let own = Servers::own("two-servers", &["--no-pulsar"]);
+    let own = own(major, "two-servers");
     let database = Database::create_on(&own, "failover").await;
     let poll = ("WALPOST_MODE", "poll");
     database.init(&[], &[poll]).await;
@@ -59,4 +58,8 @@ async fn rows_that_a_standby_does_not_have_yet_do_not_count_as_delivered() {
     let ids: Vec<&str> = received.iter().map(|one| one.property("id")).collect();
     assert_eq!(ids, [id]);
     walpost.stop().await;
+}
+
+on_each_major! {
+    rows_that_a_standby_does_not_have_yet_do_not_count_as_delivered: a_standby_is_behind();
 }
