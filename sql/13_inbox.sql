@@ -17,7 +17,11 @@
 -- it is known where all such claims come from, name it; or delete them once their messages cannot come again:
 --   update walpost.inbox set source = 'persistent://public/default/outbox.order' where consumer = 'stock' and source = '';
 --
--- A second consumer with the same message waits in inbox_claim for the first one's end, and is told then.
+-- A second consumer with the same message waits in inbox_claim for the first one's end, and is told then; also where one of the two
+-- claims has a source and the other has none. For that each claim holds an advisory lock until its transaction ends, so a transaction
+-- with thousands of claims needs a higher max_locks_per_transaction. In REPEATABLE READ and SERIALIZABLE the second one fails (40001), and
+-- its transaction is to be tried again. One case is left there: a claim without source does not see one with a source that was committed
+-- after its transaction began (two SERIALIZABLE ones fail then). In such transactions, name the source, or claim in the first statement.
 -- Postgres answers the COMMIT of an aborted transaction by ROLLBACK and no error, which a driver may report as success: work that
 -- goes on after a statement that failed would be lost. So a last statement (select 1) belongs before commit: it fails then.
 -- A message that fails again and again is given up with inbox_give_up, in a transaction after the failed one; walpost::inbox, the
@@ -111,6 +115,10 @@ create or replace function walpost.inbox_claim(consumer text, id text, source te
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
 as $walpost$
+declare
+    has_one_snapshot constant boolean := current_setting('transaction_isolation') in ('repeatable read', 'serializable');
+    message constant bigint := hashtextextended(consumer || '/' || id, 0);
+    has_waited boolean;
 begin
     if coalesce(consumer, '') = '' then
         raise exception 'walpost.inbox_claim: consumer is null or empty'
@@ -122,12 +130,34 @@ begin
         raise exception 'walpost.inbox_claim: source is null'
             using errcode = 'invalid_parameter_value', column = 'source', hint = 'it is the message''s topic, or empty where ids are UUIDs';
     end if;
+    -- The primary key keeps two claims of one source apart. A claim without source and one with have different keys: the lock makes one
+    -- wait for the other's end, and the next statement sees what that has committed. Claims of different sources share the lock.
+    if source = '' then
+        has_waited := not pg_try_advisory_xact_lock(message);
+    else
+        has_waited := not pg_try_advisory_xact_lock_shared(message);
+    end if;
+    if has_waited and source = '' then
+        perform pg_advisory_xact_lock(message);
+    elsif has_waited then
+        perform pg_advisory_xact_lock_shared(message);
+    end if;
+    if has_waited and has_one_snapshot then
+        -- The next statement would not see it.
+        raise exception 'walpost.inbox_claim: another transaction was claiming this message'
+            using errcode = 'serialization_failure', hint = 'try the transaction again';
+    end if;
     if exists (
         select from walpost.inbox i
         where i.consumer = inbox_claim.consumer and i.id = inbox_claim.id
               and (i.source = '' or inbox_claim.source = '') and i.source <> inbox_claim.source
     ) then
         return false;
+    end if;
+    if has_one_snapshot and source <> '' then
+        -- Fails where a claim without source was committed after the snapshot: an index entry conflicts although it is not visible.
+        insert into walpost.inbox as i (consumer, id, source) values (inbox_claim.consumer, inbox_claim.id, '') on conflict do nothing;
+        delete from walpost.inbox i where i.consumer = inbox_claim.consumer and i.id = inbox_claim.id and i.source = '';
     end if;
     insert into walpost.inbox as i (consumer, id, source) values (inbox_claim.consumer, inbox_claim.id, inbox_claim.source)
         on conflict do nothing;

@@ -63,7 +63,7 @@ use crate::scanner::streamed::StreamedRuns;
 use crate::{Error, Lsn, Result};
 pub(crate) use publishing::{diversion, publisher_config, routing, subscription};
 use pump::{Stopped, pump};
-use unreadable::{Remedy, Unreadable};
+use unreadable::{Remedy, Repeats, Unreadable};
 
 /// How often the publisher looks at the clock: send deadlines, idle producers, growing topics.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
@@ -102,6 +102,7 @@ pub async fn run(
         left: None,
         modes: Modes::default(),
         unreadable: Unreadable::default(),
+        repeats: Repeats::default(),
     };
     let mut backoff = Backoff::new(
         connector.config.reconnect_initial,
@@ -112,7 +113,9 @@ pub async fn run(
         let error = match opened {
             Ok(None) => return connector.stopped_without_stream().await,
             Ok(Some(stream)) => {
-                backoff.reset();
+                if !connector.repeats.has_some() {
+                    backoff.reset();
+                }
                 match connector.stream(stream, shutdown.as_mut()).await? {
                     Ended::Shutdown => return Ok(()),
                     Ended::NeedsText => {
@@ -210,6 +213,7 @@ struct Connector {
     /// What works on the tables beside the stream.
     modes: Modes,
     unreadable: Unreadable,
+    repeats: Repeats,
 }
 
 impl Connector {
@@ -287,7 +291,10 @@ impl Connector {
         )
         .await;
         self.keeper = keeper;
-        let ended = ended.map_err(|error| self.pipe().locate(error));
+        let ended = ended.map_err(|error| {
+            let is_stuck = self.repeats.is_stuck(&error);
+            self.pipe().locate(error, is_stuck)
+        });
         // A stream that ended before its first status update has told nothing: what the one before told still holds.
         self.session.told = feedback.told().or(self.session.told);
         self.pipe().streaming(false);

@@ -400,13 +400,17 @@ impl Pipe {
         self.outlet.tracker().flush_lsn(self.keepalive_wal_end)
     }
 
-    /// Says of an error of the stream which row it is about, where the server cannot convert the row's text to UTF-8. Nothing
-    /// behind that row can be read: the log keeps the text, also when the row is mended.
+    /// Says of an error of the stream which row it is about, where the server cannot convert the row's text to UTF-8 or cannot send it at all
+    /// (`is_stuck`: it has failed there too often). Nothing behind that row can be read: the log keeps it, also when the row is mended.
     #[cold]
-    pub fn locate(&self, error: Error) -> Error {
-        if !postgres::is_unconvertible(&error) {
+    pub fn locate(&self, error: Error, is_stuck: bool) -> Error {
+        let why = if postgres::is_unconvertible(&error) {
+            "has text that the server cannot convert to UTF-8"
+        } else if is_stuck || postgres::is_beyond_limits(&error) {
+            "cannot be sent by the server"
+        } else {
             return error;
-        }
+        };
         let tables: Vec<String> = self
             .routing
             .tables
@@ -423,10 +427,7 @@ impl Pipe {
             ),
             _ => format!("a row behind {} of table {tables}", self.received),
         };
-        Error::refused(format!(
-            "{place} has text that the server cannot convert to UTF-8"
-        ))
-        .caused_by(UnreadableLog(error.told().0))
+        Error::refused(format!("{place} {why}")).caused_by(UnreadableLog(error.told().0))
     }
 
     /// Takes one frame; true when the server wants a status update at once.

@@ -40,5 +40,6 @@ pub use replication::{ReplicationConnection, StreamOptions, SystemIdentity};
 pub use replication_stream::{ReplicationStream, UnreadableLog, is_unreadable};
 pub use row_security::refuse_row_security;
 pub use server_error::{
-    is_about_rows, is_unconvertible, is_without_binary_form, sql_error, sqlstate,
+    ServerError, internal_error_at, is_about_rows, is_beyond_limits, is_unconvertible,
+    is_without_binary_form, sql_error, sqlstate,
 };

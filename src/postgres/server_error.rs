@@ -166,17 +166,35 @@ fn meaning(error: &ServerError) -> (bool, Option<&'static str>) {
 
 /// The SQLSTATE behind an error, when a server sent one.
 pub fn sqlstate(error: &Error) -> Option<&str> {
+    server_error(error).map(ServerError::code)
+}
+
+fn server_error(error: &Error) -> Option<&ServerError> {
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
         if let Some(server) = error.downcast_ref::<ServerError>() {
-            return Some(server.code());
+            return Some(server);
         }
         if let Some(walpost) = error.downcast_ref::<Error>() {
-            return sqlstate(walpost);
+            return server_error(walpost);
         }
         cause = error.source();
     }
     None
+}
+
+/// Where in the log a walsender could not send a change, for a reason that Postgres has no code for: `internal_error`, as of a value whose
+/// text form is too long for its memory, or of an output function that is gone. It may pass with time, or never.
+pub fn internal_error_at(error: &Error) -> Option<Lsn> {
+    let server = server_error(error)?;
+    server.position().filter(|_| server.code() == "XX000")
+}
+
+/// Whether a walsender could not send a change because it exceeds a limit of the server: `program_limit_exceeded`, as of a row of more than
+/// 1 GB. It stays so.
+pub fn is_beyond_limits(error: &Error) -> bool {
+    server_error(error)
+        .is_some_and(|server| server.code() == "54000" && server.position().is_some())
 }
 
 /// True when a statement failed because of the rows or the table that it is about, and others may well succeed.
@@ -263,6 +281,22 @@ mod tests {
         assert_eq!(parsed(context), Some(Lsn::new(0x0153_7F00)));
         assert_eq!(parsed("something else"), None);
         assert_eq!(ServerError::default().position(), None);
+    }
+
+    #[test]
+    fn a_change_that_a_walsender_cannot_send_is_told_by_its_place() {
+        let error = |code: &str, context: &str| {
+            let body = format!("SERROR\0C{code}\0Mm\0W{context}\0\0");
+            ServerError::parse(body.as_bytes()).into_error("go on")
+        };
+        let context = "in the change callback, associated LSN 0/10";
+        let at = |code, context| internal_error_at(&error(code, context));
+        assert_eq!(at("XX000", context), Some(Lsn::new(16)));
+        assert_eq!(at("XX000", ""), None);
+        assert_eq!(at("57P01", context), None);
+        assert!(is_beyond_limits(&error("54000", context)));
+        assert!(!is_beyond_limits(&error("54000", "")));
+        assert!(!is_beyond_limits(&error("XX000", context)));
     }
 
     #[test]

@@ -480,6 +480,10 @@ impl Task {
         }
     }
 
+    #[allow(
+        clippy::too_many_lines,
+        reason = "the steps of one round, each with its early end"
+    )]
     async fn note(&mut self, client: &Client, pause: &mut Duration) -> Result<Round> {
         if !self.is_known {
             let reading = progress::reread(client, &self.start.claim);

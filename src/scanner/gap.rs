@@ -140,7 +140,9 @@ pub async fn close(
     tell_left(gap, &left);
     if left.is_empty() {
         let mut all = Seen::default();
-        seen.values().for_each(|seen| all.extend(seen));
+        for seen in seen.values() {
+            all.extend(seen);
+        }
         let (covered, delivered) = (progress.tables.as_ref(), progress.delivered.as_ref());
         let leaves = reconcile::moved(gap.client, tables, covered, delivered, &all).await?;
         progress::closed(gap.client, gap.claim, progress, leaves).await?;
@@ -270,7 +272,7 @@ async fn close_table(
 
 /// What is to be read of a table.
 enum Ready {
-    Rows(Chosen),
+    Rows(Box<Chosen>),
     /// Nothing; of these leaf tables nothing is missing.
     Nothing(Seen),
 }
@@ -317,12 +319,12 @@ async fn ready(
         looked => looked?,
     }
     table.refuse_unscannable(gap.rows, slot, &rows).await?;
-    Ok(Ready::Rows(Chosen {
+    Ok(Ready::Rows(Box::new(Chosen {
         table,
         upto: upto.clone(),
         seen,
         rows,
-    }))
+    })))
 }
 
 /// What is seen of a table with a cursor that has these leaf tables: those that each earlier one had, or the comparison that found the gap.

@@ -102,7 +102,7 @@ async fn keep_polling(
         let error = match opened {
             Ok(mut poller) => {
                 let ended = poller.poll(shutdown.as_mut()).await;
-                let has_looked = poller.looks.borrow().over > 0;
+                let has_looked = poller.looks.borrow().has_read();
                 if has_looked {
                     backoff.reset();
                 }
@@ -262,16 +262,16 @@ impl<'a> Poller<'a> {
         if self.progress.gap().is_some() {
             self.close_gap().await?;
         }
-        self.looks.send_modify(|looks| looks.begun += 1);
+        self.looks.send_modify(Looks::begin);
         let upto = progress::snapshot(&self.client).await?;
         if self.has_rows(&upto).await? {
             progress::look(&self.client, &self.claim, &mut self.progress, &upto).await?;
             self.close_gap().await?;
         }
-        if self.left.is_empty() {
-            // Of a table that was not read it is not known which rows are yet to come.
-            self.looks.send_modify(|looks| looks.over = looks.begun);
-        }
+        // Of a table that was not read it is not known which rows are yet to come.
+        let tables = self.config.outbox_tables.iter();
+        let read = tables.map(|table| !self.left.contains(table));
+        self.looks.send_modify(|looks| looks.end(read));
         Ok(())
     }
 

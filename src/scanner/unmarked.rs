@@ -11,7 +11,8 @@
 //! come is not lost, however long the broker was away. So a page of ids is read first, and *then* waited for ([`Way`]):
 //!
 //! * **stream**: the log's insert position is read; each of these rows was committed before it. The confirmed LSN gets there.
-//! * **poll**: a look that begins now takes a snapshot in which each of these rows is visible. It ends.
+//! * **poll**: a look that begins now takes a snapshot in which each of these rows is visible. It ends. A table that this look could not
+//!   read waits for the next round, because its rows may be yet to come; the others do not wait for it.
 //!
 //! Then the marks of everything acknowledged by then are made, and the rows of the page that are still not marked, and have
 //! not become stragglers meanwhile, are those.
@@ -85,12 +86,43 @@ pub enum Way {
 }
 
 /// Looks that began with a snapshot of their own: a look that was cut short before goes on with an old one, and does not count.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Looks {
     /// How many began.
-    pub begun: u64,
+    begun: u64,
     /// The last of them that is over.
-    pub over: u64,
+    over: u64,
+    /// For each table, in the order of the settings: the last look that has read it to its end.
+    read: Vec<u64>,
+}
+
+impl Looks {
+    /// Another one begins; its snapshot is taken after this.
+    pub fn begin(&mut self) {
+        self.begun += 1;
+    }
+
+    /// It is over; `read` says for each table, in the order of the settings, whether it was read to its end.
+    pub fn end(&mut self, read: impl IntoIterator<Item = bool>) {
+        self.over = self.begun;
+        let was_read = read.into_iter().enumerate();
+        for (number, _) in was_read.filter(|(_, was_read)| *was_read) {
+            if self.read.len() <= number {
+                self.read.resize(number + 1, 0);
+            }
+            self.read[number] = self.over;
+        }
+    }
+
+    /// Whether one of them has read a table.
+    pub fn has_read(&self) -> bool {
+        !self.read.is_empty()
+    }
+
+    /// Whether a look that began after that many has read this table.
+    fn has_read_since(&self, begun: u64, number: usize) -> bool {
+        self.read.get(number).is_some_and(|look| *look > begun)
+    }
 }
 
 /// A row that may be lost; the last one of a page is where the next page begins.
@@ -157,7 +189,7 @@ impl Unmarked {
             let Some(last) = page.last().cloned() else {
                 return Ok(());
             };
-            self.pass(client).await?;
+            self.pass(client, number).await?;
             let page = self.without_left(number, page).await?;
             match self.publish_unmarked(client, number, &page, round).await {
                 Ok(0) => {}
@@ -266,8 +298,11 @@ impl Unmarked {
             .map_err(failed)
     }
 
-    /// Waits until everything committed before now has been brought, and its marks are made.
-    async fn pass(&mut self, client: &Client) -> Result<()> {
+    /// Waits until every row of a table that was committed before now has been brought, and its marks are made.
+    ///
+    /// # Errors
+    /// Temporary where a look is over that could not read the table.
+    async fn pass(&mut self, client: &Client, number: usize) -> Result<()> {
         let ended = |_| Error::temporary("nothing brings rows any more");
         match &mut self.way {
             Way::Stream(progress) => {
@@ -278,7 +313,12 @@ impl Unmarked {
             Way::Looks(looks) => {
                 let begun = looks.borrow().begun;
                 let passed = |now: &Looks| now.over > begun;
-                looks.wait_for(passed).await.map_err(ended)?;
+                let now = looks.wait_for(passed).await.map_err(ended)?;
+                if !now.has_read_since(begun, number) {
+                    return Err(Error::temporary(
+                        "poll mode cannot read the table: rows that are not marked cannot be told from those that are yet to come",
+                    ));
+                }
             }
         }
         if !self.queue.barrier().await {

@@ -1,4 +1,5 @@
-//! Text that the server itself cannot convert to UTF-8: byte 0x81 in a database of the encoding `WIN1252`.
+//! Rows that the server itself cannot send: text that it cannot convert to UTF-8 (byte 0x81 in a database of the encoding `WIN1252`), and a
+//! value whose output function fails by an `internal_error`.
 
 use crate::support::{Database, consume, eventually, servers};
 use crate::{DEADLINE, QUICK, wait_for_stragglers};
@@ -154,6 +155,90 @@ async fn a_stream_that_cannot_go_on_says_at_which_row_and_a_new_slot_gets_past_i
             .map(|message| message.property("id"))
             .collect();
         ids.contains(&"behind").then_some(())
+    })
+    .await;
+    walpost.stop().await;
+}
+
+/// A column that nobody reads, of a type whose output functions can be broken.
+const MOOD: &str = "
+    CREATE TYPE mood AS ENUM ('good');
+    CREATE TABLE events (
+        id text NOT NULL, aggregatetype text, aggregateid text, type text, payload text, mood mood,
+        txid xid8 NOT NULL DEFAULT pg_current_xact_id(), seq bigint GENERATED ALWAYS AS IDENTITY)";
+
+/// SQL: the functions that put out values of the type, or (for 0) its own.
+fn output_functions(oid: u32) -> String {
+    let function = |own: &str| {
+        let own = format!("'{own}'::regproc");
+        if oid == 0 { own } else { oid.to_string() }
+    };
+    format!(
+        "UPDATE pg_type SET typoutput = {}, typsend = {} WHERE oid = 'mood'::regtype",
+        function("enum_out"),
+        function("enum_send")
+    )
+}
+
+/// SQL: a row with a value of that type.
+fn moody(id: &str) -> String {
+    format!(
+        "INSERT INTO events (id, aggregatetype, aggregateid, type, payload, mood) VALUES ('{id}', 't', 'k', 't', '1', 'good');"
+    )
+}
+
+#[tokio::test]
+async fn a_row_that_the_server_fails_to_send_again_and_again_is_named_and_a_new_slot_gets_past_it()
+{
+    // GIVEN a row with a value whose output function is gone, by which the server fails with an internal error
+    let database = Database::create("internal").await;
+    database.sql(MOOD).await;
+    database.init(&["--payload", "text"], &SETTINGS).await;
+    let settings = [&QUICK[..], &SETTINGS].concat();
+    let fail = [&settings[..], &[("WALPOST_SLOT_LOST", "fail")]].concat();
+    let mut walpost = database.start(&fail).await;
+    database.sql(&moody("before")).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    database.sql(&output_functions(4_000_000_000)).await;
+    database
+        .sql(&format!(
+            "BEGIN; {} {} COMMIT",
+            moody("bad"),
+            moody("worse")
+        ))
+        .await;
+
+    // WHEN the walsender fails at it each time, THEN walpost does not try for ever, and says where, and what to do
+    let code = walpost.wait_exit(DEADLINE).await;
+    let said = walpost.output();
+    assert_eq!(code, 69, "{said}");
+    let xid: String = database
+        .rows("SELECT txid::text FROM events WHERE id = 'bad'", &[])
+        .await[0]
+        .get(0);
+    for part in [
+        &format!("row 1 of transaction {xid}, which commits at "),
+        "cannot be sent by the server",
+        "public.events",
+        "go on streaming at ",
+        "XX000",
+        "WALPOST_SLOT_LOST=recover",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+
+    // AND where it may make the slot anew, the rows come from the table, which does not need that column
+    database.sql(&output_functions(0)).await;
+    let walpost = database.start(&settings).await;
+    database.sql(&moody("behind")).await;
+    let all = ["bad", "before", "behind", "worse"];
+    eventually(DEADLINE, "all rows", async || {
+        let received = consume(&servers().pulsar_url, &database.topic("t"), 0, DEADLINE).await;
+        let ids: std::collections::BTreeSet<&str> = received
+            .iter()
+            .map(|message| message.property("id"))
+            .collect();
+        ids.into_iter().eq(all).then_some(())
     })
     .await;
     walpost.stop().await;

@@ -9,6 +9,8 @@ use std::time::Duration;
 use pulsar::consumer::InitialPosition;
 use pulsar::{Consumer, ConsumerOptions, Pulsar, SubType, TokioExecutor};
 use tokio_postgres::Transaction;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
 use walpost::inbox::{Handler, HandlerError, Inbox, Message, Outcome, Settings};
 use walpost::postgres::PostgresConfig;
 
@@ -415,6 +417,105 @@ async fn two_tables_that_count_from_one_are_not_confused() {
     assert_eq!(
         database.rows("select from walpost.inbox", &[]).await.len(),
         3
+    );
+}
+
+#[tokio::test]
+async fn a_claim_without_source_and_one_with_are_never_both_new() {
+    const CLAIM: &str = "select walpost.inbox_claim('stock', $1, $2)";
+    const WAITING: &str = "select from pg_locks where locktype = 'advisory' and not granted and database = (select oid from pg_database where datname = current_database())";
+    let source = "persistent://public/default/order";
+    let database = database().await;
+    let isolations = ["read committed", "repeatable read", "serializable"];
+    for (number, (isolation, is_first_with)) in (0..).zip(
+        isolations
+            .iter()
+            .flat_map(|isolation| [(isolation, false), (isolation, true)]),
+    ) {
+        let (first, second) = if is_first_with {
+            (source, "")
+        } else {
+            ("", source)
+        };
+        // GIVEN a message that is claimed in one form, by a transaction that is still open
+        let id = format!("{number}");
+        let (one, two) = (database.connect().await, database.connect().await);
+        one.batch_execute("begin").await.expect("a transaction");
+        let claimed = one.query_one(CLAIM, &[&id, &first]).await.expect("claimed");
+        assert!(claimed.get::<_, bool>(0));
+        // WHEN another one claims it in the other form
+        let begin = format!("begin isolation level {isolation}");
+        two.batch_execute(&begin).await.expect("a transaction");
+        let arguments: [&(dyn ToSql + Sync); 2] = [&id, &second];
+        let mut claiming = Box::pin(two.query_one(CLAIM, &arguments));
+        // THEN it waits for the first one's end
+        let waits = eventually(DEADLINE, "it to wait", async || {
+            (!database.rows(WAITING, &[]).await.is_empty()).then_some(())
+        });
+        tokio::select! {
+            biased;
+            claimed = &mut claiming => panic!("{isolation} did not wait: {claimed:?}"),
+            () = waits => {}
+        }
+        one.batch_execute("commit").await.expect("committed");
+        // THEN it is told that the message was handled, or is to be tried again, and is told then
+        match claiming.await {
+            Ok(claimed) => {
+                assert_eq!(*isolation, "read committed");
+                assert!(!claimed.get::<_, bool>(0), "{isolation}: both are new");
+            }
+            Err(error) => {
+                assert_ne!(*isolation, "read committed");
+                assert_eq!(
+                    error.code(),
+                    Some(&SqlState::T_R_SERIALIZATION_FAILURE),
+                    "{error}"
+                );
+            }
+        }
+        two.batch_execute("rollback").await.expect("rolled back");
+        let again = two
+            .query_one(CLAIM, &[&id, &second])
+            .await
+            .expect("claimed");
+        assert!(!again.get::<_, bool>(0), "{isolation}: both are new");
+
+        // WHEN the second one's snapshot is older than the first one's end
+        let id = format!("{number}-committed");
+        two.batch_execute(&format!("{begin}; select 1"))
+            .await
+            .expect("a snapshot");
+        one.query_one(CLAIM, &[&id, &first]).await.expect("claimed");
+        let claimed = two.query_one(CLAIM, &[&id, &second]).await;
+        // THEN a claim that names the source does not pass it
+        if *isolation == "read committed" || !is_first_with {
+            assert!(
+                !claimed.is_ok_and(|claimed| claimed.get::<_, bool>(0)),
+                "{isolation}: both are new"
+            );
+        }
+        two.batch_execute("rollback").await.expect("rolled back");
+    }
+    // THEN claims of two sources do not wait for each other
+    let (one, two) = (database.connect().await, database.connect().await);
+    for (client, source) in [(&one, source), (&two, "persistent://public/default/refund")] {
+        client
+            .batch_execute("begin; set local lock_timeout = '20s'")
+            .await
+            .expect("a transaction");
+        let claimed = client
+            .query_one(CLAIM, &[&"both", &source])
+            .await
+            .expect("claimed");
+        assert!(claimed.get::<_, bool>(0), "{source}");
+    }
+    for client in [&one, &two] {
+        client.batch_execute("commit").await.expect("committed");
+    }
+    let stored = "select count(*) from walpost.inbox";
+    assert_eq!(
+        database.rows(stored, &[]).await[0].get::<_, i64>(0),
+        2 * 6 + 2
     );
 }
 

@@ -238,3 +238,54 @@ async fn the_rows_of_a_gap_come_although_another_table_cannot_be_read() {
         walpost.stop().await;
     }
 }
+
+#[tokio::test]
+async fn rows_whose_mark_was_lost_are_marked_although_another_table_cannot_be_read() {
+    // A table that no look for unmarked rows can read either, and one in which such a look finds a row.
+    for broken in [&BREAKAGES[0], &BREAKAGES[5]] {
+        // GIVEN a poller that marks rows of two tables, the first of which breaks
+        let database = prepared(&[POLL, MARK]).await;
+        database
+            .sql(
+                "ALTER TABLE public.bad ADD COLUMN created_at timestamptz NOT NULL DEFAULT clock_timestamp(), ADD COLUMN sent_at timestamptz;
+                 GRANT UPDATE (sent_at) ON public.bad TO walpost_connector",
+            )
+            .await;
+        let settings = [
+            POLL,
+            MARK,
+            TABLES,
+            OFTEN,
+            ("WALPOST_STRAGGLER_AGE", "200ms"),
+        ];
+        let mut walpost = database.walpost(&["run"], &settings).spawn();
+        walpost.wait_for_line("polling", DEADLINE).await;
+        insert(&database, 1..=3).await;
+        wait_count(&database, UNMARKED, 0).await;
+        let breaks = format!(
+            "BEGIN; LOCK TABLE public.bad; {ROW}; {}; COMMIT",
+            broken.breaks
+        );
+        database.sql(&breaks).await;
+        walpost.wait_for_line("cannot be read", DEADLINE).await;
+
+        // WHEN marks of the other one are lost
+        database
+            .sql("BEGIN; SET LOCAL walpost.mend = on; UPDATE walpost.outbox SET sent_at = NULL; COMMIT")
+            .await;
+
+        // THEN they are made again
+        wait_count(&database, UNMARKED, 0).await;
+
+        // AND once it is mended, the rows of the first one are marked, and came once
+        database.sql(broken.mends).await;
+        wait_count(&database, "public.bad WHERE sent_at IS NULL", 0).await;
+        let bad: &[u32] = if broken.says.contains("5000") {
+            &[11, 12, 13]
+        } else {
+            &[11]
+        };
+        assert_eq!(numbers(&database.topic("b"), bad.len()).await, bad);
+        walpost.stop().await;
+    }
+}
