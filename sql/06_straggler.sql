@@ -34,18 +34,20 @@ create table if not exists walpost.straggler (
     dead_letter_at    timestamptz,            -- when a copy went to WALPOST_DEAD_LETTER_TOPIC
     created_at        timestamptz not null default clock_timestamp(),
     row_seq           bigint,                 -- which of the table's rows with this id it is: its seq,
-    row_txid          bigint                  -- or, in a table without seq, its txid; both NULL: not known
+    row_txid          bigint                  -- and its txid (numbers may begin again); both NULL: not known
 );
 
 -- What an earlier version made: jsonb, no number of the row, and B-tree entries that hold only keys and ids of up to 2.7 kB.
 alter table walpost.straggler alter column properties type json;
 alter table walpost.straggler add column if not exists row_seq bigint, add column if not exists row_txid bigint;
-drop index if exists walpost.straggler_once, walpost.straggler_identity, walpost.straggler_order, walpost.straggler_event;
+drop index if exists walpost.straggler_once, walpost.straggler_identity, walpost.straggler_order, walpost.straggler_event, walpost.straggler_row;
 
 -- A transaction that Postgres sends again, or a scan that goes on after a crash, stores nothing twice. (With the id: another
--- timeline may use the same positions. With the table: each counts its seq from 1.)
-create unique index if not exists straggler_row
-    on walpost.straggler (slot, outbox, commit_lsn, ordinal, hashtextextended(coalesce(id, ''), 0));
+-- timeline may use the same positions. With the table: each counts its seq from 1. With the txid of a row that was read from the table:
+-- its numbers begin again with TRUNCATE ... RESTART IDENTITY.)
+create unique index if not exists straggler_place
+    on walpost.straggler (slot, outbox, commit_lsn, ordinal, hashtextextended(coalesce(id, ''), 0),
+                          (case when commit_lsn = '0/0' then coalesce(row_txid, 0) else 0 end));
 
 -- What is due.
 create index if not exists straggler_due on walpost.straggler (slot, next_attempt_at) where state <> 'parked';
@@ -63,10 +65,12 @@ create table if not exists walpost.discarded (
     id            text,
     commit_lsn    pg_lsn not null,
     ordinal       bigint not null,
-    seq           bigint,                     -- of the outbox row, by which a scan knows it
+    seq           bigint,                     -- of the outbox row, by which a scan knows it,
+    row_txid      bigint,                     -- and its txid; NULL: an earlier version noted it, or no scan can bring it
     txid          xid8 not null default pg_current_xact_id(),   -- who sees this transaction sees the straggler's
     discarded_at  timestamptz not null default clock_timestamp()
 );
+alter table walpost.discarded add column if not exists row_txid bigint;
 create index if not exists discarded_place on walpost.discarded (slot, outbox, commit_lsn, ordinal);
 -- To whom walpost.straggler was granted by an earlier version.
 do $walpost$

@@ -47,6 +47,8 @@ from walpost.outbox o
 left join lateral (
     select g.state, g.reason, g.attempts from walpost.straggler g
     where g.outbox = 'walpost.outbox' and g.id = o.id::text
+      -- Which of the rows with this id, where that is known.
+      and (g.row_seq is null or g.row_seq = o.seq) and (g.row_txid is null or g.row_txid = o.txid::text::bigint)
     order by g.number limit 1
 ) s on true;
 

@@ -34,7 +34,7 @@ use crate::{Error, Lsn, Result};
 pub enum Source {
     /// The log: a straggler is known by its transaction's commit LSN and its place in there.
     Log,
-    /// The table: a straggler is known by its table and `seq`, and its commit LSN is `0/0`, where no log begins.
+    /// The table: a straggler is known by its table, `seq` and `txid`, and its commit LSN is `0/0`, where no log begins.
     Table,
 }
 
@@ -186,9 +186,9 @@ impl Outlet {
         let number = extractor.number_column();
         let stragglers = self.stragglers.as_ref();
         let known_by = self.source.known_by(origin.commit_lsn);
-        let is_discarded = |id| {
+        let is_discarded = |id, txid| {
             let is_discarded =
-                stragglers.is_some_and(|them| them.is_discarded(origin.row, known_by, id));
+                stragglers.is_some_and(|them| them.is_discarded((origin.row, txid), known_by, id));
             if is_discarded {
                 info!(commit_lsn = %known_by, ordinal = origin.row.ordinal(), "a discarded event came again, and is left out");
             }
@@ -205,23 +205,24 @@ impl Outlet {
                 let salvaged = extractor.salvage(tuple);
                 let txid = extractor.txid(tuple);
                 let id = salvaged.id.as_deref();
-                let is_new = !is_discarded(id) && !id.is_some_and(is_known);
+                let is_new = !is_discarded(id, txid) && !id.is_some_and(is_known);
                 if is_new {
                     let number = number.filter(|_| origin.is_row);
                     let number = number.map_or(RowNumber::Unknown, |column| column.read(tuple));
-                    self.unusable(error, salvaged, (origin, number))?;
+                    self.unusable(error, salvaged, (origin, number, txid))?;
                 }
                 return Ok(Taken { is_new, txid });
             }
         };
         let txid = event.txid;
-        if is_discarded(Some(event.id)) || is_known(event.id) {
+        if is_discarded(Some(event.id), txid) || is_known(event.id) {
             return Ok(Taken {
                 is_new: false,
                 txid,
             });
         }
-        let is_marked = self.report_rows && origin.is_row;
+        // A straggler of the table is known by its txid. The id is told only to whoever marks the row.
+        let is_told = (self.report_rows || self.source == Source::Table) && origin.is_row;
         let outgoing = Outgoing {
             key: event.aggregateid,
             payload: event.payload,
@@ -230,10 +231,11 @@ impl Outlet {
             txn: origin.txn,
             commit_lsn: origin.commit_lsn,
             row: origin.row,
-            mark: is_marked.then(|| Row {
+            mark: is_told.then(|| Row {
                 table: origin.row.table(),
                 xid: origin.xid,
-                id: event.id,
+                id: if self.report_rows { event.id } else { "" },
+                txid,
                 number: number.map_or(RowNumber::Unknown, |column| column.read(tuple)),
             }),
         };
@@ -282,14 +284,14 @@ impl Outlet {
         &mut self,
         error: EventError,
         salvaged: Salvaged,
-        (origin, number): (Origin, RowNumber),
+        (origin, number, txid): (Origin, RowNumber, Option<u64>),
     ) -> Result<()> {
         match &mut self.stragglers {
             Some(stragglers) if error.problem().is_of_the_row() => {
                 let why = Error::from(error).report();
                 warn!("an event cannot be published, it becomes a dead straggler: {why}");
                 let known_by = self.source.known_by(origin.commit_lsn);
-                let row = (origin.txn, known_by, origin.row, number);
+                let row = (origin.txn, known_by, origin.row, (number, txid));
                 if let Some((topic, key)) = stragglers.unusable(salvaged, row, why) {
                     self.publisher.park(&topic, &key, 1);
                 }

@@ -161,8 +161,9 @@ async fn a_table_of_stragglers_from_an_older_version_is_brought_up_to_date_with_
     database
         .sql(
             r#"ALTER TABLE walpost.straggler ALTER COLUMN properties TYPE jsonb;
-               ALTER TABLE walpost.straggler DROP COLUMN row_seq, DROP COLUMN row_txid;
-               DROP INDEX walpost.straggler_row, walpost.straggler_key, walpost.straggler_id;
+               ALTER TABLE walpost.straggler DROP COLUMN row_seq CASCADE, DROP COLUMN row_txid CASCADE;
+               DROP INDEX walpost.straggler_key, walpost.straggler_id;
+               CREATE UNIQUE INDEX straggler_row ON walpost.straggler (slot, outbox, commit_lsn, ordinal, hashtextextended(coalesce(id, ''), 0));
                CREATE UNIQUE INDEX straggler_once ON walpost.straggler (slot, commit_lsn, ordinal);
                CREATE INDEX straggler_order ON walpost.straggler (slot, topic, key, number);
                DROP TABLE walpost.discarded;
@@ -188,11 +189,15 @@ async fn a_table_of_stragglers_from_an_older_version_is_brought_up_to_date_with_
     let query = "SELECT pg_typeof(properties)::text || ' ' || (properties #>> '{0,1}') FROM walpost.straggler";
     let row: String = database.rows(query, &[]).await[0].get(0);
     assert_eq!(row, "json b");
+    assert!(
+        first.contains("created view walpost.outbox_status"),
+        "{first}"
+    );
     let query = "SELECT row_seq IS NULL AND row_txid IS NULL FROM walpost.straggler";
     assert!(database.rows(query, &[]).await[0].get::<_, bool>(0));
     // AND so it is where nothing but the columns is missing
     database
-        .sql("ALTER TABLE walpost.straggler DROP COLUMN row_seq")
+        .sql("ALTER TABLE walpost.straggler DROP COLUMN row_seq CASCADE")
         .await;
     let third = init(&database, &[]).await;
     assert!(
@@ -210,7 +215,7 @@ async fn a_table_of_stragglers_from_an_older_version_is_brought_up_to_date_with_
         "straggler_id",
         "straggler_key",
         "straggler_pkey",
-        "straggler_row",
+        "straggler_place",
     ];
     assert_eq!(indexes, expected);
 }

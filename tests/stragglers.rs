@@ -9,6 +9,8 @@ mod dead;
 mod discard;
 #[path = "stragglers/large.rs"]
 mod large;
+#[path = "stragglers/numbers_again.rs"]
+mod numbers_again;
 #[path = "stragglers/order.rs"]
 mod order;
 #[path = "stragglers/refused.rs"]

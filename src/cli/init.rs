@@ -218,13 +218,12 @@ async fn apply(
         step(transaction, &format!("create {what}"), &ddl.left_undone).await?;
     }
     lines.push(line(before.has_left_undone, what));
+    let mut missing_status = None;
     if let Some(status) = &ddl.status {
         let own = after.tables.iter().find(|(name, _)| *name == own_table());
         let own = own.and_then(|(_, table)| table.as_ref());
         if before.has_status || own.is_some_and(Table::has_status_columns) {
-            if !before.has_status {
-                step(transaction, "create view walpost.outbox_status", status).await?;
-            }
+            missing_status = Some(status).filter(|_| !before.has_status);
             lines.push(line(before.has_status, "view walpost.outbox_status"));
         }
     }
@@ -246,6 +245,10 @@ async fn apply(
         // Last: nobody else can use the table from here to the end of the transaction.
         let doing = "bring table walpost.straggler up to date";
         step(transaction, doing, &ddl.straggler).await?;
+    }
+    if let Some(status) = missing_status {
+        // It reads the columns that were added.
+        step(transaction, "create view walpost.outbox_status", status).await?;
     }
     Ok(lines)
 }

@@ -10,7 +10,7 @@
 //! In the modes mark and delete a row that is not marked, or still there, is taken for lost and published again. So `discard`
 //! marks or deletes the outbox rows of what it deletes, in the same transaction. The mode is the one that `walpost run` has
 //! noted in `walpost.after_publish`; where there is no note, that of the settings. Of several rows with the straggler's id it is the one
-//! with its number ([`crate::outbox::RowNumber`]); where that is not known, none.
+//! with its number ([`crate::outbox::RowNumber`]) and, where that was stored, its `txid`; where neither is known, none.
 
 use std::io::{self, IsTerminal as _, Write};
 
@@ -24,7 +24,7 @@ use crate::config::{AfterPublish, Config};
 use crate::outbox::ENVELOPE_TABLE;
 use crate::postgres::{connect_sql, quote_literal, sql_error, sqlstate};
 use crate::scanner::modes::has_table;
-use crate::scanner::outbox::OutboxTable;
+use crate::scanner::outbox::{OutboxTable, SEQ, TXID};
 use crate::{Error, Result};
 
 /// Rows that are fetched and printed at a time.
@@ -193,10 +193,20 @@ impl Table<'_> {
                 "gone as (delete from walpost.straggler where {WHERE} returning slot, outbox, id, commit_lsn, ordinal, {numbers})"
             ),
             format!(
-                "noted as (insert into walpost.discarded (slot, outbox, id, commit_lsn, ordinal, seq)
-                           select slot, outbox, id, commit_lsn, ordinal, {} from gone)",
-                seq_of(&tables)
+                "told as (select slot, outbox, id, commit_lsn, ordinal, {} as seq, {} as txid from gone)",
+                told(&tables, SEQ, TXID),
+                told(&tables, TXID, SEQ)
             ),
+            if self.notes_txid().await? {
+                // A scan reads no table without a txid.
+                "noted as (insert into walpost.discarded (slot, outbox, id, commit_lsn, ordinal, seq, row_txid)
+                           select slot, outbox, id, commit_lsn, ordinal, case when txid is not null then seq end, txid from told)"
+                    .to_owned()
+            } else {
+                "noted as (insert into walpost.discarded (slot, outbox, id, commit_lsn, ordinal, seq)
+                           select slot, outbox, id, commit_lsn, ordinal, seq from told)"
+                    .to_owned()
+            },
         ];
         if mode != AfterPublish::Keep {
             for (number, table) in tables.iter().enumerate() {
@@ -230,6 +240,15 @@ impl Table<'_> {
                    where attrelid = to_regclass('walpost.straggler') and attname in ('row_seq', 'row_txid') and not attisdropped";
         let row = self.client.query_one(sql, &[]).await;
         let row = row.map_err(|error| failed("look at walpost.straggler", error))?;
+        Ok(row.get(0))
+    }
+
+    /// The same of `walpost.discarded` and the row's `txid`.
+    async fn notes_txid(&self) -> Result<bool> {
+        let sql = "select count(*) = 1 from pg_attribute
+                   where attrelid = to_regclass('walpost.discarded') and attname = 'row_txid' and not attisdropped";
+        let row = self.client.query_one(sql, &[]).await;
+        let row = row.map_err(|error| failed("look at walpost.discarded", error))?;
         Ok(row.get(0))
     }
 
@@ -309,35 +328,49 @@ fn is_the_row(table: &OutboxTable) -> String {
             table.id.sql_type
         )
     };
-    match table.number {
+    let is_it = match table.number {
         // As text: whatever number type the column has.
         Some(number) => format!(
             "case when gone.row_{number} is null then {is_one} else o.{number}::text = gone.row_{number}::text end"
         ),
         None => is_one,
+    };
+    if table.has_txid {
+        // Numbers may have begun again.
+        format!("{is_it} and {}", is_same(TXID))
+    } else {
+        is_it
     }
 }
 
-/// SQL: the `seq` of the outbox row of a row of `gone`: as it was stored, or where that can be told quickly and for certain: the table has
-/// the column and an index over the id, and one row with that id.
-fn seq_of(tables: &[OutboxTable]) -> String {
-    let tables = tables.iter().filter(|table| table.tells_seq());
+/// SQL: whether row `o` has the number of a row of `gone` in this column, or that was not stored.
+fn is_same(column: &str) -> String {
+    format!("(gone.row_{column} is null or o.{column}::text = gone.row_{column}::text)")
+}
+
+/// SQL: `seq` or `txid` (`column`) of the outbox row of a row of `gone`: as it was stored, or where that can be told quickly and for certain: the
+/// table has both columns and an index over the id, and one row with that id and, if that was stored, the other one.
+fn told(tables: &[OutboxTable], column: &str, other: &str) -> String {
+    // No max(xid8) before Postgres 16.
+    let text = if column == TXID { "::text::int8" } else { "" };
+    let tables = tables.iter().filter(|table| table.tells_place());
     let cases = tables.map(|table| {
         format!(
-            "when {} then (select case when count(*) = 1 then max(o.seq) end from {} o where o.{} {} gone.id::{})",
+            "when {} then (select case when count(*) = 1 then max(o.{column}{text}) end from {} o where o.{} {} gone.id::{} and {})",
             quote_literal(&table.name.to_string()),
             table.name,
             table.id_column(),
             table.id.operator("="),
             table.id.sql_type,
+            is_same(other)
         )
     });
     let cases: Vec<String> = cases.collect();
     if cases.is_empty() {
-        return "row_seq".to_owned();
+        return format!("row_{column}");
     }
     format!(
-        "case when row_seq is not null then row_seq else case outbox {} end end",
+        "case when row_{column} is not null then row_{column} else case outbox {} end end",
         cases.join(" ")
     )
 }

@@ -71,7 +71,7 @@ impl Pipe {
         };
         let origin = open.origin(self.envelope_place(), false);
         self.outlet
-            .unusable(error, whole, (origin, RowNumber::Unknown))?;
+            .unusable(error, whole, (origin, RowNumber::Unknown, None))?;
         Ok(Format::Fits)
     }
 }

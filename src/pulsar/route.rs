@@ -441,6 +441,11 @@ impl Held {
         self.mark().map_or(RowNumber::Unknown, |row| row.number)
     }
 
+    /// Its row's `txid`, where that is told and there is one.
+    pub fn txid(&self) -> Option<u64> {
+        self.mark().and_then(|row| row.txid)
+    }
+
     pub(super) fn mark(&self) -> Option<Row<'_>> {
         self.mark.iter().next()
     }

@@ -34,6 +34,8 @@ pub struct Row<'a> {
     pub id: &'a str,
     /// Which of the rows with this id.
     pub number: RowNumber,
+    /// Its `txid`, where it has one.
+    pub txid: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +43,8 @@ struct Place {
     table: u32,
     xid: u32,
     number: RowNumber,
+    /// 0, which no transaction has: none.
+    txid: u64,
     /// Where its id ends in the text.
     end: usize,
 }
@@ -63,6 +67,7 @@ impl Rows {
             table: row.table,
             xid: row.xid,
             number: row.number,
+            txid: row.txid.unwrap_or(0),
             end: self.text.len(),
         });
     }
@@ -74,6 +79,7 @@ impl Rows {
             table: NONE,
             xid: 0,
             number: RowNumber::Unknown,
+            txid: 0,
             end,
         };
         self.places.resize(index, nothing);
@@ -90,6 +96,7 @@ impl Rows {
             table: place.table,
             xid: place.xid,
             number: place.number,
+            txid: (place.txid != 0).then_some(place.txid),
             id: &self.text[start..place.end],
         })
     }
@@ -260,6 +267,7 @@ mod tests {
             table: 1,
             xid: 7,
             number: RowNumber::Seq(3),
+            txid: Some(5),
             id,
         }
     }

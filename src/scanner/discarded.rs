@@ -21,19 +21,21 @@
 //!
 //! # Which event it is
 //!
-//! Its table and id, and its place: commit LSN and ordinal where the log has brought it, `seq` for a scan. `discard` looks up the `seq` of
-//! the outbox row, if the table has one, and a row with that id once. The stream does not bring what a scan has stored, except for
+//! Its table and id, and its place: commit LSN and ordinal where the log has brought it, `seq` and `txid` for a scan. (`seq` and id alone
+//! are another row's after TRUNCATE … RESTART IDENTITY.) `discard` looks up what was not stored of both in the outbox, if that has the
+//! row once; a row whose `txid` is not known is none that a scan leaves out. What an earlier version noted has no `txid`, and is known
+//! without. The stream does not bring what a scan has stored, except for
 //! the few rows whose ids are remembered (see [`super`]).
 //!
 //! # Bound
 //!
 //! A row goes when `walpost.progress.delivered` shows the transaction that discarded it: by then the confirmed LSN had passed the
 //! straggler's. It stays for an hour, and two checkpoints, in any case: the server writes a slot's confirmed LSN to disk only with a
-//! checkpoint, and a crash, or a standby that takes over, brings back an earlier one. In memory an event takes two entries of 32 bytes.
+//! checkpoint, and a crash, or a standby that takes over, brings back an earlier one. In memory an event takes two entries of 40 bytes.
 //!
 //! Tests: `tests/stragglers/discard.rs`.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use tokio_postgres::Row;
@@ -41,17 +43,31 @@ use tokio_postgres::Row;
 use crate::Lsn;
 use crate::pulsar::RowTag;
 
-/// Rows of a slot, as [`Discarded::read`] takes them; `$1` is the slot.
-pub(super) const SELECT: &str =
-    "SELECT outbox, id, commit_lsn::text, ordinal, seq FROM walpost.discarded WHERE slot = $1";
+/// SQL: rows of a slot (`$1`), as [`Discarded::read`] takes them; `has_txid`: the table has the column `row_txid`.
+pub(super) fn select(has_txid: bool) -> String {
+    let txid = if has_txid { "row_txid" } else { "NULL::int8" };
+    format!(
+        "SELECT outbox, id, commit_lsn::text, ordinal, seq, {txid} FROM walpost.discarded WHERE slot = $1"
+    )
+}
 
 /// SQL: whether the event of [`super::straggler_store`]'s INSERT is among them.
-pub(super) const IS_DISCARDED: &str = "exists (
+pub(super) fn is_discarded(has_txid: bool) -> String {
+    let same_txid = if has_txid {
+        "(event.commit_lsn::pg_lsn <> '0/0' or d.row_txid is null or d.row_txid = event.row_txid)"
+    } else {
+        "true"
+    };
+    format!(
+        "exists (
     select from walpost.discarded d
     where d.slot = $1 and d.outbox = event.outbox and d.id is not distinct from event.id
           and (d.commit_lsn = event.commit_lsn::pg_lsn and d.ordinal = event.ordinal
                or event.commit_lsn::pg_lsn = '0/0' and d.seq = event.ordinal)
-)";
+          and {same_txid}
+)"
+    )
+}
 
 /// Deletes what is not needed any more; `$1` is the slot.
 pub(super) const PRUNE: &str = "
@@ -61,13 +77,22 @@ pub(super) const PRUNE: &str = "
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub struct Discarded(HashMap<Place, u64>);
+pub struct Discarded(HashSet<Place>);
 
-/// Table, commit LSN (0 for a row of the table), and ordinal or `seq`.
-type Place = (u32, u64, u64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Place {
+    table: u32,
+    /// 0 for a row of the table.
+    commit_lsn: u64,
+    /// Or its `seq`.
+    ordinal: u64,
+    /// Of a row of the table; 0, which no transaction has: any.
+    txid: u64,
+    id_hash: u64,
+}
 
 impl Discarded {
-    /// Of the rows that [`SELECT`] gives; what is of none of these tables is left out.
+    /// Of the rows that [`select`] gives; what is of none of these tables is left out.
     pub(super) fn read(rows: &[Row], outboxes: &[String]) -> Self {
         let mut discarded = Self::default();
         for row in rows {
@@ -76,17 +101,32 @@ impl Discarded {
             let table = table.and_then(|table| u32::try_from(table).ok());
             let lsn = row.get::<_, &str>(2).parse().unwrap_or(Lsn::ZERO);
             if let Some(table) = table {
-                discarded.add(table, row.get(1), (lsn, row.get(3)), row.get(4));
+                let txid = row.get::<_, Option<i64>>(5);
+                let txid = txid.and_then(|txid| u64::try_from(txid).ok());
+                discarded.add(table, row.get(1), (lsn, row.get(3)), (row.get(4), txid));
             }
         }
         discarded
     }
 
-    fn add(&mut self, table: u32, id: Option<&str>, place: (Lsn, i64), seq: Option<i64>) {
+    fn add(
+        &mut self,
+        table: u32,
+        id: Option<&str>,
+        place: (Lsn, i64),
+        (seq, txid): (Option<i64>, Option<u64>),
+    ) {
         let of_scan = seq.map(|seq| (Lsn::ZERO, seq));
-        for (lsn, number) in [Some(place), of_scan].into_iter().flatten() {
-            if let Ok(number) = u64::try_from(number) {
-                self.0.insert((table, lsn.as_u64(), number), hash(id));
+        for (lsn, ordinal) in [Some(place), of_scan].into_iter().flatten() {
+            let txid = txid.filter(|_| lsn == Lsn::ZERO);
+            if let Ok(ordinal) = u64::try_from(ordinal) {
+                self.0.insert(Place {
+                    table,
+                    commit_lsn: lsn.as_u64(),
+                    ordinal,
+                    txid: txid.unwrap_or(0),
+                    id_hash: hash(id),
+                });
             }
         }
     }
@@ -96,10 +136,23 @@ impl Discarded {
         self.0.is_empty()
     }
 
-    /// Whether the row at this place, with this id, is one of them; read from the table, its LSN is `0/0`.
-    pub fn contains(&self, row: RowTag, commit_lsn: Lsn, id: Option<&str>) -> bool {
-        let place = (row.table(), commit_lsn.as_u64(), row.ordinal());
-        self.0.get(&place) == Some(&hash(id))
+    /// Whether the row at this place, with this `txid` and id, is one of them; read from the table, its LSN is `0/0`.
+    pub fn contains(
+        &self,
+        (row, txid): (RowTag, Option<u64>),
+        commit_lsn: Lsn,
+        id: Option<&str>,
+    ) -> bool {
+        let any = Place {
+            table: row.table(),
+            commit_lsn: commit_lsn.as_u64(),
+            ordinal: row.ordinal(),
+            txid: 0,
+            id_hash: hash(id),
+        };
+        let its = txid.filter(|_| commit_lsn == Lsn::ZERO);
+        let its = its.map(|txid| Place { txid, ..any });
+        self.0.contains(&any) || its.is_some_and(|its| self.0.contains(&its))
     }
 }
 
@@ -114,31 +167,44 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_is_known_by_its_place_in_the_log_and_by_its_seq_and_only_with_its_id() {
+    fn an_event_is_known_by_its_place_in_the_log_and_by_its_seq_and_txid_and_only_with_its_id() {
         let mut discarded = Discarded::default();
         assert!(discarded.is_empty());
-        discarded.add(1, Some("7"), (Lsn::new(800), 3), Some(42));
-        discarded.add(0, None, (Lsn::new(800), 4), None);
+        discarded.add(1, Some("7"), (Lsn::new(800), 3), (Some(42), Some(9)));
+        discarded.add(0, None, (Lsn::new(800), 4), (None, None));
+        // As an earlier version noted it.
+        discarded.add(0, None, (Lsn::ZERO, 5), (Some(5), None));
         let known = [
-            (RowTag::new(1, 3), 800, Some("7")),
-            (RowTag::new(1, 42), 0, Some("7")),
-            (RowTag::new(0, 4), 800, None),
+            (RowTag::new(1, 3), None, 800, Some("7")),
+            (RowTag::new(1, 3), Some(8), 800, Some("7")),
+            (RowTag::new(1, 42), Some(9), 0, Some("7")),
+            (RowTag::new(0, 4), Some(9), 800, None),
+            (RowTag::new(0, 5), Some(9), 0, None),
         ];
-        for (row, lsn, id) in known {
-            assert!(discarded.contains(row, Lsn::new(lsn), id), "{row:?}");
+        for (row, txid, lsn, id) in known {
+            assert!(
+                discarded.contains((row, txid), Lsn::new(lsn), id),
+                "{row:?}"
+            );
         }
         let others = [
             // Another timeline may use the same position.
-            (RowTag::new(1, 3), 800, Some("8")),
-            (RowTag::new(1, 3), 808, Some("7")),
-            (RowTag::new(0, 3), 800, Some("7")),
+            (RowTag::new(1, 3), Some(9), 800, Some("8")),
+            (RowTag::new(1, 3), Some(9), 808, Some("7")),
+            (RowTag::new(0, 3), Some(9), 800, Some("7")),
             // Another row with the same id.
-            (RowTag::new(1, 43), 0, Some("7")),
-            (RowTag::new(1, 42), 800, Some("7")),
-            (RowTag::new(0, 4), 800, Some("")),
+            (RowTag::new(1, 43), Some(9), 0, Some("7")),
+            (RowTag::new(1, 42), Some(9), 800, Some("7")),
+            (RowTag::new(0, 4), Some(9), 800, Some("")),
+            // Another row with the same id and seq: numbers have begun again.
+            (RowTag::new(1, 42), Some(10), 0, Some("7")),
+            (RowTag::new(1, 42), None, 0, Some("7")),
         ];
-        for (row, lsn, id) in others {
-            assert!(!discarded.contains(row, Lsn::new(lsn), id), "{row:?}");
+        for (row, txid, lsn, id) in others {
+            assert!(
+                !discarded.contains((row, txid), Lsn::new(lsn), id),
+                "{row:?}"
+            );
         }
     }
 }

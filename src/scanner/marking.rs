@@ -6,7 +6,7 @@
 //! # Which row
 //!
 //! A statement finds a row by its id, by the index on it, and keeps it only if its `seq` (or `txid`) is the published row's. A published row
-//! whose number is not known (an older straggler's) is found by its id alone where a unique index covers the id; elsewhere it is not
+//! whose number is not known (an older straggler's) is found by its id alone where a unique index over the id alone makes it the only one; elsewhere it is not
 //! touched, and [`super::unmarked`] publishes it once more, with its number. In a table without both columns the id is all there is.
 //!
 //! # A statement that fails

@@ -62,14 +62,19 @@ const TABLE: &str = "
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = $1 AND c.relname = $2";
 
-/// SQL: whether a unique index covers the ids of table `$1` in column `$2`.
+/// SQL: whether a unique index covers the ids of table `$1` in column `$2`, and whether one makes them unique: of the whole table (a partition's own
+/// says nothing of the others, nor does a table's of its children), and over nothing but the id.
 const IDS: &str = "
     SELECT (SELECT coalesce(bool_and(EXISTS (
                 SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid
                 WHERE i.indrelid = leaf.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
                   AND a.attname = $2 AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))), true)
             FROM (SELECT $1::oid AS oid WHERE NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = $1)
-                  UNION ALL SELECT relid::oid FROM pg_partition_tree($1::oid) WHERE isleaf) leaf)";
+                  UNION ALL SELECT relid::oid FROM pg_partition_tree($1::oid) WHERE isleaf) leaf),
+           EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid
+                   WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+                     AND a.attname = $2 AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum)
+           AND NOT EXISTS (SELECT FROM pg_inherits h JOIN pg_class c ON c.oid = h.inhparent WHERE c.oid = $1 AND c.relkind <> 'p')";
 
 /// See the module's documentation.
 #[derive(Clone, Debug)]
@@ -97,7 +102,10 @@ pub struct OutboxTable {
     owned: bool,
     /// Whether an index begins with the id.
     pub has_id_index: bool,
-    /// Whether a unique index of the table, or of each of its partitions, covers the id, if only together with other columns.
+    /// Whether a unique index of the table, or of each of its partitions, covers the id, if only together with other columns: ids are then
+    /// likely to be unique.
+    pub covers_id: bool,
+    /// Whether no two rows can have the same id.
     pub has_unique_id: bool,
     /// The column that tells rows with the same id apart, if there is one: see [`crate::outbox::RowNumber`].
     pub number: Option<&'static str>,
@@ -195,7 +203,8 @@ impl OutboxTable {
             has_txid: find(TXID).is_some_and(|column| column.is_xid8),
             has_seq: find(SEQ).is_some_and(|column| column.is_number),
             has_id_index: indexed.get(0),
-            has_unique_id: ids.get(0),
+            covers_id: ids.get(0),
+            has_unique_id: ids.get(1),
             number: [SEQ, TXID].into_iter().find(|name| find(name).is_some()),
             has_unmarked_index: indexed.get(1),
             id,
@@ -234,9 +243,9 @@ impl OutboxTable {
         }
     }
 
-    /// Whether the role can look up the `seq` of a row by its id, by an index.
-    pub fn tells_seq(&self) -> bool {
-        self.has_seq && self.has_id_index && self.may_select
+    /// Whether the role can look up `seq` and `txid` of a row by its id, by an index.
+    pub fn tells_place(&self) -> bool {
+        self.has_seq && self.has_txid && self.has_id_index && self.may_select
     }
 
     /// The id column, quoted.

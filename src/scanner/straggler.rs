@@ -9,7 +9,7 @@
 //! is acknowledged in one place only, where the pipe books [`Report::Stored`], and the task sends that after the COMMIT of
 //! the transaction that has inserted the row (or has found it there, from an earlier time). A process that dies in between
 //! has confirmed nothing of it, and Postgres sends the transaction again; what was stored is then found by its
-//! (slot, commit LSN, ordinal) and not stored twice. What somebody has discarded meanwhile is known too: see [`super::discarded`].
+//! (slot, commit LSN, ordinal; one that was read from the table: its `seq` and `txid`) and not stored twice. What somebody has discarded meanwhile is known too: see [`super::discarded`].
 //!
 //! # Order
 //!
@@ -58,6 +58,8 @@ pub(crate) struct Straggler {
     pub(crate) ordinal: u64,
     /// Which of the table's rows with its id it is.
     pub(crate) number: RowNumber,
+    /// Its `txid`, where that is known.
+    pub(crate) txid: Option<u64>,
     pub(crate) reason: String,
     /// Nothing can be attempted with it as it is.
     pub(crate) hopeless: bool,
@@ -139,14 +141,16 @@ pub struct Stragglers {
 }
 
 impl Stragglers {
-    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing, or may not be
-    /// used, which is logged.
+    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing, which is logged.
+    ///
+    /// # Errors
+    /// Refused where there is a table that walpost may not use.
     pub async fn start(config: &Config, publisher: &PublisherConfig) -> Result<Option<Self>> {
         let mut store = Store::new(config);
-        if let Some(why) = store.connect().await? {
+        if !store.connect().await? {
             warn!(
-                "{why}: an event that cannot be published stops walpost, and the events of a refused topic wait \
-                 (hint: run walpost init, or let the tables' owner grant SELECT, INSERT, UPDATE and DELETE on walpost.straggler)"
+                "there is no table walpost.straggler: an event that cannot be published stops walpost, and the events of a refused topic wait \
+                 (hint: run walpost init)"
             );
             return Ok(None);
         }
@@ -211,8 +215,13 @@ impl Stragglers {
         Ok(())
     }
 
-    /// Whether somebody has discarded this row, which comes again; read from the table, its LSN is `0/0`.
-    pub fn is_discarded(&self, row: RowTag, commit_lsn: Lsn, id: Option<&str>) -> bool {
+    /// Whether somebody has discarded this row (with its `txid`), which comes again; read from the table, its LSN is `0/0`.
+    pub fn is_discarded(
+        &self,
+        row: (RowTag, Option<u64>),
+        commit_lsn: Lsn,
+        id: Option<&str>,
+    ) -> bool {
         !self.discarded.is_empty() && self.discarded.contains(row, commit_lsn, id)
     }
 
@@ -250,6 +259,7 @@ impl Stragglers {
             event,
         } = diverted;
         let number = number_of(event.number(), event.commit_lsn, event.row);
+        let txid = event.txid();
         let mut properties = event.properties.iter();
         let id = properties.find(|(name, _)| name == "id");
         self.push(Straggler {
@@ -264,6 +274,7 @@ impl Stragglers {
             commit_lsn: event.commit_lsn,
             ordinal: event.row.ordinal(),
             number,
+            txid,
             reason,
             hopeless: false,
             diverted: true,
@@ -278,7 +289,7 @@ impl Stragglers {
     pub fn unusable(
         &mut self,
         row: Salvaged,
-        (txn, commit_lsn, tag, number): (TxnNo, Lsn, RowTag, RowNumber),
+        (txn, commit_lsn, tag, (number, txid)): (TxnNo, Lsn, RowTag, (RowNumber, Option<u64>)),
         reason: String,
     ) -> Option<(String, String)> {
         let holds_back = row.topic.clone().zip(row.key.clone());
@@ -297,6 +308,7 @@ impl Stragglers {
             commit_lsn,
             ordinal: tag.ordinal(),
             number: number_of(number, commit_lsn, tag),
+            txid,
             reason,
             hopeless: true,
             diverted: false,

@@ -33,6 +33,8 @@ pub(crate) struct Stored {
     pub(crate) outbox: String,
     /// Which of the table's rows with its id it is.
     pub(crate) row_number: RowNumber,
+    /// And its `txid`.
+    pub(crate) row_txid: Option<u64>,
     /// Of its properties, as the table has them.
     properties_bytes: usize,
 }
@@ -156,6 +158,10 @@ fn stored(row: &Row) -> Result<Stored> {
         attempts: row.try_get(9).map_err(get)?,
         is_dead: row.try_get(10).map_err(get)?,
         outbox: row.try_get(11).map_err(get)?,
+        row_txid: {
+            let txid: Option<i64> = row.try_get(13).map_err(get)?;
+            txid.and_then(|txid| u64::try_from(txid).ok())
+        },
         row_number: match (row.try_get(12).map_err(get)?, row.try_get(13).map_err(get)?) {
             (Some(seq), _) => RowNumber::Seq(seq),
             (None, Some(txid)) => RowNumber::Txid(txid),

@@ -113,6 +113,7 @@ impl Task {
             id: row.id.as_deref().filter(|_| !row.is_dead)?,
             // Where it is not known: it is marked if no other row has its id.
             number: row.row_number,
+            txid: row.row_txid,
         })
     }
 

@@ -73,6 +73,17 @@ pub(crate) struct Failure {
     pub(crate) dead: bool,
 }
 
+/// What is known of discarded events.
+#[derive(Clone, Copy, Default)]
+struct Discards {
+    /// There is a `walpost.discarded`.
+    is_there: bool,
+    /// There is a `walpost.progress` by which it is pruned.
+    can_prune: bool,
+    /// It has the column `row_txid`: one that an earlier version made has not.
+    has_txid: bool,
+}
+
 /// See the module's documentation.
 pub(crate) struct Store {
     postgres: PostgresConfig,
@@ -84,8 +95,7 @@ pub(crate) struct Store {
     /// Events of each key that hold back later ones, as last seen.
     keys: HashMap<Key, i64>,
     rows: i64,
-    /// There is a `walpost.discarded`, and a `walpost.progress` by which it is pruned.
-    discards: (bool, bool),
+    discards: Discards,
     /// The table has columns for the row's number: one that an earlier version made has not.
     pub(super) has_numbers: bool,
     /// How many rows of it, and the last one's number, were there when it was read.
@@ -103,7 +113,7 @@ impl Store {
             client: None,
             keys: HashMap::new(),
             rows: 0,
-            discards: (false, false),
+            discards: Discards::default(),
             has_numbers: false,
             discarded: (0, 0),
         }
@@ -119,32 +129,40 @@ impl Store {
         self.client = None;
     }
 
-    /// Connects; says why the table cannot be used, if so.
-    pub(crate) async fn connect(&mut self) -> Result<Option<String>> {
+    /// Connects; false where there is no table.
+    ///
+    /// # Errors
+    /// Refused where there is one that walpost may not use: it may hold events that later ones of their key must not pass.
+    pub(crate) async fn connect(&mut self) -> Result<bool> {
         let client = postgres::connect_sql(&self.postgres, APPLICATION_NAME).await?;
         let sql = "
             select coalesce(bool_and(has_table_privilege(c.oid, p)), false)
                    and coalesce(has_schema_privilege(to_regnamespace('walpost'), 'usage'), false), count(*) > 0,
                    coalesce(bool_and((select count(*) from pg_attribute a
                                       where a.attrelid = c.oid and not a.attisdropped
-                                            and a.attname in ('row_seq', 'row_txid')) = 2), false)
+                                            and a.attname in ('row_seq', 'row_txid')) = 2), false), quote_ident(current_user)
             from pg_class c, unnest(array['select', 'insert', 'update', 'delete']) p
             where c.relname = 'straggler' and c.relnamespace = to_regnamespace('walpost')";
         let row = client
             .query_one(sql, &[])
             .await
             .map_err(|error| sql_error("look for walpost.straggler", error))?;
-        let why = match (row.get(0), row.get(1)) {
-            (true, true) => None,
-            (_, false) => Some("there is no table walpost.straggler".to_owned()),
-            _ => Some("walpost may not use the table walpost.straggler".to_owned()),
-        };
+        let (may_use, is_there): (bool, bool) = (row.get(0), row.get(1));
+        if is_there && !may_use {
+            let role: &str = row.get(3);
+            return Err(Error::refused(
+                "walpost may not use the table walpost.straggler: what waits there would be passed by later events of its key",
+            )
+            .hint(format!(
+                "let the owner GRANT USAGE ON SCHEMA walpost TO {role}; GRANT SELECT, INSERT, UPDATE, DELETE ON walpost.straggler TO {role}"
+            )));
+        }
         self.has_numbers = row.get(2);
-        if why.is_none() {
-            self.discards = may_read_discarded(&client).await?;
+        if is_there {
+            self.discards = discards(&client).await?;
         }
         self.client = Some(client);
-        Ok(why)
+        Ok(is_there)
     }
 
     fn client(&mut self) -> Result<&mut Client> {
@@ -212,7 +230,11 @@ impl Store {
     /// What was discarded, if that has changed since it was last asked for. To be called behind [`Self::reload`]: a straggler that is not counted
     /// any more because somebody has discarded it is then among these.
     pub(crate) async fn discarded(&mut self, outboxes: &[String]) -> Result<Option<Discarded>> {
-        let (is_there, can_prune) = self.discards;
+        let Discards {
+            is_there,
+            can_prune,
+            has_txid,
+        } = self.discards;
         if !is_there {
             return Ok(None);
         }
@@ -229,7 +251,9 @@ impl Store {
         if now == self.discarded {
             return Ok(None);
         }
-        let rows = self.rows_of(doing, discarded::SELECT, &[&slot]).await?;
+        let rows = self
+            .rows_of(doing, &discarded::select(has_txid), &[&slot])
+            .await?;
         self.discarded = now;
         Ok(Some(Discarded::read(&rows, outboxes)))
     }
@@ -249,7 +273,7 @@ impl Store {
             order,
             block,
             retry_initial: self.retry_initial.as_secs_f64(),
-            discards: self.discards.0,
+            discards: self.discards,
             has_numbers: self.has_numbers,
         };
         let client = self.client()?;
@@ -370,13 +394,14 @@ impl Store {
     }
 }
 
-/// Whether there is a `walpost.discarded` that may be read, and a `walpost.progress` by which it is pruned.
-async fn may_read_discarded(client: &Client) -> Result<(bool, bool)> {
+async fn discards(client: &Client) -> Result<Discards> {
     let sql = "
         select count(*) filter (where c.relname = 'discarded') > 0,
                coalesce(bool_and(has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'delete'))
                         filter (where c.relname = 'discarded'), false),
-               coalesce(bool_and(has_table_privilege(c.oid, 'select')) filter (where c.relname = 'progress'), false)
+               coalesce(bool_and(has_table_privilege(c.oid, 'select')) filter (where c.relname = 'progress'), false),
+               coalesce(bool_or(exists (select from pg_attribute a where a.attrelid = c.oid and a.attname = 'row_txid' and not a.attisdropped))
+                        filter (where c.relname = 'discarded'), false), quote_ident(current_user)
         from pg_class c where c.relname in ('discarded', 'progress') and c.relnamespace = to_regnamespace('walpost')";
     let row = client
         .query_one(sql, &[])
@@ -384,12 +409,19 @@ async fn may_read_discarded(client: &Client) -> Result<(bool, bool)> {
         .map_err(|error| sql_error("look for walpost.discarded", error))?;
     let (is_there, may_use): (bool, bool) = (row.get(0), row.get(1));
     if is_there && !may_use {
-        warn!(
-            "walpost may not use the table walpost.discarded: what walpost stragglers discard has deleted may come again after a crash \
-             (hint: let the tables' owner GRANT SELECT, DELETE ON walpost.discarded)"
-        );
+        let role: &str = row.get(4);
+        return Err(Error::refused(
+            "walpost may not use the table walpost.discarded: what walpost stragglers discard has deleted may come again after a crash",
+        )
+        .hint(format!(
+            "let the owner GRANT SELECT, INSERT, DELETE ON walpost.discarded TO {role}"
+        )));
     }
-    Ok((is_there && may_use, row.get(2)))
+    Ok(Discards {
+        is_there,
+        can_prune: row.get(2),
+        has_txid: row.get(3),
+    })
 }
 
 /// The settings that [`INSERT`] takes with the events.
@@ -399,18 +431,17 @@ struct Insert {
     order: bool,
     block: bool,
     retry_initial: f64,
-    /// There is a `walpost.discarded`.
-    discards: bool,
+    discards: Discards,
     /// See [`Store::has_numbers`].
     has_numbers: bool,
 }
 
 impl Insert {
     fn sql(&self) -> String {
-        let is_discarded = if self.discards {
-            discarded::IS_DISCARDED
+        let is_discarded = if self.discards.is_there {
+            discarded::is_discarded(self.discards.has_txid)
         } else {
-            "false"
+            "false".to_owned()
         };
         let number = if self.has_numbers {
             ", row_seq, row_txid"
@@ -418,7 +449,7 @@ impl Insert {
             ""
         };
         INSERT
-            .replace("{IS_DISCARDED}", is_discarded)
+            .replace("{IS_DISCARDED}", &is_discarded)
             .replace("{NUMBER}", number)
     }
 
@@ -437,7 +468,7 @@ impl Insert {
         };
         let txid = |event: &Straggler| match event.number {
             RowNumber::Txid(txid) => Some(txid),
-            _ => None,
+            _ => event.txid.and_then(|txid| i64::try_from(txid).ok()),
         };
         let with: [&(dyn ToSql + Sync); 18] = [
             &self.slot,

@@ -259,3 +259,44 @@ async fn check_warns_of_ids_that_no_unique_index_covers_and_of_no_others() {
     let said = database.walpost(&["check"], &[]).run(DEADLINE).await.1;
     assert!(!said.contains("no unique index"), "{said}");
 }
+
+#[tokio::test]
+async fn a_straggler_whose_number_is_not_known_deletes_no_row_by_an_id_that_is_unique_with_another_column_only()
+ {
+    // GIVEN rows with one id, and a straggler of the first, as an earlier version stored it
+    let never = [
+        POLL,
+        DELETE,
+        TABLE,
+        ("WALPOST_SCAN_INTERVAL", "1h"),
+        ("WALPOST_RETRY_INITIAL", "50ms"),
+    ];
+    let database = prepare(&never, BOTH).await;
+    database
+        .sql("ALTER TABLE events ADD PRIMARY KEY (id, payload)")
+        .await;
+    insert_same(&database, "a/b", "1").await;
+    let walpost = database.walpost(&["run"], &never).spawn();
+    wait_count(&database, "walpost.straggler", 1).await;
+    insert_same(&database, "t", "2").await;
+    let topic = database.topic("t");
+    database
+        .sql(&format!(
+            "UPDATE walpost.straggler SET row_seq = NULL, row_txid = NULL, topic = '{topic}', key = 'k'"
+        ))
+        .await;
+
+    // WHEN it is published
+    let args = ["stragglers", "retry", "--state", "dead"];
+    let (code, said) = database.walpost(&args, &never).run(DEADLINE).await;
+    assert_eq!(code, 0, "{said}");
+    wait_count(&database, "walpost.straggler", 0).await;
+    walpost.stop().await;
+
+    // THEN the row that has no receipt is still there, and arrives in the next look
+    wait_count(&database, "events WHERE payload = '2'", 1).await;
+    let walpost = database.walpost(&["run"], &[POLL, DELETE, TABLE]).spawn();
+    wait_count(&database, "events WHERE payload = '2'", 0).await;
+    walpost.stop().await;
+    assert_eq!(numbers(&topic, 2).await, [1, 2]);
+}

@@ -59,7 +59,7 @@ fn finding(table: &OutboxTable, config: &Config) -> Finding {
 
 /// An id is what a consumer knows a message by, and a table without `seq` and `txid` has nothing else to tell rows apart.
 fn ids(table: &OutboxTable) -> Option<Finding> {
-    if table.has_unique_id {
+    if table.covers_id {
         return None;
     }
     let (name, id) = (&table.name, table.id_column());

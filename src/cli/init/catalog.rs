@@ -361,8 +361,9 @@ impl Catalog {
                             where attname in ('row_seq', 'row_txid') and not attisdropped)
                    and 4 = (select count(*) from straggler join pg_index on indrelid = oid
                             join pg_class i on i.oid = indexrelid
-                            where i.relname in ('straggler_row', 'straggler_due', 'straggler_key', 'straggler_id'))
-                   and exists (select from pg_class c, ours where relnamespace = schema and relname = 'discarded'),
+                            where i.relname in ('straggler_place', 'straggler_due', 'straggler_key', 'straggler_id'))
+                   and exists (select from ours join pg_class c on relnamespace = schema and relname = 'discarded'
+                               join pg_attribute a on attrelid = c.oid and attname = 'row_txid' and not attisdropped),
                    4 = (select count(*) from progress join pg_attribute on attrelid = oid
                         where attname in ('timeline', 'tables', 'streamed', 'catalog') and not attisdropped),
                    exists (select from pg_class where relnamespace = schema and relname = 'left_undone')
