@@ -139,14 +139,17 @@ pub struct Stragglers {
 }
 
 impl Stragglers {
-    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing, or may not be
-    /// used, which is logged.
+    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing,
+    /// which is logged.
+    ///
+    /// # Errors
+    /// Refused when it is there and may not be used.
     pub async fn start(config: &Config, publisher: &PublisherConfig) -> Result<Option<Self>> {
         let mut store = Store::new(config);
-        if let Some(why) = store.connect().await? {
+        if !store.connect().await? {
             warn!(
-                "{why}: an event that cannot be published stops walpost, and the events of a refused topic wait \
-                 (hint: run walpost init, or let the tables' owner grant SELECT, INSERT, UPDATE and DELETE on walpost.straggler)"
+                "there is no table walpost.straggler: an event that cannot be published stops walpost, and the events of a refused topic wait \
+                 (hint: walpost init makes it)"
             );
             return Ok(None);
         }

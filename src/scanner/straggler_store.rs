@@ -119,8 +119,11 @@ impl Store {
         self.client = None;
     }
 
-    /// Connects; says why the table cannot be used, if so.
-    pub(crate) async fn connect(&mut self) -> Result<Option<String>> {
+    /// Connects. False: there is no table.
+    ///
+    /// # Errors
+    /// Refused when the table is there and may not be used: what is in it must go out before later events of its keys.
+    pub(crate) async fn connect(&mut self) -> Result<bool> {
         let client = postgres::connect_sql(&self.postgres, APPLICATION_NAME).await?;
         let sql = "
             select coalesce(bool_and(has_table_privilege(c.oid, p)), false)
@@ -134,17 +137,22 @@ impl Store {
             .query_one(sql, &[])
             .await
             .map_err(|error| sql_error("look for walpost.straggler", error))?;
-        let why = match (row.get(0), row.get(1)) {
-            (true, true) => None,
-            (_, false) => Some("there is no table walpost.straggler".to_owned()),
-            _ => Some("walpost may not use the table walpost.straggler".to_owned()),
-        };
+        let (may_use, is_there): (bool, bool) = (row.get(0), row.get(1));
+        if is_there && !may_use {
+            return Err(Error::refused(
+                "walpost may not use the table walpost.straggler: whatever is stored in it must go out before later events of its keys",
+            )
+            .hint(
+                "let the tables' owner run walpost init --roles, or: GRANT USAGE ON SCHEMA walpost TO <the connector's role>; \
+                 GRANT SELECT, INSERT, UPDATE, DELETE ON walpost.straggler TO <the connector's role>;",
+            ));
+        }
         self.has_numbers = row.get(2);
-        if why.is_none() {
+        if is_there {
             self.discards = may_read_discarded(&client).await?;
         }
         self.client = Some(client);
-        Ok(why)
+        Ok(is_there)
     }
 
     fn client(&mut self) -> Result<&mut Client> {

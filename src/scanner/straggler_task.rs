@@ -276,10 +276,10 @@ impl Task {
     }
 
     async fn connect(&mut self) -> Result<()> {
-        if let Some(why) = self.store.connect().await? {
-            return Err(Error::refused(why).hint(
-                "run walpost init, or let the owner grant SELECT, INSERT, UPDATE and DELETE on walpost.straggler",
-            ));
+        if !self.store.connect().await? {
+            return Err(
+                Error::refused("there is no table walpost.straggler").hint("walpost init makes it")
+            );
         }
         self.reload().await?;
         self.reconnect.reset();

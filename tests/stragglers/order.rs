@@ -136,3 +136,39 @@ async fn on_dead_block_holds_back_what_is_behind_a_straggler_that_turns_out_to_b
     assert_eq!(payloads(&topic, 1).await, ["head"]);
     assert_goes_on(&database, walpost, &["head", "behind"]).await;
 }
+
+#[tokio::test]
+async fn a_key_whose_stragglers_may_not_be_read_any_more_is_not_passed() {
+    // GIVEN a straggler, whose topic heals while walpost is down
+    let database = prepared("norights").await;
+    let (walpost, topic) = with_terminated(&database, &[MANY_ATTEMPTS]).await;
+    insert(&database, "t", "k", "old").await;
+    wait_for_count(&database, "retrying", 1).await;
+    database.wait_all_confirmed(DEADLINE).await;
+    walpost.stop().await;
+    delete(&topic).await;
+    insert(&database, "t", "k", "new").await;
+
+    // WHEN walpost may not read it any more THEN it does not start, and says what it needs
+    database
+        .sql("REVOKE ALL ON walpost.straggler FROM walpost_connector")
+        .await;
+    let (code, said) = database
+        .walpost(&["run"], &[MANY_ATTEMPTS])
+        .run(DEADLINE)
+        .await;
+    assert_eq!(code, 69, "{said}");
+    assert!(
+        said.contains("GRANT SELECT, INSERT, UPDATE, DELETE ON walpost.straggler"),
+        "{said}"
+    );
+
+    // AND with its rights the straggler goes out before what came later
+    database
+        .sql("GRANT SELECT, INSERT, UPDATE, DELETE ON walpost.straggler TO walpost_connector")
+        .await;
+    let walpost = database.start(&[MANY_ATTEMPTS]).await;
+    wait_for_none(&database).await;
+    assert_eq!(payloads(&topic, 2).await, ["old", "new"]);
+    walpost.stop().await;
+}
