@@ -253,14 +253,11 @@ impl Connector {
         let tables = &self.config.outbox_tables;
         let catalog = published::version(client, &self.config.publication, tables).await?;
         let was_changed = prepared.progress.catalog != catalog;
-        let unsettled_before = match prepared.progress.catalog {
-            Some(_) => None,
-            None => {
-                let next = slot::next_transaction(client).await?;
-                let next = next.parse();
-                Some(next.map_err(|_| Error::bug("a transaction id is no number"))?)
-            }
-        };
+        let mut unsettled_before = None;
+        if prepared.progress.catalog.is_none() {
+            let next = slot::next_transaction(client).await?.parse();
+            unsettled_before = Some(next.map_err(|_| Error::bug("a transaction id is no number"))?);
+        }
         let Some((log, _)) = &self.pipe else {
             return Err(Error::bug("there is no pipe to note anything of"));
         };

@@ -12,7 +12,7 @@ use crate::postgres::{TableName, quote_literal, sql_error};
 
 /// A sequence that will not do.
 #[derive(Debug)]
-pub struct Unordered {
+pub(crate) struct Unordered {
     table: TableName,
     /// As it is named in SQL.
     sequence: String,
@@ -23,7 +23,7 @@ pub struct Unordered {
 
 impl Unordered {
     /// What is wrong with it.
-    pub fn why(&self) -> String {
+    pub(crate) fn why(&self) -> String {
         let mut why = Vec::new();
         if self.cache > 1 {
             why.push(format!(
@@ -46,7 +46,7 @@ impl Unordered {
     }
 
     /// The statements that mend it.
-    pub fn mend(&self) -> String {
+    pub(crate) fn mend(&self) -> String {
         let (table, sequence) = (&self.table, &self.sequence);
         // Sessions that are connected use up what they have cached.
         let anew = if self.cache > 1 {
@@ -68,7 +68,10 @@ impl Unordered {
 }
 
 /// The sequences of the table's `seq`, and of its partitions', that do not give numbers in order: of an identity column, or in a default.
-pub async fn unordered(client: &impl GenericClient, table: &TableName) -> Result<Vec<Unordered>> {
+pub(crate) async fn unordered(
+    client: &impl GenericClient,
+    table: &TableName,
+) -> Result<Vec<Unordered>> {
     const SQL: &str = "
         SELECT DISTINCT format('%I.%I', n.nspname, q.relname), s.seqcache, s.seqincrement < 0, s.seqcycle
         FROM (SELECT c.oid FROM pg_class c JOIN pg_namespace cn ON cn.oid = c.relnamespace WHERE cn.nspname = $1 AND c.relname = $2) t
