@@ -25,7 +25,7 @@ async fn init_that_waits_for_a_reader_of_progress_holds_no_lock_that_writers_of_
 
     // WHEN init waits for it
     let url = &database.url;
-    let mut upgrade = super::Command::walpost(&["init"])
+    let mut upgrade = super::Command::walpost(["init"])
         .env("WALPOST_POSTGRES_URL", url)
         .env("WALPOST_SLOT", &database.slot)
         .spawn();
