@@ -199,3 +199,85 @@ async fn a_role_without_the_rights_is_told_the_grant_and_with_it_goes_on() {
         .sql(&format!("DROP OWNED BY {role}; DROP ROLE {role}"))
         .await;
 }
+
+/// The definition of a table whose `seq` has these options.
+fn events(options: &str) -> String {
+    format!(
+        "CREATE TABLE public.events (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), aggregatetype text NOT NULL, aggregateid text NOT NULL,
+            type text, payload text, created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            txid xid8 NOT NULL DEFAULT pg_current_xact_id(), seq {options})"
+    )
+}
+
+#[tokio::test]
+async fn a_sequence_that_does_not_count_up_is_refused_and_warned_of_and_what_is_printed_mends_it() {
+    let settings = [
+        ("WALPOST_OUTBOX_TABLE", "public.events"),
+        ("WALPOST_MODE", "poll"),
+        ("WALPOST_SCAN_INTERVAL", "200ms"),
+    ];
+    for (options, why) in [
+        (
+            "bigint GENERATED ALWAYS AS IDENTITY (CACHE 20)",
+            "has CACHE 20",
+        ),
+        (
+            "bigint GENERATED ALWAYS AS IDENTITY (INCREMENT -1 MINVALUE 1 MAXVALUE 1000 START 1000)",
+            "has a negative INCREMENT",
+        ),
+        (
+            "bigint NOT NULL DEFAULT nextval('\"A s\"'::regclass)",
+            "has CACHE 5",
+        ),
+        (
+            "bigint NOT NULL DEFAULT nextval('\"A s\"'::regclass)",
+            "has CYCLE",
+        ),
+    ] {
+        // GIVEN a table whose seq does not rise with each insert
+        let database = Database::create("order").await;
+        database.sql("CREATE SEQUENCE \"A s\" CACHE 5 CYCLE").await;
+        database.sql(&events(options)).await;
+        let insert = "INSERT INTO public.events (aggregatetype, aggregateid, type, payload) VALUES ('t', 'k', 'e', $1)";
+        database.rows(insert, &[&"0"]).await;
+
+        // THEN init refuses it, and says what is wrong
+        let (code, said) = database.walpost(&["init"], &settings).run(DEADLINE).await;
+        assert_eq!(code, 69, "{said}");
+        assert!(said.contains(why), "no {why:?} in: {said}");
+        let (_, said) = database.walpost(&["check"], &settings).run(DEADLINE).await;
+        assert!(said.contains("warn  order") && said.contains(why), "{said}");
+
+        // WHEN what check prints is done, and sessions are made anew
+        let lines: Vec<&str> = said.lines().collect();
+        let at = lines
+            .iter()
+            .position(|line| line.starts_with("warn  order"));
+        let mend = lines[at.expect("a line") + 1]
+            .trim_start()
+            .trim_start_matches("-> ");
+        let (mend, _) = mend.rsplit_once(';').unwrap_or((mend, ""));
+        database
+            .connect()
+            .await
+            .batch_execute(mend)
+            .await
+            .expect(mend);
+        database.init(&["--payload", "text"], &settings).await;
+        let (_, said) = database.walpost(&["check"], &settings).run(DEADLINE).await;
+        assert!(!said.contains("warn  order"), "{said}");
+
+        // THEN rows of several sessions arrive in the order of insertion
+        let (one, two) = (database.connect().await, database.connect().await);
+        for (session, payload) in [(&one, "1"), (&two, "2"), (&one, "3")] {
+            session.execute(insert, &[&payload]).await.expect("a row");
+        }
+        let mut walpost = database.walpost(&["run"], &settings).spawn();
+        let said = walpost.wait_for_line("polling", DEADLINE).await;
+        assert!(!said.is_empty());
+        let got = arrived(&database, 4).await;
+        walpost.stop().await;
+        let new: Vec<&String> = got.iter().filter(|payload| *payload != "0").collect();
+        assert_eq!(new, ["1", "2", "3"]);
+    }
+}

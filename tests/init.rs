@@ -5,6 +5,8 @@ mod replica;
 #[path = "init/rights.rs"]
 mod rights;
 mod support;
+#[path = "init/upgrade.rs"]
+mod upgrade;
 
 use std::io::Write as _;
 use std::path::Path;

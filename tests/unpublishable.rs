@@ -1,5 +1,5 @@
 //! Guarantee: an event that cannot be published is not lost, also where there is no table for stragglers (made by an older
-//! `init`, or without rights; `tests/stragglers.rs` has the rest). A warning says so at the start. What is before it is drained and confirmed, walpost stops with
+//! `init`; one without rights is refused: `tests/stragglers.rs` has that and the rest). A warning says so at the start. What is before it is drained and confirmed, walpost stops with
 //! exit code 69 and names the row, the slot still holds it, and it arrives once what stands against it is mended. Where a whole
 //! topic is refused, its events wait instead, and other topics go on.
 

@@ -25,7 +25,7 @@ use crate::config::{Config, Mode};
 use crate::connector::subscription;
 use crate::postgres::{connect_sql, preflight, slot};
 use crate::pulsar::{Broker, Deduplication, probe};
-use crate::scanner::poll;
+use crate::scanner::{poll, progress};
 use crate::{Error, Result};
 
 const REFUSED: u8 = 69;
@@ -156,6 +156,21 @@ async fn postgres(config: &Config) -> Vec<Finding> {
     findings
 }
 
+/// `walpost.progress`, read as `run` reads it.
+async fn progress_table(client: &Client, slot: &str) -> Option<Finding> {
+    const CHECK: &str = "progress";
+    let error = progress::read(client, slot).await.err()?;
+    if !progress::is_missing(&error) {
+        return Some(Finding::fail(CHECK, &error));
+    }
+    let (why, _) = error.told();
+    Some(Finding::warn(
+        CHECK,
+        format!("no delivered snapshot, no gap scan: {why}"),
+        "walpost init makes it; GRANT SELECT, INSERT, UPDATE ON walpost.progress if it is there",
+    ))
+}
+
 /// What streaming needs of Postgres.
 async fn streamed(client: &Client, config: &Config) -> Vec<Finding> {
     let ready = preflight(client, &config.slot, &subscription(config)).await;
@@ -172,6 +187,7 @@ async fn streamed(client: &Client, config: &Config) -> Vec<Finding> {
         Err(error) => Finding::fail(POSTGRES, &error),
     };
     let mut findings = vec![server, slot_state(client, &config.slot).await];
+    findings.extend(progress_table(client, &config.slot).await);
     findings.extend(no_comparison(config));
     findings.extend(server::check(client, config).await);
     findings

@@ -1,7 +1,7 @@
 //! `walpost init`: makes what is missing in the database, and says what it made and what was there.
 //!
 //! Order: look at server, role and catalogue; refuse with the statement that mends it, before anything is written;
-//! schema, function, table and publication in one transaction; the slot last and outside of it, because a slot cannot
+//! schema, function, table and publication in one transaction, what stops writers of the outbox at its end; the slot last and outside of it, because a slot cannot
 //! be made by a transaction that has written, and because from then on the server keeps its log.
 //! Applies the same files that `walpost sql` prints. Output: one line for each object, on `out`.
 
@@ -21,7 +21,7 @@ use crate::connector::subscription;
 use crate::postgres::slot::{SlotState, slot_state};
 use crate::postgres::{connect_sql, published, sql_error, sqlstate, waiting};
 use crate::scanner::partitions::{self, Span};
-use crate::scanner::{recovery, slot_maker};
+use crate::scanner::{recovery, sequences, slot_maker};
 use crate::{Error, Result};
 use catalog::{
     Catalog, IdFunction, OpenFunction, ProgressTable, Server, StragglerTable, Table, check_slot,
@@ -34,6 +34,11 @@ const CONFIGURATION_LIMIT_EXCEEDED: &str = "53400";
 /// A right is missing.
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
+/// A lock was waited for as long as `lock_timeout` allows.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+
+/// So long `init` waits for a lock on a table: others wait behind it, the application too.
+const LOCK_TIMEOUT: &str = "set local lock_timeout = '10s'";
 /// So long `init` waits for the slot's lock.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// Between two attempts at the slot's lock.
@@ -67,28 +72,15 @@ pub async fn run(
         check_slot(&config.slot, slot, &server)?;
     }
 
-    let transaction = client
-        .transaction()
-        .await
-        .map_err(|error| sql_error("begin a transaction", error))?;
-    let before = Catalog::read(&transaction, config).await?;
-    check_tables(&before, config, payload)?;
-    rights::check(&server, &before, config.mode, slot.is_none())?;
-    let mut lines = apply(&transaction, &ddl, &before, config).await?;
-    lines.extend(partition(&transaction, partition_by).await?);
-    let after = Catalog::read(&transaction, config).await?;
-    check_tables(&after, config, payload)?;
-    if streams {
-        lines.push(publication_line(&before, &after, config));
-        // Before anything is kept: the first row would tell, and then it is in the log.
-        published::watch(&transaction, &subscription(config)).await?;
-        let pid = slot.as_ref().and_then(|slot| slot.active_pid);
-        lines.extend(pid.and_then(|pid| unknown_to_stream(&before, pid)));
-    }
-    transaction
-        .commit()
-        .await
-        .map_err(|error| sql_error("commit", error))?;
+    let asked = (payload, partition_by);
+    let made = make_objects(&mut client, config, &ddl, asked, (&server, slot.as_ref())).await;
+    let lines = match made {
+        Ok(lines) => lines,
+        Err(error) if sqlstate(&error) == Some(LOCK_NOT_AVAILABLE) => {
+            return Err(held_up(&client, config, error).await);
+        }
+        Err(error) => return Err(error),
+    };
     for line in lines {
         print(out, &format!("{line}\n"))?;
     }
@@ -104,6 +96,74 @@ pub async fn run(
         apply_roles(&client, config, out).await?;
     }
     Ok(())
+}
+
+/// Schema, functions, tables and publication, in one transaction; returns the lines to print.
+async fn make_objects(
+    client: &mut Client,
+    config: &Config,
+    ddl: &Ddl,
+    (payload, partition_by): (Option<Payload>, Option<Span>),
+    (server, slot): (&Server, Option<&SlotState>),
+) -> Result<Vec<String>> {
+    let transaction = client
+        .transaction()
+        .await
+        .map_err(|error| sql_error("begin a transaction", error))?;
+    step(&transaction, "limit the wait for locks", LOCK_TIMEOUT).await?;
+    let before = Catalog::read(&transaction, config).await?;
+    check_tables(&before, config, payload)?;
+    for (name, _) in &before.tables {
+        if let Some(sequence) = sequences::unordered(&transaction, name).await?.first() {
+            return Err(Error::refused(sequence.why()).hint(sequence.mend()));
+        }
+    }
+    rights::check(server, &before, config.mode, slot.is_none())?;
+    let mut lines = apply(&transaction, ddl, &before, config).await?;
+    lines.extend(partition(&transaction, partition_by).await?);
+    let after = Catalog::read(&transaction, config).await?;
+    check_tables(&after, config, payload)?;
+    if config.mode == Mode::Stream {
+        lines.push(publication_line(&before, &after, config));
+        // Before anything is kept: the first row would tell, and then it is in the log.
+        published::watch(&transaction, &subscription(config)).await?;
+        let pid = slot.and_then(|slot| slot.active_pid);
+        lines.extend(pid.and_then(|pid| unknown_to_stream(&before, pid)));
+    }
+    let own_exists = before
+        .tables
+        .iter()
+        .any(|(name, table)| *name == own_table() && table.is_some());
+    if own_exists {
+        // Last: writers wait for its lock, and behind it, and init waits for nothing else while it has it.
+        lines.extend(refuse_updates(&transaction).await?);
+    }
+    transaction
+        .commit()
+        .await
+        .map_err(|error| sql_error("commit", error))?;
+    Ok(lines)
+}
+
+/// Names who holds the locks that were waited for. They are given back by now; whoever held them still does, as a rule.
+async fn held_up(client: &Client, config: &Config, error: Error) -> Error {
+    let mut tables = config.outbox_tables.clone();
+    tables.push(own_table());
+    let holders = waiting::table_holders(client, &tables).await;
+    let (text, ends) = match &holders {
+        Ok(holders) if !holders.is_empty() => waiting::listed(holders),
+        Ok(_) => ("nobody holds it any more".to_owned(), String::new()),
+        Err(error) => (
+            format!("by whom is not known: {}", error.report()),
+            String::new(),
+        ),
+    };
+    let (what, _) = error.told();
+    Error::temporary(format!(
+        "{what}; nothing was changed, and init waits no longer because others wait behind it. Locks on these tables: {text}"
+    ))
+    .hint(format!("walpost init again once they have ended. They end by themselves, or by: {ends}"))
+    .caused_by(error)
 }
 
 /// Refuses tables that cannot serve; the one that `init` makes may be missing.
@@ -172,9 +232,6 @@ async fn apply(
             // Native, or a table from elsewhere with ids of its own.
             IdFunction::Native | IdFunction::Missing => {}
         }
-        if own_exists {
-            lines.extend(refuse_updates(transaction).await?);
-        }
     }
     let after = Catalog::read(transaction, config).await?;
     for (name, table) in &after.tables {
@@ -242,7 +299,7 @@ async fn apply(
     lines.extend(apply_emit(transaction, ddl, before, &after).await?);
     lines.extend(close_functions(transaction, &after.open_functions).await?);
     if before.straggler == StragglerTable::Older {
-        // Last: nobody else can use the table from here to the end of the transaction.
+        // Late: nobody else can use the table from here to the end of the transaction.
         let doing = "bring table walpost.straggler up to date";
         step(transaction, doing, &ddl.straggler).await?;
     }
@@ -255,8 +312,6 @@ async fn apply(
 
 /// Gives a `walpost.outbox` of an earlier version the trigger that refuses updates.
 async fn refuse_updates(transaction: &Transaction<'_>) -> Result<Option<String>> {
-    // Waits for writers, and other writers wait behind it: not for long.
-    const WAIT: &str = "set local lock_timeout = '10s'";
     let doing = "make walpost.outbox refuse updates";
     let found = transaction
         .query_one(
@@ -275,9 +330,7 @@ async fn refuse_updates(transaction: &Transaction<'_>) -> Result<Option<String>>
                 .to_owned(),
         ),
         Some(true) => {
-            step(transaction, doing, WAIT).await?;
             step(transaction, doing, refuse_update_sql()?).await?;
-            step(transaction, doing, "set local lock_timeout = 0").await?;
             Some("brought up to date table walpost.outbox: it refuses updates, which send nothing".to_owned())
         }
     })

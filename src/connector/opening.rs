@@ -253,6 +253,11 @@ impl Connector {
         let tables = &self.config.outbox_tables;
         let catalog = published::version(client, &self.config.publication, tables).await?;
         let was_changed = prepared.progress.catalog != catalog;
+        let mut unsettled_before = None;
+        if prepared.progress.catalog.is_none() {
+            let next = slot::next_transaction(client).await?.parse();
+            unsettled_before = Some(next.map_err(|_| Error::bug("a transaction id is no number"))?);
+        }
         let Some((log, _)) = &self.pipe else {
             return Err(Error::bug("there is no pipe to note anything of"));
         };
@@ -260,7 +265,12 @@ impl Connector {
         let is_known = carried
             .as_ref()
             .is_some_and(|carried| carried.streamed.is_some());
-        if config.reconcile && !is_known && was_changed {
+        if config.reconcile && !is_known && prepared.progress.catalog.is_none() {
+            info!(
+                "it is not known what the stream brought since the last note of what is delivered: all rows committed since are compared with \
+                 what it brings from now on, and come from the table where it does not bring them"
+            );
+        } else if config.reconcile && !is_known && was_changed {
             warn!(
                 "the process before did not stop in good order, and the publication or a table was changed since the last note of what is delivered: \
                  all rows committed since that note are published from the table, also those that were streamed"
@@ -281,6 +291,7 @@ impl Connector {
             subscription: subscription(config),
             progress: prepared.progress.clone(),
             unchecked: (!is_known && !was_changed).then_some(began),
+            unsettled_before,
             carried: carried.unwrap_or_default(),
             scannable,
             meter: Arc::clone(&self.meter),
@@ -391,8 +402,7 @@ impl Connector {
             if prepared.unknown.is_none() {
                 return Ok((scanned, stragglers));
             }
-            let (publication, tables) = (&self.config.publication, &self.config.outbox_tables);
-            recovery::scan_up_to_now(client, publication, tables, prepared).await?;
+            recovery::scan_up_to_now(client, &self.config, prepared).await?;
         }
     }
 

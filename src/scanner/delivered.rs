@@ -46,7 +46,9 @@ use super::streamed::{Run, StreamedRows};
 use super::table::ScanTable;
 use crate::meter::Meter;
 use crate::postgres::published::{self, Subscription};
-use crate::postgres::{PostgresConfig, SystemIdentity, TableName, connect_sql, slot, sql_error};
+use crate::postgres::{
+    PostgresConfig, SystemIdentity, TableName, connect_sql, slot, sql_error, waiting,
+};
 use crate::upkeep::{Undone, Work};
 use crate::{Error, Lsn, Result};
 
@@ -150,6 +152,9 @@ pub struct Start {
     pub progress: progress::Progress,
     /// What is visible in it is not compared: an earlier process brought it, or part of it, and nobody knows which.
     pub unchecked: Option<Snapshot>,
+    /// Where `catalog` is NULL: while a transaction older than this id runs, the stream may not have brought it ([`super::recovery`]),
+    /// and `catalog` stays NULL.
+    pub unsettled_before: Option<u64>,
     /// From the task before.
     pub carried: Carried,
     /// By table: whether it has the columns that a comparison needs, so that its rows are counted from now on.
@@ -577,6 +582,9 @@ impl Task {
             behind = now?;
         };
         let is_whole = upto == taken;
+        let oldest = VisibleXids::parse(&upto)?.xmin();
+        let unsettled = self.start.unsettled_before;
+        let catalog = catalog.filter(|_| unsettled.is_none_or(|before| before <= oldest));
         if !found.missing.is_empty() {
             return self.note_missing(client, upto, found, catalog).await;
         }
@@ -635,7 +643,13 @@ impl Task {
         let Some(running) = self.heard.during(asking).await else {
             return Ok(());
         };
-        if let Some(holder) = running?.first() {
+        if let Some(oldest) = running?.first() {
+            let asking = waiting::holder_of(client, *oldest);
+            let Some(holder) = self.heard.during(asking).await else {
+                return Ok(());
+            };
+            let holder =
+                holder?.map_or(format!("transaction {oldest}"), |holder| holder.to_string());
             warn!(
                 "what is delivered is not noted until an old transaction ends: {holder} (rows arrive and stay pending; more transactions have \
                  come since it began than can be counted one by one)"

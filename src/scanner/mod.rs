@@ -105,6 +105,7 @@ pub mod reconcile;
 pub mod recovery;
 pub mod retention;
 pub(crate) mod rows;
+pub(crate) mod sequences;
 pub mod slot_maker;
 pub mod snapshot;
 pub mod straggler;

@@ -28,8 +28,18 @@
 //! snapshot would not do: a transaction's commit record is in the log before the transaction is visible, for a moment, or, where commits wait for a synchronous
 //! standby, for as long as that takes; and the slot may stand beyond the record. (Somebody advanced it; or it was made meanwhile: also the
 //! servers that wait for running transactions when they make a slot do not wait for one that began in the last part of it.) Such a
-//! row would neither be in the gap nor be streamed. ([`super::reconcile`] finds it, where it is on and no crash takes its counts.) The wait costs a start behind an unknown slot as long as the longest
-//! transaction takes. Of an
+//! row would neither be in the gap nor be streamed. The wait costs a start behind an unknown slot as long as the longest
+//! transaction takes.
+//!
+//! Where `synchronous_standby_names` is set, a commit may wait for walpost's own walsender, which does not run yet: neither would end. The role
+//! of the connector does not see which sessions wait so (`pg_read_all_stats`), nor does anybody of `COMMIT PREPARED`. There nothing is waited for,
+//! if [`super::reconcile`] is on: a row that is not visible in the plain snapshot, and that the slot does not bring, becomes visible when its commit
+//! has stopped waiting. It is then beyond what is delivered, and the comparison finds that it was not streamed and publishes it. Not a row since that snapshot is
+//! taken for streamed because an earlier process has streamed it: `catalog` is NULL until a note of what is delivered shows every transaction that ran when the stream
+//! began, so after a crash before that all of them come from the table. (Such a row may arrive behind later ones of its key.) With `WALPOST_RECONCILE=off` the transactions are
+//! waited for in every case; they are named, with what ends them. So are those that the making of a slot waits for: there the server itself waits.
+//!
+//! Of an
 //! unknown slot that is what is done, rather than to replace it: its log may hold what no table has (events of `emit_transient`, rows that
 //! were deleted since), and whoever made it chose its properties. The rows that come both ways are those that the scan
 //! published and that the slot has not confirmed. They are not older than its `catalog_xmin` ([`slot::never_streamed`]), so there are not more of
@@ -80,7 +90,7 @@ use tracing::warn;
 
 use super::cluster;
 use super::progress::{self, Claim, Progress, Snapshot};
-use super::slot_maker::{make_slot, settled};
+use super::slot_maker::{has_synchronous_standbys, make_slot, settled};
 use super::table::{self, ScanTable};
 use crate::config::{Config, SlotLost};
 use crate::postgres::published;
@@ -230,16 +240,24 @@ pub async fn prepare(
 /// Temporary when the server is away, or the row was changed.
 pub async fn scan_up_to_now(
     client: &Client,
-    publication: &str,
-    tables: &[TableName],
+    config: &Config,
     prepared: &mut Prepared,
 ) -> Result<()> {
     let Some(unknown) = &prepared.unknown else {
         return Ok(());
     };
     // Of no slot that walpost did not make itself is it known what ran while it was made: see the module.
-    let catalog = published::version(client, publication, tables).await?;
-    let upto = settled(client).await?;
+    let (publication, tables) = (&config.publication, &config.outbox_tables);
+    let (upto, catalog) = if config.reconcile && has_synchronous_standbys(client).await? {
+        // Not waited for: see the module. Without a catalogue no row since is taken for streamed.
+        (progress::snapshot(client).await?, None)
+    } else {
+        let catalog = published::version(client, publication, tables).await?;
+        let waits = waiting::SCAN_WAITS;
+        let settling = Box::pin(settled(client));
+        let upto = waiting::naming_holders(&config.postgres, waits, settling).await?;
+        (upto, catalog)
+    };
     let before = unknown.never_streamed.as_ref();
     let snapshots = (before, &upto);
     progress::scan_again(

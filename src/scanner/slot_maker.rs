@@ -21,21 +21,16 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 use tokio_postgres::Client;
-use tracing::warn;
 
 use super::cluster;
 use super::progress::{self, Progress, Snapshot};
 use crate::Result;
-use crate::postgres::{TableName, published, slot};
+use crate::postgres::{TableName, published, slot, sql_error};
 
 /// Between two looks at the transactions that are waited for, at most.
 const LOOK: Duration = Duration::from_secs(1);
-/// After this long they are named, and again each time it has passed.
-const NAME_AFTER: Duration = Duration::from_secs(5);
-/// Not more of them.
-const NAMED: usize = 5;
 
 /// Makes the slot, with a snapshot before and after in `walpost.progress`. The caller holds the slot's lock.
 ///
@@ -66,26 +61,22 @@ pub async fn make_slot(
     Ok(making)
 }
 
-/// A snapshot that is taken when every transaction that is running now has ended. Names those that take long.
+/// A snapshot that is taken when every transaction that is running now has ended. The caller names those that take long
+/// ([`crate::postgres::waiting`]).
 pub async fn settled(client: &Client) -> Result<Snapshot> {
     let now = slot::next_transaction(client).await?;
-    let mut named_at = Instant::now();
     let mut pause = Duration::from_millis(5);
-    loop {
-        let running = slot::still_running(client, &now).await?;
-        if running.is_empty() {
-            break;
-        }
-        if named_at.elapsed() >= NAME_AFTER {
-            named_at = Instant::now();
-            warn!(
-                transactions = running.len(),
-                "waiting for transactions that ran while the slot was made: {}",
-                running[..running.len().min(NAMED)].join("; ")
-            );
-        }
+    while !slot::still_running(client, &now).await?.is_empty() {
         sleep(pause).await;
         pause = (pause * 2).min(LOOK);
     }
     progress::snapshot(client).await
+}
+
+/// Whether commits on this server wait for a standby, which walpost itself may be.
+pub async fn has_synchronous_standbys(client: &Client) -> Result<bool> {
+    let sql = "SELECT current_setting('synchronous_standby_names') <> ''";
+    let row = client.query_one(sql, &[]).await;
+    let row = row.map_err(|error| sql_error("read synchronous_standby_names", error))?;
+    Ok(row.get(0))
 }

@@ -5,10 +5,11 @@ use std::io::Write as _;
 use std::pin::pin;
 use std::process::Stdio;
 
+use walpost::postgres::{slot, waiting};
 use walpost::scanner::slot_maker::settled;
 
-use crate::support::{Database, Servers, eventually, on_each_major};
-use crate::{DEADLINE, POLL, PUBLISH, arrived, insert, make_slot_by_hand};
+use crate::support::{Database, OwnServers, Servers, eventually, on_each_major};
+use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert, make_slot_by_hand};
 
 /// An outbox without a slot, and a transaction that is open with a row.
 async fn with_open_transaction(major: i32) -> (Database, tokio_postgres::Client) {
@@ -60,25 +61,41 @@ async fn waits_for_open_transactions(major: i32) {
 
 async fn are_named(major: i32) {
     let (database, open) = with_open_transaction(major).await;
-    let row = &open.query("SELECT pg_backend_pid()::text", &[]).await;
-    let pid: String = row.as_ref().expect("a row")[0].get(0);
+    let row = &open
+        .query("SELECT pg_backend_pid(), pg_current_xact_id()::text", &[])
+        .await;
+    let row = &row.as_ref().expect("a row")[0];
+    let pid: i32 = row.get(0);
+    let xid: u64 = row.get::<_, &str>(1).parse().expect("an id");
     let client = database.connect().await;
-    let now = walpost::postgres::slot::next_transaction(&client).await;
+    let now = slot::next_transaction(&client).await;
     let now = now.expect("a transaction id");
-    let named = walpost::postgres::slot::still_running(&client, &now).await;
-    let named = named.expect("names");
-    let ours = format!("process {pid} (");
+    let running = slot::still_running(&client, &now).await.expect("ids");
+    assert!(running.contains(&xid), "{running:?}");
+    let holder = waiting::holder_of(&client, xid).await.expect("an answer");
+    let named = holder.expect("a holder").to_string();
     assert!(
-        named.iter().any(|name| name.starts_with(&ours)),
-        "{named:?}"
+        named.starts_with(&format!("process {pid} ("))
+            && named.contains("idle in transaction, for "),
+        "{named}"
+    );
+    // By a role that sees less of others
+    client
+        .batch_execute("SET ROLE walpost_connector")
+        .await
+        .expect("a role");
+    let holder = waiting::holder_of(&client, xid).await.expect("an answer");
+    let named = holder.expect("a holder").to_string();
+    assert!(
+        named.starts_with(&format!("process {pid} ("))
+            && named.contains("its age is not shown to this role"),
+        "{named}"
     );
     open.batch_execute("COMMIT").await.expect("it commits");
-    let named = walpost::postgres::slot::still_running(&client, &now).await;
-    let named = named.expect("names");
-    assert!(
-        !named.iter().any(|name| name.starts_with(&ours)),
-        "{named:?}"
-    );
+    let running = slot::still_running(&client, &now).await.expect("ids");
+    assert!(!running.contains(&xid), "{running:?}");
+    let holder = waiting::holder_of(&client, xid).await.expect("an answer");
+    assert_eq!(holder, None);
 }
 
 async fn the_file_waits(major: i32) {
@@ -127,10 +144,15 @@ async fn the_file_waits(major: i32) {
     assert!(is_visible(&database, &upto).await);
 }
 
-async fn an_unknown_slot_has_passed_a_commit_that_is_not_visible(major: i32) {
-    // GIVEN a server whose commits wait for a standby that does not come, if they do not say otherwise
+/// A server of its own whose commits wait for `standbys`, an unknown slot, and a row whose commit waits: its record is written, nobody sees it,
+/// and the slot stands beyond it.
+async fn with_passed_commit(
+    major: i32,
+    name: &str,
+    standbys: &str,
+) -> (OwnServers, Database, tokio::task::JoinHandle<()>) {
     let own = Servers::own(
-        &format!("settled-standby-{major}"),
+        &format!("{name}-{major}"),
         &["--postgres", &major.to_string(), "--no-pulsar"],
     );
     let database = Database::create_on(&own, "settled").await;
@@ -139,16 +161,28 @@ async fn an_unknown_slot_has_passed_a_commit_that_is_not_visible(major: i32) {
     make_slot_by_hand(&database).await;
     let patient = database.connect().await;
     database
-        .sql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        .sql(&format!(
+            "ALTER SYSTEM SET synchronous_standby_names = '{standbys}'"
+        ))
         .await;
     database.sql("SELECT pg_reload_conf()").await;
     database.sql("SET synchronous_commit = local").await;
     eventually(DEADLINE, "the setting", async || {
         let shown = database.rows("SHOW synchronous_standby_names", &[]).await;
-        (shown[0].get::<_, &str>(0) == "nobody").then_some(())
+        (shown[0].get::<_, &str>(0) == standbys).then_some(())
     })
     .await;
-    // AND a row whose commit record is written and that nobody sees yet
+    // (Sessions see it by the checkpointer, a moment later: the first commit that waits shows that it has.)
+    database.sql("CREATE TABLE probe (n int)").await;
+    let probe = database.connect().await;
+    let looping = "DO $$ BEGIN LOOP INSERT INTO probe VALUES (1); COMMIT; END LOOP; END $$";
+    let probing = tokio::spawn(async move { probe.batch_execute(looping).await });
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'SyncRep'";
+    eventually(DEADLINE, "a commit to wait", async || {
+        (!database.rows(end, &[]).await.is_empty()).then_some(())
+    })
+    .await;
+    assert!(probing.await.expect("an end").is_err(), "it loops for ever");
     let waiting = tokio::spawn(async move { insert(&patient, "row").await });
     eventually(DEADLINE, "the commit to wait", async || {
         let sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'SyncRep'";
@@ -158,15 +192,23 @@ async fn an_unknown_slot_has_passed_a_commit_that_is_not_visible(major: i32) {
     let none = database.rows("SELECT FROM walpost.outbox", &[]).await;
     assert!(none.is_empty(), "the row is visible");
 
-    // WHEN a slot that walpost does not know stands beyond it, and walpost runs
     let advance = "SELECT pg_replication_slot_advance($1::text::name, pg_current_wal_flush_lsn())";
     database.rows(advance, &[&database.slot]).await;
-    // (With it on the comparison of table and stream finds the row.)
+    (own, database, waiting)
+}
+
+async fn an_unknown_slot_has_passed_a_commit_that_is_not_visible(major: i32) {
+    // GIVEN such a row, and commits that wait for a standby that does not come
+    let (_own, database, waiting) = with_passed_commit(major, "settled-standby", "nobody").await;
+
+    // WHEN walpost runs, and does not compare table and stream THEN it waits for the commit, and names it
     let alone = ("WALPOST_RECONCILE", "off");
     let mut walpost = database.walpost(&["run"], &[alone]).spawn();
     eventually(DEADLINE, "walpost to wait, or to stream", async || {
         let said = walpost.output();
-        (said.contains("waiting for transactions") || said.contains("streaming slot")).then_some(())
+        (said.contains("scan before a slot that walpost does not know waits")
+            || said.contains("streaming slot"))
+        .then_some(())
     })
     .await;
 
@@ -181,6 +223,79 @@ async fn an_unknown_slot_has_passed_a_commit_that_is_not_visible(major: i32) {
     let rows = arrived(&database, &["row", "later"]).await;
     assert_eq!(rows.len(), 2, "{rows:?}");
     walpost.stop().await;
+}
+
+#[tokio::test]
+async fn commits_that_wait_for_walpost_do_not_keep_it_from_an_unknown_slot_and_their_rows_arrive() {
+    // GIVEN such a row, and commits that wait for whoever streams, walpost too
+    let (_own, database, waiting) = with_passed_commit(15, "settled-own", "*").await;
+
+    // WHEN walpost runs THEN it streams, and the commit ends
+    let walpost = database.start(&[NOTED_SOON]).await;
+    let ended = tokio::time::timeout(DEADLINE, waiting).await;
+    ended
+        .unwrap_or_else(|_| panic!("the commit waits for walpost: {}", walpost.output()))
+        .expect("it commits");
+
+    // AND the row, which the slot does not bring, is found by the comparison
+    let rows = arrived(&database, &["row"]).await;
+    assert_eq!(rows.len(), 1, "{rows:?}");
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn a_row_that_was_left_to_the_comparison_arrives_although_walpost_is_killed_before_it() {
+    // GIVEN such a row
+    let (_own, database, waiting) = with_passed_commit(15, "settled-kill", "nobody").await;
+
+    // WHEN walpost streams and notes what is delivered while the commit waits, and is killed
+    let mut walpost = database.start(&[NOTED_SOON]).await;
+    insert(&database.client, "later").await;
+    let noted = "SELECT FROM walpost.progress, walpost.outbox WHERE pg_visible_in_snapshot(txid, delivered)";
+    eventually(DEADLINE, "a note", async || {
+        (!database.rows(noted, &[]).await.is_empty()).then_some(())
+    })
+    .await;
+    walpost.sigkill();
+    walpost.wait_exit(DEADLINE).await;
+
+    // AND its commit ends before the next start
+    database
+        .sql("ALTER SYSTEM RESET synchronous_standby_names")
+        .await;
+    database.sql("SELECT pg_reload_conf()").await;
+    waiting.await.expect("the commit ends");
+
+    // THEN the next one publishes the row
+    let walpost = database.start(&[NOTED_SOON]).await;
+    arrived(&database, &["later", "row"]).await;
+    walpost.stop().await;
+}
+
+#[tokio::test]
+async fn a_commit_that_waits_for_a_standby_is_named_with_what_ends_its_wait_while_a_slot_is_made() {
+    // GIVEN such a row, and no slot
+    let (_own, database, waiting) = with_passed_commit(15, "settled-making", "*").await;
+    crate::drop_slot(&database).await;
+
+    // WHEN init makes the slot THEN it names the commit
+    let mut init = database.walpost(&["init"], &[]).spawn();
+    let said = init.wait_for_line("the slot waits", DEADLINE).await;
+    assert!(
+        said.contains("its commit waits for a synchronous standby"),
+        "{said}"
+    );
+    let pid = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'SyncRep'";
+    let pid: i32 = database.rows(pid, &[]).await[0].get(0);
+    let cancel = format!("SELECT pg_cancel_backend({pid})");
+    assert!(said.contains(&cancel), "{said}");
+
+    // AND what it prints ends the wait, and the row is there
+    database.sql(&cancel).await;
+    waiting.await.expect("it commits");
+    assert_eq!(init.wait_exit(DEADLINE).await, 0, "{}", init.output());
+    let rows = database.rows("SELECT FROM walpost.outbox", &[]).await;
+    assert_eq!(rows.len(), 1);
 }
 
 on_each_major! {

@@ -6,6 +6,7 @@ use super::{Finding, catalog};
 use crate::config::{AfterPublish, Config};
 use crate::scanner::modes;
 use crate::scanner::outbox::{OutboxTable, SENT_AT, SEQ, TXID};
+use crate::scanner::sequences;
 use crate::{Error, Result};
 
 const CHECK: &str = "table";
@@ -19,6 +20,7 @@ pub(super) async fn check(client: &Client, config: &Config) -> Vec<Finding> {
                 findings.push(finding(&table, config));
                 findings.extend(catalog::check(client, &table, config).await);
                 findings.extend(ids(&table));
+                findings.extend(order(client, &table).await);
             }
             Err(error) => findings.push(Finding::fail(CHECK, &error)),
         }
@@ -80,6 +82,18 @@ fn ids(table: &OutboxTable) -> Option<Finding> {
             "CREATE UNIQUE INDEX CONCURRENTLY ON {name} ({id}); of a partitioned table: on each partition, or with the partition key"
         ),
     ))
+}
+
+/// Scans and poll mode read by `seq`.
+async fn order(client: &Client, table: &OutboxTable) -> Vec<Finding> {
+    const CHECK: &str = "order";
+    match sequences::unordered(client, &table.name).await {
+        Ok(found) => found
+            .iter()
+            .map(|sequence| Finding::warn(CHECK, sequence.why(), sequence.mend()))
+            .collect(),
+        Err(error) => vec![Finding::fail(CHECK, &error)],
+    }
 }
 
 /// The modes that are asked for.
