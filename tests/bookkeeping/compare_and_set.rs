@@ -112,24 +112,35 @@ async fn two_claims(major: i32) {
     let client = &database.client;
     // GIVEN a process that stopped in good order
     let (first, _) = claim(&database, "first").await;
+    progress::streaming(client, &first)
+        .await
+        .expect("it is its");
     progress::stopped(client, &first, Lsn::new(77), Some("{\"t\": 1}"))
         .await
         .expect("it is its");
 
-    // WHEN the next one claims the row THEN it is told, and the row says nothing of what the slot was told any more (what was
-    // streamed names the position at which it holds)
-    let (_second, known) = claim(&database, "second").await;
-    assert_eq!(
-        (known.confirmed, known.streamed.as_deref()),
-        (Some(Lsn::new(77)), Some("{\"t\": 1}"))
-    );
+    // WHEN the next one claims the row THEN it is told, and so is the one after it, should this one come no further
+    let (second, known) = claim(&database, "second").await;
+    let now = stored(&database).await;
+    for known in [&known, &now] {
+        assert_eq!(
+            (known.confirmed, known.streamed.as_deref()),
+            (Some(Lsn::new(77)), Some("{\"t\": 1}"))
+        );
+    }
+
+    // WHEN it streams THEN the row says nothing of what the slot was told any more (what was streamed names the position at which it holds)
+    progress::streaming(client, &second)
+        .await
+        .expect("it is its");
     let now = stored(&database).await;
     assert_eq!(
         (now.confirmed, now.streamed.as_deref(), now.timeline),
         (None, Some("{\"t\": 1}"), Some(1))
     );
 
-    // AND the first one cannot stop again
+    // AND the first one can neither stream nor stop again
+    assert!(progress::streaming(client, &first).await.is_err());
     assert!(
         progress::stopped(client, &first, Lsn::new(99), None)
             .await
