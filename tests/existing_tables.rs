@@ -169,7 +169,8 @@ async fn a_role_without_the_rights_is_told_the_grant_and_with_it_goes_on() {
         .sql(&format!(
             "CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'p';
              GRANT USAGE ON SCHEMA walpost, inventory TO {role};
-             GRANT SELECT, INSERT, UPDATE ON walpost.after_publish TO {role}"
+             GRANT SELECT, INSERT, UPDATE ON walpost.after_publish TO {role};
+             GRANT SELECT, INSERT, UPDATE, DELETE ON walpost.straggler, walpost.discarded TO {role}"
         ))
         .await;
     let (_, server) = database.url.split_once('@').expect("a server");
