@@ -388,9 +388,7 @@ impl Task {
 
     async fn run(mut self) {
         let mut pause = self.start.interval;
-        // The first round waits as well: opening has just looked at what a round looks at.
-        let mut next = Instant::now() + pause;
-        while self.heard.during(sleep_until(next)).await.is_some() {
+        loop {
             let began = Instant::now();
             let round = self.round(&mut pause).await;
             self.tell_failure(round.as_ref().err());
@@ -406,10 +404,15 @@ impl Task {
                     false
                 }
             };
-            if over {
+            if over
+                || self
+                    .heard
+                    .during(sleep_until(began + pause))
+                    .await
+                    .is_none()
+            {
                 break;
             }
-            next = began + pause;
         }
         if let Some(answer) = self.heard.finish.take() {
             let known = self.unchecked.is_none().then_some(self.heard.streamed);
