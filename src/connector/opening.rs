@@ -272,7 +272,7 @@ impl Connector {
             );
         } else if config.reconcile && !is_known && was_changed {
             warn!(
-                "the process before did not stop in good order, and the publication or a table was changed since the last note of what is delivered: \
+                "the process before did not stop in good order, and the publication or a table was changed since the last note of what is delivered (or its version was not noted): \
                  all rows committed since that note are published from the table, also those that were streamed"
             );
         } else if config.reconcile && !is_known {

@@ -1,7 +1,7 @@
 //! Columns whose type has no binary form. The stream asks for binary values of all columns of all tables of the publication, and the
 //! server refuses to send such a one.
 
-use crate::support::{Database, eventually};
+use crate::support::Database;
 use crate::{DEADLINE, QUICK};
 
 /// What has no binary form although its own type has a send function.
@@ -12,14 +12,6 @@ async fn insert(database: &Database) {
     database
         .sql("INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload) VALUES ('t', 'k', 'e', '{\"n\": 1}')")
         .await;
-}
-
-async fn wait_all_sent(database: &Database) {
-    eventually(DEADLINE, "every row to be known as sent", async || {
-        let sql = "SELECT count(*) FROM walpost.outbox_status WHERE status <> 'sent'";
-        (database.rows(sql, &[]).await[0].get::<_, i64>(0) == 0).then_some(())
-    })
-    .await;
 }
 
 #[tokio::test]
@@ -41,7 +33,7 @@ async fn a_column_without_binary_form_in_the_outbox_does_not_stop_the_stream() {
         insert(&database).await;
 
         // THEN they arrive, and the log says why values are text from now on
-        wait_all_sent(&database).await;
+        database.wait_all_sent(DEADLINE).await;
         walpost
             .wait_for_line("starting the stream again with values as text", DEADLINE)
             .await;
@@ -64,7 +56,7 @@ async fn a_column_without_binary_form_in_another_table_does_not_stop_the_stream(
         .await;
     let walpost = database.start(&QUICK).await;
     insert(&database).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
 
     // WHEN that one gets rows, in the middle of a transaction too: THEN the outbox' rows arrive all the same, once each
     for id in 1..=2 {
@@ -79,7 +71,7 @@ async fn a_column_without_binary_form_in_another_table_does_not_stop_the_stream(
             .await;
     }
     insert(&database).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
     let topic = database.topic("t");
     let arrived =

@@ -7,10 +7,6 @@ use crate::*;
 const TABLES: (&str, &str) = ("WALPOST_OUTBOX_TABLE", "walpost.outbox,public.second");
 const OFTEN: (&str, &str) = ("WALPOST_SCAN_INTERVAL", "200ms");
 
-async fn wait_all_sent(database: &Database) {
-    wait_count(database, "walpost.outbox_status WHERE status <> 'sent'", 0).await;
-}
-
 #[tokio::test]
 async fn a_right_that_is_taken_away_under_the_stream_is_told_by_readiness_status_and_check() {
     // GIVEN a running walpost with two tables
@@ -24,7 +20,7 @@ async fn a_right_that_is_taken_away_under_the_stream_is_told_by_readiness_status
     let addr = addr_of(&mut walpost).await;
     walpost.wait_for_line("streaming", DEADLINE).await;
     insert(&database, 1..=3).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
 
     for (right, on) in [
         ("SELECT", "public.second"),
@@ -69,7 +65,7 @@ async fn a_right_that_is_taken_away_under_the_stream_is_told_by_readiness_status
             .sql(&format!("GRANT {right} ON {on} TO walpost_connector"))
             .await;
         eventually(DEADLINE, "to be ready", async || ready().await.ok()).await;
-        wait_all_sent(&database).await;
+        database.wait_all_sent(DEADLINE).await;
         wait_left(&addr, 0).await;
     }
     walpost.stop().await;
@@ -83,7 +79,7 @@ async fn one_row_with_a_txid_of_the_future_does_not_keep_rows_that_the_stream_le
     database.init(&["--payload", "text"], &[]).await;
     let mut walpost = database.start(&[OFTEN]).await;
     insert(&database, 1..=3).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     database
         .sql(
             "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload, txid) VALUES ('t', 'k', 'e', '4', '99999999999')",
@@ -123,7 +119,7 @@ async fn a_transaction_that_holds_up_the_notes_of_a_busy_outbox_is_named_and_the
     database.init(&["--payload", "text"], &[]).await;
     let mut walpost = database.start(&[OFTEN]).await;
     insert(&database, 1..=1).await;
-    wait_all_sent(&database).await;
+    database.wait_all_sent(DEADLINE).await;
     let holder = database.connect().await;
     holder
         .batch_execute("SET application_name = 'forgetful'; BEGIN; SELECT pg_current_xact_id()")
