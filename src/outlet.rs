@@ -171,7 +171,7 @@ impl Outlet {
         self.publisher.in_flight().0 + waiting
     }
 
-    /// Takes a row of the open transaction, unless `is_known` says of its id that it is in its topic already, or somebody has
+    /// Takes a row of the open transaction, unless `is_known` says of its id and `txid` that it is in its topic already, or somebody has
     /// discarded it.
     ///
     /// # Errors
@@ -181,7 +181,7 @@ impl Outlet {
         extractor: &mut Extractor,
         tuple: &Tuple<'_>,
         origin: Origin,
-        is_known: impl FnOnce(&str) -> bool,
+        is_known: impl FnOnce(&str, Option<u64>) -> bool,
     ) -> Result<Taken> {
         let number = extractor.number_column();
         let stragglers = self.stragglers.as_ref();
@@ -205,7 +205,7 @@ impl Outlet {
                 let salvaged = extractor.salvage(tuple);
                 let txid = extractor.txid(tuple);
                 let id = salvaged.id.as_deref();
-                let is_new = !is_discarded(id, txid) && !id.is_some_and(is_known);
+                let is_new = !is_discarded(id, txid) && !id.is_some_and(|id| is_known(id, txid));
                 if is_new {
                     let number = number.filter(|_| origin.is_row);
                     let number = number.map_or(RowNumber::Unknown, |column| column.read(tuple));
@@ -215,7 +215,7 @@ impl Outlet {
             }
         };
         let txid = event.txid;
-        if is_discarded(Some(event.id), txid) || is_known(event.id) {
+        if is_discarded(Some(event.id), txid) || is_known(event.id, txid) {
             return Ok(Taken {
                 is_new: false,
                 txid,
@@ -271,7 +271,7 @@ impl Outlet {
             xid: 0,
             is_row: true,
         };
-        let taken = self.take(extractor, tuple, origin, |_| false);
+        let taken = self.take(extractor, tuple, origin, |_, _| false);
         self.tracker.commit(position);
         taken.map(|_| ())
     }

@@ -64,7 +64,7 @@ use crate::outbox::{Columns, ENVELOPE_OID, Envelopes, Extractor, RowNumber, Topi
 use crate::outlet::{Counts, Event, Origin, Outlet, Source};
 use crate::pgoutput::{self, Message, Relation, RelationCache, Tuple};
 use crate::postgres::{self, Frame, OutboxRelations, TableName, UnreadableLog};
-use crate::pulsar::{Publisher, RowTag};
+use crate::pulsar::{Publisher, RowKey, RowTag};
 use crate::scanner::straggler::Stragglers;
 use crate::scanner::streamed::StreamedRuns;
 use crate::{Error, Lsn, Result};
@@ -103,8 +103,8 @@ impl Counters {
     }
 }
 
-/// A row that a scan published and that the stream may bring as well: OID of its table, id and number.
-pub type ScannedRow = (u32, String, RowNumber);
+/// A row that a scan published and that the stream may bring as well: OID of its table, and which of its rows.
+pub type ScannedRow = (u32, RowKey);
 
 /// Which tables and columns are read, and where their rows go.
 #[derive(Clone, Debug)]
@@ -635,10 +635,11 @@ impl Pipe {
         };
         let origin = open.origin(*table, relation_id != ENVELOPE_OID);
         let (scanned, number) = (&mut self.scanned, extractor.number_column());
-        let is_scanned = |id: &str| {
+        let is_scanned = |id: &str, txid| {
             !scanned.is_empty() && {
                 let number = number.map_or(RowNumber::Unknown, |column| column.read(tuple));
-                scanned.remove(&(relation_id, id.to_owned(), number))
+                let id = id.to_owned();
+                scanned.remove(&(relation_id, RowKey { id, number, txid }))
             }
         };
         let taken = self.outlet.take(extractor, tuple, origin, is_scanned)?;

@@ -71,6 +71,8 @@ pub struct Left {
     pub id: Option<String>,
     /// Which of the rows with this id.
     pub number: RowNumber,
+    /// Its `txid`, where it is known.
+    pub txid: Option<u64>,
     /// Why it was left.
     pub reason: String,
     /// How often it was tried.
@@ -95,6 +97,7 @@ impl Undone {
             table: table.to_owned(),
             id: None,
             number: RowNumber::Unknown,
+            txid: None,
             reason: reason(&error.told().0),
             attempts: 1,
             since_ms: now_ms(),
@@ -202,7 +205,7 @@ pub fn to_json(all: &[Undone; Work::ALL.len()], limit: usize) -> Value {
                 RowNumber::Txid(number) => (Some("txid"), Some(number)),
             };
             json!({
-                "work": work.name(), "table": left.table, "id": left.id, "column": column, "number": number,
+                "work": work.name(), "table": left.table, "id": left.id, "column": column, "number": number, "txid": left.txid,
                 "reason": left.reason, "attempts": left.attempts, "since_ms": left.since_ms,
             })
         })
@@ -228,6 +231,7 @@ pub fn from_json(noted: &Value, work: Work) -> Vec<Left> {
             table: one["table"].as_str()?.to_owned(),
             id: one["id"].as_str().map(ToOwned::to_owned),
             number,
+            txid: one["txid"].as_u64(),
             reason: one["reason"].as_str()?.to_owned(),
             attempts: u32::try_from(one["attempts"].as_u64()?).unwrap_or(u32::MAX),
             since_ms: one["since_ms"].as_u64()?,
@@ -290,6 +294,7 @@ mod tests {
             table: "public.\"a b\"".to_owned(),
             id: id.map(ToOwned::to_owned),
             number,
+            txid: id.map(|_| 12),
             reason: "because".to_owned(),
             attempts: 3,
             since_ms: 17,

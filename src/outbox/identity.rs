@@ -1,6 +1,7 @@
 //! `RowNumber`: which of several rows with the same id it is.
 //!
-//! A row is known by its table, its id and its number: its `seq`, or its `txid` in a table without `seq`. An id alone is not enough: it may be
+//! A row is known by its table, its id and its number: its `seq`, or its `txid` in a table without `seq`; where it has both, by both
+//! ([`crate::pulsar::RowKey`]). An id alone is not enough: it may be
 //! used again by mistake, and what happens to a row (a mark, a deletion, being skipped in the stream) must never happen to another
 //! one that was not published. Two rows with the same id of one transaction in a table without `seq` are not told apart, nor
 //! are any with the same id in a table that has neither column.

@@ -61,5 +61,5 @@ pub use probe::{Broker, probe, produce_to};
 pub use publisher::{Publisher, PublisherConfig};
 pub use reader::{Message, Reader, ReaderConfig};
 pub use route::Held;
-pub use rows::{LeftOfTable, Row, RowQueue, Rows};
+pub use rows::{LeftOfTable, Row, RowKey, RowQueue, Rows};
 pub use tls::TlsFiles;

@@ -1,6 +1,6 @@
 //! Ids of published rows, on their way from the receipts to whoever marks or deletes them.
 //!
-//! A row is known by its table, its id and its number ([`RowNumber`]). A batch collects the ids of its rows as [`Rows`] (only where an event names its row, see `Outgoing::row`); its receipt
+//! A row is known by its table, its id, its number ([`RowNumber`]) and its `txid` ([`RowKey`]). A batch collects the ids of its rows as [`Rows`] (only where an event names its row, see `Outgoing::row`); its receipt
 //! moves them into the queue made by [`queue`]. Nothing is parsed or copied on the way.
 //!
 //! # Bound
@@ -36,6 +36,42 @@ pub struct Row<'a> {
     pub number: RowNumber,
     /// Its `txid`, where it has one.
     pub txid: Option<u64>,
+}
+
+impl Row<'_> {
+    /// Which row of its table it is.
+    pub fn key(&self) -> RowKey {
+        RowKey {
+            id: self.id.to_owned(),
+            number: self.number,
+            txid: self.txid,
+        }
+    }
+}
+
+/// Which row of a table: an id may have several rows, and a number may be given again (TRUNCATE … RESTART IDENTITY), but not in the same
+/// transaction's name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RowKey {
+    /// See [`Row::id`].
+    pub id: String,
+    /// See [`Row::number`].
+    pub number: RowNumber,
+    /// See [`Row::txid`].
+    pub txid: Option<u64>,
+}
+
+impl RowKey {
+    /// The row of the table in this place.
+    pub fn row(&self, table: u32) -> Row<'_> {
+        Row {
+            table,
+            xid: 0,
+            id: &self.id,
+            number: self.number,
+            txid: self.txid,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -138,8 +174,8 @@ pub enum Published {
 pub struct LeftOfTable {
     /// There are more than are known by name.
     pub is_full: bool,
-    /// By id and number.
-    pub rows: HashSet<(String, RowNumber)>,
+    /// Those that are.
+    pub rows: HashSet<RowKey>,
 }
 
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! Marks or deletes the rows whose receipt has come (`WALPOST_AFTER_PUBLISH`).
 //!
-//! A task that owns a SQL connection and the end of the queue in [`crate::pulsar::rows`]. Input: rows, by id and number, from receipts and from
+//! A task that owns a SQL connection and the end of the queue in [`crate::pulsar::rows`]. Input: rows, by id, number and `txid`, from receipts and from
 //! nowhere else: a row that a broken publication never sent must not be marked. Output: one statement for each table and
 //! thousand rows, or for what has come in a tenth of a second ([`super::marking`]). It is beside the data's path: a slow database fills the
 //! queue, and only a full queue pauses the stream; readiness follows it.
@@ -34,7 +34,7 @@ use tracing::{debug, warn};
 
 use super::left_note;
 use super::left_rows::LeftRows;
-use super::marking::{Applied, RowKey, STATEMENT_ROWS, Session, TableSql, apply};
+use super::marking::{Applied, STATEMENT_ROWS, Session, TableSql, apply};
 use super::outbox::OutboxTable;
 use crate::config::AfterPublish;
 use crate::meter::Meter;
@@ -246,9 +246,8 @@ impl AfterPublishTask {
         let mut has_changed = false;
         for (place, table) in (0..).zip(&mut self.tables) {
             let rows = self.waiting.iter().flat_map(Rows::iter);
-            let rows: Vec<RowKey<'_>> = rows
+            let rows: Vec<Row<'_>> = rows
                 .filter(|row| row.table == place && !running.has(row.xid))
-                .map(|row| (row.id, row.number))
                 .collect();
             has_changed |= table.work(session, &rows).await?;
         }
@@ -307,7 +306,7 @@ impl Table {
     }
 
     /// Marks or deletes these rows, and those that are due; true when what is left has changed.
-    async fn work(&mut self, session: &mut Session, rows: &[RowKey<'_>]) -> Result<bool> {
+    async fn work(&mut self, session: &mut Session, rows: &[Row<'_>]) -> Result<bool> {
         let now = Instant::now();
         if let Some(refusal) = &self.refusal
             && refusal.until > now
@@ -322,7 +321,7 @@ impl Table {
             return Ok(false);
         }
         let had_left = self.left.len();
-        let again: Vec<RowKey<'_>> = due.iter().map(|(id, number)| (&**id, *number)).collect();
+        let again: Vec<Row<'_>> = due.iter().map(|key| key.row(0)).collect();
         for (rows, are_new) in [(rows, true), (&again, false)] {
             if rows.is_empty() {
                 continue;

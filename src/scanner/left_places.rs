@@ -68,6 +68,7 @@ impl Waiting {
             table: table.to_owned(),
             id: self.id.clone(),
             number: RowNumber::Unknown,
+            txid: None,
             reason: self.reason.clone(),
             attempts: self.attempts,
             since_ms: self.since_ms,

@@ -15,16 +15,13 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use crate::outbox::RowNumber;
-use crate::pulsar::LeftOfTable;
+use crate::pulsar::{LeftOfTable, Row, RowKey};
 use crate::upkeep::{Left, now_ms, pause};
 
 /// Rows of one table that are kept.
 const MAX_ROWS: usize = 10_000;
 /// Bytes of their ids.
 const MAX_BYTES: usize = 1024 * 1024;
-
-/// A row of the table: id and number.
-pub(super) type Key = (String, RowNumber);
 
 #[derive(Debug)]
 struct Waiting {
@@ -37,20 +34,15 @@ struct Waiting {
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub(super) struct LeftRows {
-    rows: BTreeMap<Key, Waiting>,
+    rows: BTreeMap<RowKey, Waiting>,
     bytes: usize,
     has_forgotten: bool,
 }
 
 impl LeftRows {
     /// Leaves a row that was tried, or was not because all others before it failed.
-    pub(super) fn leave(
-        &mut self,
-        (id, number): (&str, RowNumber),
-        reason: &Arc<str>,
-        now: Instant,
-    ) {
-        let key = (id.to_owned(), number);
+    pub(super) fn leave(&mut self, row: Row<'_>, reason: &Arc<str>, now: Instant) {
+        let (id, key) = (row.id, row.key());
         if let Some(known) = self.rows.get_mut(&key) {
             known.attempts = known.attempts.saturating_add(1);
             known.next = now + pause(known.attempts);
@@ -83,14 +75,19 @@ impl LeftRows {
                 next: now,
                 since_ms: noted.since_ms,
             };
-            self.rows.insert((id, noted.number), waiting);
+            let key = RowKey {
+                id,
+                number: noted.number,
+                txid: noted.txid,
+            };
+            self.rows.insert(key, waiting);
         }
     }
 
     /// A row is marked, or gone.
-    pub(super) fn done(&mut self, key: &Key) {
+    pub(super) fn done(&mut self, key: &RowKey) {
         if self.rows.remove(key).is_some() {
-            self.bytes -= key.0.len();
+            self.bytes -= key.id.len();
         }
         if self.rows.len() <= MAX_ROWS / 2 && self.bytes <= MAX_BYTES / 2 {
             self.has_forgotten = false;
@@ -117,7 +114,7 @@ impl LeftRows {
     }
 
     /// Those that are to be tried now, at most `limit`.
-    pub(super) fn due(&self, now: Instant, limit: usize) -> Vec<Key> {
+    pub(super) fn due(&self, now: Instant, limit: usize) -> Vec<RowKey> {
         let due = self.rows.iter().filter(|(_, waiting)| waiting.next <= now);
         due.take(limit).map(|(key, _)| key.clone()).collect()
     }
@@ -135,10 +132,11 @@ impl LeftRows {
         self.rows
             .iter()
             .take(limit)
-            .map(move |((id, number), waiting)| Left {
+            .map(move |(key, waiting)| Left {
                 table: table.to_owned(),
-                id: Some(id.clone()),
-                number: *number,
+                id: Some(key.id.clone()),
+                number: key.number,
+                txid: key.txid,
                 reason: waiting.reason.to_string(),
                 attempts: waiting.attempts,
                 since_ms: waiting.since_ms,
@@ -152,22 +150,33 @@ mod tests {
 
     use super::*;
 
+    fn key(id: &str, seq: i64, txid: u64) -> RowKey {
+        RowKey {
+            id: id.to_owned(),
+            number: RowNumber::Seq(seq),
+            txid: Some(txid),
+        }
+    }
+
     #[test]
     fn a_row_is_due_after_a_pause_that_grows_and_goes_when_it_is_done() {
         let (mut rows, reason) = (LeftRows::default(), Arc::from("because"));
         let now = Instant::now();
-        let key = ("a".to_owned(), RowNumber::Seq(1));
+        let first = key("a", 1, 9);
         for seconds in [1, 2, 4, 8] {
-            rows.leave(("a", RowNumber::Seq(1)), &reason, now);
+            rows.leave(first.row(0), &reason, now);
             let pause = Duration::from_secs(seconds);
             assert_eq!(rows.next_due(), Some(now + pause));
             assert!(rows.due(now + pause / 2, 10).is_empty());
-            assert_eq!(rows.due(now + pause, 10), std::slice::from_ref(&key));
+            assert_eq!(rows.due(now + pause, 10), std::slice::from_ref(&first));
         }
-        rows.leave(("a", RowNumber::Seq(2)), &reason, now);
-        rows.done(&key);
-        assert_eq!(rows.len(), 1, "another row with that id stays");
-        rows.done(&("a".to_owned(), RowNumber::Seq(2)));
+        let others = [key("a", 2, 9), key("a", 1, 10)];
+        for other in &others {
+            rows.leave(other.row(0), &reason, now);
+        }
+        rows.done(&first);
+        assert_eq!(rows.len(), 2, "other rows with that id stay");
+        others.iter().for_each(|other| rows.done(other));
         assert!(rows.is_empty() && rows.bytes == 0);
     }
 
@@ -175,16 +184,16 @@ mod tests {
     fn rows_beyond_the_bound_are_forgotten_until_half_of_the_others_are_done() {
         let (mut rows, reason) = (LeftRows::default(), Arc::from("because"));
         let now = Instant::now();
-        let number = |row: usize| RowNumber::Seq(i64::try_from(row).unwrap());
+        let numbered = |row: usize| key("a", i64::try_from(row).unwrap(), 9);
         for row in 0..MAX_ROWS {
-            rows.leave(("a", number(row)), &reason, now);
+            rows.leave(numbered(row).row(0), &reason, now);
         }
         assert!(!rows.is_full());
-        rows.leave(("b", number(0)), &reason, now);
+        rows.leave(key("b", 0, 9).row(0), &reason, now);
         assert!(rows.is_full() && rows.len() == MAX_ROWS);
         for row in 0..MAX_ROWS / 2 {
             assert!(rows.is_full(), "{row}");
-            rows.done(&("a".to_owned(), number(row)));
+            rows.done(&numbered(row));
         }
         assert!(!rows.is_full());
     }

@@ -1,13 +1,14 @@
 //! The statements of [`super::after_publish`], and how the row is found for which one fails.
 //!
-//! Input: rows of one table, by id and number. Output: each of them is marked or deleted, gone, or among the table's [`LeftRows`] with
+//! Input: rows of one table, by id, number and `txid`. Output: each of them is marked or deleted, gone, or among the table's [`LeftRows`] with
 //! the reason.
 //!
 //! # Which row
 //!
-//! A statement finds a row by its id, by the index on it, and keeps it only if its `seq` (or `txid`) is the published row's. A published row
+//! A statement finds a row by its id, by the index on it, and keeps it only if its `seq` and its `txid` are the published row's, as far as the table has
+//! them. (Both: TRUNCATE … RESTART IDENTITY gives ids and numbers again while a straggler of the old rows waits.) A published row
 //! whose number is not known (an older straggler's) is found by its id alone where a unique index over the id alone makes it the only one; elsewhere it is not
-//! touched, and [`super::unmarked`] publishes it once more, with its number. In a table without both columns the id is all there is.
+//! touched, and [`super::unmarked`] publishes it once more, with its number. In a table that has neither column the id is all there is.
 //!
 //! # A statement that fails
 //!
@@ -33,6 +34,7 @@ use super::outbox::{OutboxTable, SEQ, TXID};
 use crate::config::AfterPublish;
 use crate::outbox::RowNumber;
 use crate::postgres::{PostgresConfig, TableName, connect_sql, is_about_rows, sql_error, sqlstate};
+use crate::pulsar::Row;
 use crate::upkeep::reason;
 use crate::{Error, Result};
 
@@ -48,9 +50,6 @@ const LOCK_TIMEOUT: &str = "200ms";
 const LOCK_NOT_AVAILABLE: &str = "55P03";
 /// The reason of a row that a statement passed over.
 const PASSED_OVER: &str = "the statement changed nothing without an error: a trigger of the table returns NULL or takes the mark back, or a rule replaces the statement";
-
-/// A row to be marked or deleted.
-pub(super) type RowKey<'a> = (&'a str, RowNumber);
 
 /// What is done with rows of one table.
 #[derive(Debug)]
@@ -160,10 +159,14 @@ impl Pair {
         let is_number = number.map_or_else(String::new, |number| {
             format!(" AND o.{number}::text IS NOT DISTINCT FROM r.number::text")
         });
-        let is_it = format!("o.{id} {} r.id{is_number}", table.id.operator("="));
-        let given = format!(
-            "WITH r AS MATERIALIZED (SELECT * FROM unnest({ids}, $2::int8[]) AS u(id, number))"
-        );
+        // One that an earlier version stored or noted has none.
+        let is_txid = if table.has_txid {
+            " AND (r.txid IS NULL OR o.txid = r.txid)"
+        } else {
+            ""
+        };
+        let is_it = format!("o.{id} {} r.id{is_number}{is_txid}", table.id.operator("="));
+        let given = format!("{ids}, $2::int8[], $3::text[]::xid8[]");
         let (change, unmarked) = match mode {
             AfterPublish::Delete => (
                 format!("DELETE FROM {name} o USING r WHERE {is_it} RETURNING 1 AS is_done"),
@@ -180,9 +183,12 @@ impl Pair {
             ),
         };
         Self {
-            change: format!("{given}, done AS ({change}) SELECT count(is_done) FROM done"),
+            change: format!(
+                "WITH r AS MATERIALIZED (SELECT * FROM unnest({given}) AS u(id, number, txid)), done AS ({change})
+                 SELECT count(is_done) FROM done"
+            ),
             passed_over: format!(
-                "WITH r AS MATERIALIZED (SELECT * FROM unnest({ids}, $2::int8[]) WITH ORDINALITY AS u(id, number, place))
+                "WITH r AS MATERIALIZED (SELECT * FROM unnest({given}) WITH ORDINALITY AS u(id, number, txid, place))
                  SELECT r.place FROM r JOIN {name} o ON {is_it} WHERE {unmarked}"
             ),
         }
@@ -196,17 +202,17 @@ impl Pair {
 pub(super) async fn apply(
     session: &mut Session,
     table: &TableSql,
-    rows: &[RowKey<'_>],
+    rows: &[Row<'_>],
     left: &mut LeftRows,
 ) -> Result<Applied> {
     let mut applied = Applied::default();
     for pair in table.by_number.iter().chain(&table.by_id) {
-        let of_pair = |(_, number): &&RowKey<'_>| {
+        let of_pair = |row: &&Row<'_>| {
             table
-                .pair_for(*number)
+                .pair_for(row.number)
                 .is_some_and(|its| std::ptr::eq(its, pair))
         };
-        let rows: Vec<RowKey<'_>> = rows.iter().filter(of_pair).copied().collect();
+        let rows: Vec<Row<'_>> = rows.iter().filter(of_pair).copied().collect();
         for rows in rows.chunks(STATEMENT_ROWS) {
             halve(session, pair, rows, left, &mut applied).await?;
         }
@@ -218,7 +224,7 @@ pub(super) async fn apply(
 async fn halve(
     session: &mut Session,
     pair: &Pair,
-    rows: &[RowKey<'_>],
+    rows: &[Row<'_>],
     left: &mut LeftRows,
     applied: &mut Applied,
 ) -> Result<()> {
@@ -262,25 +268,28 @@ async fn halve(
 }
 
 /// Places (from 1) of the rows that are still there as they were.
-async fn change(session: &mut Session, pair: &Pair, rows: &[RowKey<'_>]) -> Result<HashSet<i64>> {
-    let ids: Vec<&str> = rows.iter().map(|(id, _)| *id).collect();
-    let number = |(_, number): &RowKey<'_>| match number {
-        RowNumber::Seq(number) | RowNumber::Txid(number) => Some(*number),
+async fn change(session: &mut Session, pair: &Pair, rows: &[Row<'_>]) -> Result<HashSet<i64>> {
+    let ids: Vec<&str> = rows.iter().map(|row| row.id).collect();
+    let number = |row: &Row<'_>| match row.number {
+        RowNumber::Seq(number) | RowNumber::Txid(number) => Some(number),
         RowNumber::Null | RowNumber::Unknown => None,
     };
     let numbers: Vec<Option<i64>> = rows.iter().map(number).collect();
-    let done = session.query(&pair.change, &[&ids, &numbers]).await?;
+    let txids = rows.iter().map(|row| row.txid.map(|txid| txid.to_string()));
+    let txids: Vec<Option<String>> = txids.collect();
+    let parameters: [&(dyn ToSql + Sync); 3] = [&ids, &numbers, &txids];
+    let done = session.query(&pair.change, &parameters).await?;
     let done: i64 = done.first().map_or(0, |row| row.get(0));
     if usize::try_from(done).is_ok_and(|done| done >= rows.len()) {
         return Ok(HashSet::new());
     }
     // Rows that are gone, or were marked before, are done as well.
-    let rows = session.query(&pair.passed_over, &[&ids, &numbers]).await?;
+    let rows = session.query(&pair.passed_over, &parameters).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 impl Applied {
-    fn leave(&mut self, rows: &[RowKey<'_>], why: Option<Arc<str>>, left: &mut LeftRows) {
+    fn leave(&mut self, rows: &[Row<'_>], why: Option<Arc<str>>, left: &mut LeftRows) {
         if let Some(why) = why {
             self.reason = Some(why);
         }
@@ -293,13 +302,13 @@ impl Applied {
         self.left += rows.len();
     }
 
-    fn finish(&mut self, rows: &[RowKey<'_>], left: &mut LeftRows) {
+    fn finish(&mut self, rows: &[Row<'_>], left: &mut LeftRows) {
         self.done += rows.len();
         if left.is_empty() {
             return;
         }
-        for (id, number) in rows {
-            left.done(&((*id).to_owned(), *number));
+        for row in rows {
+            left.done(&row.key());
         }
     }
 }

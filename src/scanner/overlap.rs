@@ -5,7 +5,7 @@
 //! table whose rows were read, see [`super::coverage`]), or the delivered snapshot covers it. That it is in the table, and in the gap, is not enough: it
 //! may be deleted, or its leaf table detached, before the scan comes to it, and then only the stream has it.
 //!
-//! By id and number, and not by transaction: a row that its own transaction deleted is only in the stream. Of a slot that walpost made these rows
+//! By id, number and `txid`, and not by transaction alone: a row that its own transaction deleted is only in the stream. Of a slot that walpost made these rows
 //! are a handful; of one that it keeps, the backlog. More than [`MAX_OVERLAP`] are not remembered, and come twice.
 
 use tokio_postgres::Client;
@@ -20,6 +20,7 @@ use crate::outbox::{Extractor, RowNumber};
 use crate::pgoutput::Tuple;
 use crate::pipe::{Routing, ScannedRow};
 use crate::postgres::is_about_rows;
+use crate::pulsar::RowKey;
 use crate::{Error, Result};
 
 /// Ids that are remembered: some 10 MB.
@@ -67,7 +68,8 @@ impl Overlap {
         };
         if self.rows.len() < MAX_OVERLAP {
             let number = RowNumber::Seq(row.seq);
-            self.rows.push((table, id, number));
+            let txid = row.txid;
+            self.rows.push((table, RowKey { id, number, txid }));
         } else {
             self.tell_full();
         }
@@ -135,18 +137,17 @@ impl Overlap {
         let id = (routing.columns.id.as_str(), &extractor);
         let room = MAX_OVERLAP - self.rows.len();
         // One more than there is room for tells that there are more.
-        let ids = match table.ids(client, id, &rows, room + 1).await {
+        let keys = match table.keys(client, id, &rows, room + 1).await {
             Err(error) if is_about_rows(&error) => {
                 // The scan leaves it for the same reason.
                 warn!(table = %table.name, "which of its rows come both ways is not known: {}", error.report());
                 return Ok(());
             }
-            ids => ids?,
+            keys => keys?,
         };
-        let more = ids.len() > room;
-        let ids = ids.into_iter().take(room);
-        self.rows
-            .extend(ids.map(|(id, number)| (table.relation.id, id, number)));
+        let more = keys.len() > room;
+        let keys = keys.into_iter().take(room);
+        self.rows.extend(keys.map(|row| (table.relation.id, row)));
         if more {
             self.tell_full();
         }

@@ -14,6 +14,7 @@ use crate::outbox::{Extractor, RowNumber};
 use crate::pgoutput::types::{INT2, INT4, INT8, XID8};
 use crate::pgoutput::{Relation, Tuple};
 use crate::postgres::{TableName, quote_literal, sql_error};
+use crate::pulsar::RowKey;
 use crate::{Error, Result};
 
 /// Columns in front of those of the [`RowReader`].
@@ -234,21 +235,21 @@ impl ScanTable {
         Ok(row.get(0))
     }
 
-    /// Ids, as events have them, and numbers of these rows (SQL); `limit` at most.
-    pub async fn ids(
+    /// Which these rows (SQL) are, with their ids as events have them; `limit` at most.
+    pub async fn keys(
         &self,
         client: &Client,
         (id_column, extractor): (&str, &Extractor),
         rows: &str,
         limit: usize,
-    ) -> Result<Vec<(String, RowNumber)>> {
+    ) -> Result<Vec<RowKey>> {
         let mut reader = self.reader.clone();
         let id = self.relation.position(id_column);
         reader.read_only(|index| Some(index) == id);
         let read = async |text| {
             let columns = reader.select_list("o", text);
             let sql = format!(
-                "SELECT o.{SEQ}::pg_catalog.text, {columns} FROM {} o WHERE {rows} LIMIT {limit}",
+                "SELECT o.{SEQ}::pg_catalog.text, o.{TXID}::pg_catalog.text, {columns} FROM {} o WHERE {rows} LIMIT {limit}",
                 self.name
             );
             client.query(&sql, &[]).await
@@ -261,14 +262,19 @@ impl ScanTable {
             found = read(text).await;
         }
         let found = found.map_err(|error| sql_error(&format!("look into {}", self.name), error))?;
-        let mut ids = Vec::with_capacity(found.len());
+        let mut keys = Vec::with_capacity(found.len());
         for row in &found {
-            let data = reader.encode(row, 1, text)?;
+            let data = reader.encode(row, 2, text)?;
             if let Some(id) = extractor.id(&decode(&data)?) {
-                ids.push((id, RowNumber::parse(SEQ, row.get(0))));
+                let txid: Option<&str> = row.get(1);
+                keys.push(RowKey {
+                    id,
+                    number: RowNumber::parse(SEQ, row.get(0)),
+                    txid: txid.and_then(|txid| txid.parse().ok()),
+                });
             }
         }
-        Ok(ids)
+        Ok(keys)
     }
 
     pub(super) fn row(&self, row: &Row, text: TextAs) -> Result<ScanRow> {

@@ -42,7 +42,7 @@ use crate::outbox::{Extractor, RowNumber};
 use crate::outlet::{Outlet, Source};
 use crate::pipe::Routing;
 use crate::postgres::{PostgresConfig, connect_sql, quote_ident, quote_literal, sql_error};
-use crate::pulsar::{Flush, Publisher, PublisherConfig, RowQueue, RowTag};
+use crate::pulsar::{Flush, Publisher, PublisherConfig, RowKey, RowQueue, RowTag};
 use crate::upkeep::{Undone, Work};
 use crate::{Error, Lsn, Result};
 
@@ -132,6 +132,7 @@ struct Place {
     id: String,
     /// Of the column that tells rows with this id apart.
     number: Option<String>,
+    txid: Option<u64>,
 }
 
 impl Unmarked {
@@ -220,9 +221,16 @@ impl Unmarked {
         let column = self.tables[number].number.unwrap_or_default();
         let is_left = |place: &Place| {
             let number = RowNumber::parse(column, place.number.as_deref());
-            [number, RowNumber::Unknown]
-                .into_iter()
-                .any(|number| left.rows.contains(&(place.id.clone(), number)))
+            // Of one that an earlier version left less is known.
+            let numbers = [number, RowNumber::Unknown].into_iter();
+            let mut keys = numbers.flat_map(|number| {
+                [place.txid, None].map(|txid| RowKey {
+                    id: place.id.clone(),
+                    number,
+                    txid,
+                })
+            });
+            keys.any(|key| left.rows.contains(&key))
         };
         let mut page = page;
         if !left.rows.is_empty() {
@@ -246,6 +254,7 @@ impl Unmarked {
         let (id, id_type) = (table.id_column(), &table.id.sql_type);
         let (time, time_type) = (quote_ident(&created_at.name), &created_at.sql_type);
         let number = number_of(table);
+        let txid = txid_of(table);
         let (at_least, behind) = if table.id.has_own_operators() {
             let (from, above) = (table.id.operator(">="), table.id.operator(">"));
             let than = |operator: &str| {
@@ -263,7 +272,7 @@ impl Unmarked {
             (than(">="), than(">"))
         };
         let sql = format!(
-            "SELECT o.{time}::text, o.{id}::text, {number} FROM {} o
+            "SELECT o.{time}::text, o.{id}::text, {number}, {txid} FROM {} o
              WHERE {} AND o.{id} IS NOT NULL AND o.{time} < {}
                AND o.{time} >= (SELECT since FROM walpost.after_publish WHERE slot = $2)
                AND ($3::text IS NULL OR {at_least})
@@ -290,6 +299,9 @@ impl Unmarked {
                 created_at: row.try_get(0)?,
                 id: row.try_get(1)?,
                 number: row.try_get(2)?,
+                txid: row
+                    .try_get::<_, Option<&str>>(3)?
+                    .and_then(|txid| txid.parse().ok()),
             })
         };
         rows.iter()
@@ -548,6 +560,11 @@ async fn still_lost(
         .iter()
         .map(|place| number(place).unwrap_or_else(|| "NULL".to_owned()))
         .collect();
+    let txid = |place: &Place| place.txid.map(|txid| quote_literal(&txid.to_string()));
+    let txids: Vec<String> = page
+        .iter()
+        .map(|place| txid(place).unwrap_or_else(|| "NULL".to_owned()))
+        .collect();
     let (id, id_type) = (table.id_column(), &table.id.sql_type);
     let time = table
         .created_at
@@ -556,15 +573,18 @@ async fn still_lost(
     let number = number_of(table);
     Ok(format!(
         "WITH r AS MATERIALIZED (
-             SELECT * FROM unnest(ARRAY[{}]::text[]::{id_type}[], ARRAY[{}]::text[]) AS u(id, number)
+             SELECT * FROM unnest(ARRAY[{}]::text[]::{id_type}[], ARRAY[{}]::text[], ARRAY[{}]::text[]) AS u(id, number, txid)
          )
-         SELECT {} FROM r JOIN {} o ON o.{id} {} r.id AND {number} IS NOT DISTINCT FROM r.number WHERE {}
+         SELECT {} FROM r JOIN {} o
+             ON o.{id} {} r.id AND {number} IS NOT DISTINCT FROM r.number AND {} IS NOT DISTINCT FROM r.txid WHERE {}
          ORDER BY o.{time}, o.{id}, {number}",
         ids.join(", "),
         numbers.join(", "),
+        txids.join(", "),
         reader.select_list("o", TextAs::Utf8),
         table.name,
         table.id.operator("="),
+        txid_of(table),
         is_lost(client, table).await?,
     ))
 }
@@ -575,4 +595,13 @@ fn number_of(table: &OutboxTable) -> String {
         || "NULL::text".to_owned(),
         |column| format!("o.{column}::text"),
     )
+}
+
+/// SQL: the `txid` of row `o`, as text; NULL in a table that has none.
+fn txid_of(table: &OutboxTable) -> &'static str {
+    if table.has_txid {
+        "o.txid::text"
+    } else {
+        "NULL::text"
+    }
 }

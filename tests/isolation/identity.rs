@@ -1,4 +1,4 @@
-//! Rows with the same id: a row is known by its `seq` (or `txid`) as well.
+//! Rows with the same id: a row is known by its `seq` and its `txid` as well.
 
 use crate::support::{Asked, FakeBroker, Reaction, Walpost, admin};
 use crate::*;
@@ -184,18 +184,27 @@ async fn a_discarded_straggler_is_known_by_its_seq_also_where_others_have_its_id
     }
 }
 
+async fn snapshot(database: &Database) -> String {
+    let sql = "SELECT pg_current_snapshot()::text";
+    database.rows(sql, &[]).await[0].get(0)
+}
+
+/// A slot that may bring rows that are to be scanned: those from that snapshot up to now.
+async fn gap_since(database: &Database, before: &str) {
+    let upto = snapshot(database).await;
+    database
+        .sql(&format!(
+            "UPDATE walpost.progress SET delivered = '{before}', scan_before = '{before}', scan_upto = '{upto}', scan_position = NULL"
+        ))
+        .await;
+}
+
 #[tokio::test]
 async fn the_stream_skips_the_very_row_that_a_scan_published_and_no_other_of_its_id() {
     // GIVEN a row that was inserted and deleted, and so is in the stream only, and one with its id that a scan publishes and the stream
     // brings as well
     let database = prepare(&[], BOTH).await;
-    let snapshot = async || -> String {
-        let rows = database
-            .rows("SELECT pg_current_snapshot()::text", &[])
-            .await;
-        rows[0].get(0)
-    };
-    let delivered = snapshot().await;
+    let before = snapshot(&database).await;
     database
         .sql(
             "BEGIN;
@@ -205,12 +214,7 @@ async fn the_stream_skips_the_very_row_that_a_scan_published_and_no_other_of_its
         )
         .await;
     insert_same(&database, "t", "2").await;
-    let upto = snapshot().await;
-    database
-        .sql(&format!(
-            "UPDATE walpost.progress SET delivered = '{delivered}', scan_before = '{delivered}', scan_upto = '{upto}', scan_position = NULL"
-        ))
-        .await;
+    gap_since(&database, &before).await;
 
     // WHEN walpost scans and then streams
     let walpost = database.start(&[TABLE]).await;
@@ -220,6 +224,32 @@ async fn the_stream_skips_the_very_row_that_a_scan_published_and_no_other_of_its
     // THEN each row came once
     walpost.stop().await;
     assert_eq!(numbers(&database.topic("t"), 3).await, [1, 2, 3]);
+}
+
+#[tokio::test]
+async fn the_stream_brings_a_row_although_a_scan_published_one_with_its_id_and_seq() {
+    // GIVEN a row that a scan publishes, and that the stream might have brought as well but did not
+    let database = prepare(&[], BOTH).await;
+    let before = snapshot(&database).await;
+    database
+        .sql("ALTER PUBLICATION walpost SET (publish = 'update')")
+        .await;
+    insert_same(&database, "t", "1").await;
+    database
+        .sql("ALTER PUBLICATION walpost SET (publish = 'insert')")
+        .await;
+    gap_since(&database, &before).await;
+    let walpost = database.start(&[TABLE]).await;
+
+    // WHEN numbers begin again, and another row has its id and seq
+    database.sql("TRUNCATE events RESTART IDENTITY").await;
+    insert_same(&database, "t", "2").await;
+    let rows = database.rows("SELECT seq FROM events", &[]).await;
+    assert_eq!(rows[0].get::<_, i64>(0), 1);
+
+    // THEN it comes
+    assert_eq!(numbers(&database.topic("t"), 2).await, [1, 2]);
+    walpost.stop().await;
 }
 
 #[tokio::test]

@@ -158,3 +158,52 @@ async fn status_shows_a_straggler_for_its_own_row_only() {
     .await;
     walpost.stop().await;
 }
+
+#[tokio::test]
+async fn the_receipt_of_a_straggler_marks_or_deletes_no_other_row_with_its_id_and_seq() {
+    for mode in ["mark", "delete"] {
+        // GIVEN a straggler, and numbers that begin again: another row has its id and seq, and was not published yet
+        let database = prepared().await;
+        database
+            .sql("ALTER TABLE events ADD COLUMN sent_at timestamptz")
+            .await;
+        let mode = ("WALPOST_AFTER_PUBLISH", mode);
+        let never = [
+            POLL,
+            TABLE,
+            mode,
+            ("WALPOST_SCAN_INTERVAL", "1h"),
+            ("WALPOST_RETRY_INITIAL", "50ms"),
+        ];
+        database.init(&["--payload", "text"], &never).await;
+        let insert = "INSERT INTO events (aggregatetype, aggregateid, type, payload) VALUES ($1, 'k', 'e', $2)";
+        database.rows(insert, &[&"a/b", &"one"]).await;
+        let walpost = database.walpost(&["run"], &never).spawn();
+        eventually(DEADLINE, "the straggler", async || {
+            (stored(&database).await == ["one"]).then_some(())
+        })
+        .await;
+        database.sql("TRUNCATE events RESTART IDENTITY").await;
+        database.rows(insert, &[&"t", &"two"]).await;
+        let topic = database.topic("t");
+        let mended = "UPDATE walpost.straggler SET topic = $1, key = 'k'";
+        database.rows(mended, &[&topic]).await;
+
+        // WHEN the straggler is published, and walpost stops, which makes every mark
+        let (code, said) = stragglers(&database, &["retry", "--state", "dead"]).await;
+        assert_eq!(code, 0, "{said}");
+        eventually(DEADLINE, "the straggler to go", async || {
+            stored(&database).await.is_empty().then_some(())
+        })
+        .await;
+        walpost.stop().await;
+
+        // THEN that row is as it was, and arrives in the next look
+        let untouched = "SELECT FROM events WHERE sent_at IS NULL";
+        assert_eq!(database.rows(untouched, &[]).await.len(), 1, "{mode:?}");
+        let settings = [&SETTINGS[..], &[mode]].concat();
+        let walpost = database.walpost(&["run"], &settings).spawn();
+        assert_eq!(payloads(&topic, 2).await, ["one", "two"], "{mode:?}");
+        walpost.stop().await;
+    }
+}
