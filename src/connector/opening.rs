@@ -23,8 +23,10 @@ use crate::postgres::{
 };
 use crate::pulsar::{Flush, Publisher, PublisherConfig};
 use crate::scanner::cluster;
-use crate::scanner::delivered::{Carried, Keeper, Start};
+use crate::scanner::delivered::Start;
 use crate::scanner::gap::{self, Gap};
+use crate::scanner::handover::Carried;
+use crate::scanner::keeper::Keeper;
 use crate::scanner::modes;
 use crate::scanner::outbox::OutboxTable;
 use crate::scanner::overlap::Overlap;

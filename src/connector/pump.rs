@@ -12,7 +12,8 @@ use crate::gulp::{self, Gulp};
 use crate::pipe::{Format, Pipe};
 use crate::postgres::ReplicationStream;
 use crate::pulsar::Flush;
-use crate::scanner::delivered::{Keeper, Verdict};
+use crate::scanner::delivered::Verdict;
+use crate::scanner::keeper::Keeper;
 use crate::scanner::streamed::StreamedRuns;
 
 /// Why the pump stopped without an error.

@@ -153,6 +153,17 @@ pub async fn log_end(client: &Client) -> Result<Lsn> {
         .ok_or_else(|| Error::temporary("the server does not say where its log ends"))
 }
 
+/// The log's insert position: everything that is visible now was inserted before it.
+///
+/// # Errors
+/// Temporary when the server is away, or a standby.
+pub async fn insert_position(client: &Client) -> Result<Lsn> {
+    let sql = "SELECT pg_current_wal_insert_lsn()::text AS lsn";
+    let row = query_one(client, sql, &[], "read the log's insert position").await?;
+    get_lsn(&row, "lsn")?
+        .ok_or_else(|| Error::temporary("the server does not say where its log ends"))
+}
+
 /// Makes logical slot `name` for pgoutput, with failover on Postgres 17+, and says from where it streams.
 ///
 /// The server first waits until every transaction that is now open has ended.

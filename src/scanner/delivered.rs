@@ -27,33 +27,25 @@
 
 use std::time::Duration;
 
-use serde_json::{Map, Value, json};
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
-use super::cluster;
-use super::coverage::{Leaves, Seen};
-use super::missing::{Missing, MissingRows};
+use super::comparison::{Before, Comparison, Found, scannable, tell};
+use super::coverage::Seen;
+use super::handover::{Carried, Heard, Message};
+use super::moment::Moment;
 use super::progress::{self, Snapshot};
-use super::reconcile::{
-    self, Window, begin_look, compare, end_look, leaf_changes, leaves_of, moved, union,
-};
+use super::reconcile::leaves_of;
 use super::snapshot::VisibleXids;
-use super::streamed::{Run, StreamedRows};
-use super::table::ScanTable;
+use super::streamed::StreamedRows;
 use crate::meter::Meter;
 use crate::postgres::published::{self, Subscription};
-use crate::postgres::{
-    PostgresConfig, SystemIdentity, TableName, connect_sql, slot, sql_error, waiting,
-};
+use crate::postgres::{PostgresConfig, SystemIdentity, TableName, connect_sql, slot, waiting};
 use crate::upkeep::{Undone, Work};
 use crate::{Error, Lsn, Result};
 
-/// Handovers that wait to be taken. Each is at most [`StreamedRuns::FULL`](super::streamed::StreamedRuns::FULL) entries, and a pipe with so many takes no further row.
-const HANDOVERS: usize = 4;
 /// Comparisons before rows count as missing.
 const LOOKS: u32 = 3;
 /// An old transaction is told of when so many rounds in a row were held up by it.
@@ -63,17 +55,6 @@ const AGAIN: Duration = Duration::from_millis(200);
 /// A comparison may take a tenth of the time, not more: a table without an index on `txid` is read whole.
 const PAUSE_FACTOR: u32 = 10;
 
-/// What the connector hands over: rows that the stream brought, and how far it is.
-#[derive(Debug)]
-pub struct Handover {
-    /// Rows that were taken since the last handover.
-    pub rows: Vec<Run>,
-    /// The confirmed LSN, read after these rows were taken.
-    pub confirmed: Lsn,
-    /// Events that have their receipt or are stored as stragglers, in total.
-    pub done: u64,
-}
-
 /// Why the stream has to end.
 #[derive(Debug)]
 pub enum Verdict {
@@ -81,54 +62,6 @@ pub enum Verdict {
     Missing,
     /// Nothing that the stream brings can be trusted.
     Failed(Error),
-}
-
-/// What outlives a task in good order.
-#[derive(Clone, Debug, Default)]
-pub struct Carried {
-    /// Rows that the stream brought since the delivered snapshot, by table; `None` where an earlier process brought some and
-    /// nobody knows which.
-    pub streamed: Option<Vec<StreamedRows>>,
-    /// By table: whether its rows have been counted since the delivered snapshot. Not those of a table that had no `txid`.
-    pub counted: Vec<bool>,
-    /// Comparisons in a row that found missing rows.
-    pub short_rounds: u32,
-}
-
-impl Carried {
-    /// For `walpost.progress.streamed`: `{"confirmed": "0/16B3748", "tables": {"walpost.outbox": …}}`.
-    ///
-    /// It names the position at which the slot stands then. A later stream that confirms anything moves the slot on, and what was
-    /// stored is out of date by itself: nobody has to take it back, whatever is killed. What a later stream brought and did not confirm,
-    /// Postgres sends again.
-    pub fn to_json(&self, tables: &[TableName], confirmed: Lsn) -> Option<String> {
-        let counts = tables.iter().zip(self.streamed.as_ref()?);
-        let counts = counts.zip(&self.counted).filter(|(_, counted)| **counted);
-        let counts = counts.map(|((table, rows), _)| (table.to_string(), rows.to_json()));
-        let counts = Value::Object(counts.collect::<Map<_, _>>());
-        Some(json!({ "confirmed": confirmed.to_string(), "tables": counts }).to_string())
-    }
-
-    /// What [`Self::to_json`] made, if the slot still stands there. A table that is not in it brought nothing.
-    pub fn from_json(text: &str, tables: &[TableName], stands: Lsn) -> Option<Self> {
-        let value: Value = serde_json::from_str(text).ok()?;
-        let confirmed: Lsn = value["confirmed"].as_str()?.parse().ok()?;
-        let counts = value["tables"]
-            .as_object()
-            .filter(|_| confirmed == stands)?;
-        let of_table = |table: &TableName| match counts.get(&table.to_string()) {
-            Some(rows) => StreamedRows::from_json(rows),
-            None => Some(StreamedRows::default()),
-        };
-        let counted = tables
-            .iter()
-            .map(|table| counts.contains_key(&table.to_string()));
-        Some(Self {
-            streamed: Some(tables.iter().map(of_table).collect::<Option<_>>()?),
-            counted: counted.collect(),
-            short_rounds: 0,
-        })
-    }
 }
 
 /// What the task begins with.
@@ -163,153 +96,8 @@ pub struct Start {
     pub meter: std::sync::Arc<Meter>,
 }
 
-enum Message {
-    Handover(Handover),
-    Finish(oneshot::Sender<Carried>),
-}
-
-/// The task; it ends when this is dropped.
-#[derive(Debug)]
-pub struct Keeper {
-    messages: mpsc::Sender<Message>,
-    verdicts: mpsc::Receiver<Verdict>,
-    found_missing: bool,
-    task: JoinHandle<()>,
-}
-
-impl Drop for Keeper {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl Keeper {
-    /// Starts beside a pipe.
-    pub fn start(start: Start) -> Self {
-        let (messages, inbox) = mpsc::channel(HANDOVERS);
-        let (verdicts, told) = mpsc::channel(1);
-        let task = Task::new(start, inbox, verdicts);
-        Self {
-            messages,
-            verdicts: told,
-            found_missing: false,
-            task: tokio::spawn(Box::pin(task.run())),
-        }
-    }
-
-    /// Hands over what `handover` gives, if there is room; otherwise the next call does.
-    pub fn hand_over(&self, handover: impl FnOnce() -> Handover) {
-        if let Ok(room) = self.messages.try_reserve() {
-            room.send(Message::Handover(handover()));
-        }
-    }
-
-    /// Waits until the stream has to end. Cancel safe.
-    pub async fn verdict(&mut self) -> Verdict {
-        match self.verdicts.recv().await {
-            Some(verdict) => {
-                self.found_missing |= matches!(verdict, Verdict::Missing);
-                verdict
-            }
-            // It ends only when it is told to, or with a panic, which its owner does not outlive in good order.
-            None => Verdict::Failed(Error::bug(
-                "the task that notes what is delivered has ended",
-            )),
-        }
-    }
-
-    /// Whether [`Self::verdict`] has said so: it says it once, and the stream may have been lost since.
-    pub fn found_missing(&self) -> bool {
-        self.found_missing
-    }
-
-    /// Ends it, with a last handover; what it gives back holds everything that was handed over.
-    pub async fn finish(self, last: Handover) -> Carried {
-        let (answer, carried) = oneshot::channel();
-        for message in [Message::Handover(last), Message::Finish(answer)] {
-            if self.messages.send(message).await.is_err() {
-                return Carried::default();
-            }
-        }
-        carried.await.unwrap_or_default()
-    }
-}
-
-/// What was handed over.
-#[derive(Debug)]
-struct Heard {
-    inbox: mpsc::Receiver<Message>,
-    streamed: Vec<StreamedRows>,
-    confirmed: Lsn,
-    done: u64,
-    finish: Option<oneshot::Sender<Carried>>,
-    /// The connector is gone.
-    closed: bool,
-}
-
-impl Heard {
-    fn take(&mut self, message: Option<Message>) {
-        match message {
-            Some(Message::Handover(handover)) => {
-                for run in handover.rows {
-                    if let Some(rows) = self.streamed.get_mut(usize::from(run.table)) {
-                        rows.add(run.txid, run.rows);
-                    }
-                }
-                self.confirmed = self.confirmed.max(handover.confirmed);
-                self.done = handover.done;
-            }
-            Some(Message::Finish(answer)) => self.finish = Some(answer),
-            None => self.closed = true,
-        }
-    }
-
-    fn is_over(&self) -> bool {
-        self.closed || self.finish.is_some()
-    }
-
-    /// Awaits `work` while handovers are taken; `None` when the task is to end. `work` is then dropped.
-    async fn during<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
-        let mut work = std::pin::pin!(work);
-        loop {
-            if self.is_over() {
-                return None;
-            }
-            tokio::select! {
-                biased;
-                message = self.inbox.recv() => self.take(message),
-                done = work.as_mut() => return Some(done),
-            }
-        }
-    }
-
-    /// The same for work that may not be cut short: a write.
-    async fn throughout<T>(&mut self, work: impl Future<Output = T>) -> T {
-        let mut work = std::pin::pin!(work);
-        loop {
-            tokio::select! {
-                biased;
-                message = self.inbox.recv(), if !self.is_over() => self.take(message),
-                done = work.as_mut() => return done,
-            }
-        }
-    }
-
-    /// Waits until everything before `position` is confirmed, at most for `patience`; false when the task is to end.
-    async fn confirmed(&mut self, position: Lsn, patience: Duration) -> bool {
-        let until = Instant::now() + patience;
-        while self.confirmed < position && !self.is_over() {
-            tokio::select! {
-                biased;
-                message = self.inbox.recv() => self.take(message),
-                () = sleep_until(until) => break,
-            }
-        }
-        !self.is_over()
-    }
-}
-
-struct Task {
+/// The task.
+pub(super) struct Task {
     start: Start,
     heard: Heard,
     verdicts: mpsc::Sender<Verdict>,
@@ -329,15 +117,6 @@ struct Task {
     noted: u64,
 }
 
-/// What a note is of.
-struct Moment {
-    /// [`published::version`] before the snapshot.
-    catalog: Option<String>,
-    snapshot: Snapshot,
-    /// Everything visible in the snapshot was committed before it.
-    position: Lsn,
-}
-
 /// How a round ended.
 enum Round {
     Over,
@@ -350,7 +129,11 @@ enum Round {
 }
 
 impl Task {
-    fn new(start: Start, inbox: mpsc::Receiver<Message>, verdicts: mpsc::Sender<Verdict>) -> Self {
+    pub(super) fn new(
+        start: Start,
+        inbox: mpsc::Receiver<Message>,
+        verdicts: mpsc::Sender<Verdict>,
+    ) -> Self {
         let known = start.carried.streamed.clone();
         let unchecked = start.unchecked.clone();
         let nothing = || vec![StreamedRows::default(); start.tables.len()];
@@ -361,14 +144,7 @@ impl Task {
         };
         let streamed = known.unwrap_or_else(nothing);
         Self {
-            heard: Heard {
-                inbox,
-                streamed,
-                confirmed: Lsn::ZERO,
-                done: 0,
-                finish: None,
-                closed: false,
-            },
+            heard: Heard::new(inbox, streamed),
             verdicts,
             client: None,
             unchecked,
@@ -386,7 +162,8 @@ impl Task {
         }
     }
 
-    async fn run(mut self) {
+    /// Makes notes until it is told to end, or its keeper is gone.
+    pub(super) async fn run(mut self) {
         let mut pause = self.start.interval;
         loop {
             let began = Instant::now();
@@ -552,13 +329,21 @@ impl Task {
             let Some(upto) = end else {
                 return Ok(Round::Over);
             };
-            let found = match stored.as_ref().filter(|_| self.start.compares) {
-                Some(delivered) => {
-                    self.compare(client, &upto, delivered, &streamed, &before)
-                        .await?
-                }
-                None => self.trust(client, &upto, stored.as_ref(), &before).await?,
+            let comparison = Comparison {
+                client,
+                tables: &self.start.tables,
+                covered: self.start.progress.tables.as_ref(),
+                unchecked: self.unchecked.as_ref(),
+                counted: &self.counted,
+                before: &before,
             };
+            let found = async {
+                match stored.as_ref().filter(|_| self.start.compares) {
+                    Some(delivered) => comparison.all(&upto, delivered, &streamed).await,
+                    None => comparison.trust(&upto, stored.as_ref()).await,
+                }
+            };
+            let found = self.heard.during(found).await.transpose()?;
             let Some(found) = found else {
                 return Ok(Round::Interrupted);
             };
@@ -576,7 +361,7 @@ impl Task {
                 break (upto, found);
             }
             looks += 1;
-            let Some(now) = self.heard.during(insert_position(client)).await else {
+            let Some(now) = self.heard.during(slot::insert_position(client)).await else {
                 return Ok(Round::Interrupted);
             };
             behind = now?;
@@ -612,21 +397,8 @@ impl Task {
     /// What the next note is of; `None` when the task is to end.
     async fn moment(&mut self, client: &Client) -> Result<Option<Moment>> {
         let (log, confirmed) = (&self.start.log, self.heard.confirmed);
-        let subscription = &self.start.subscription;
-        let (publication, tables) = (&subscription.publication, &subscription.tables);
-        // In this order: see the module above, and `reconcile`.
-        let asked = async {
-            let catalog = published::version(client, publication, tables).await?;
-            let snapshot: Snapshot = ask(client, "SELECT pg_current_snapshot()::text").await?;
-            let position = insert_position(client).await?;
-            check_log(client, log, confirmed, position).await?;
-            Ok(Moment {
-                catalog,
-                snapshot,
-                position,
-            })
-        };
-        self.heard.during(asked).await.transpose()
+        let taking = Moment::take(client, &self.start.subscription, log, confirmed);
+        self.heard.during(taking).await.transpose()
     }
 
     /// What can be noted ends before the oldest running transaction, because there are buckets. Says once if that stays the same one.
@@ -689,109 +461,6 @@ impl Task {
         }
     }
 
-    /// Compares all tables; `None` when the task is to end.
-    async fn compare(
-        &mut self,
-        client: &Client,
-        upto: &Snapshot,
-        delivered: &Snapshot,
-        streamed: &[StreamedRows],
-        before: &Before,
-    ) -> Result<Option<Found>> {
-        let (tables, covered) = (&self.start.tables, self.start.progress.tables.as_ref());
-        let (unchecked, counted) = (self.unchecked.as_ref(), &self.counted);
-        let comparing = async {
-            let mut found = Found::default();
-            for (place, name) in tables.iter().enumerate() {
-                let table = ScanTable::describe(client, name).await?;
-                let had_columns = before.had_columns.get(place) == Some(&true);
-                found.counted.push(had_columns && table.is_some());
-                let none = Seen::default();
-                let early = before.leaves.get(place).unwrap_or(&none);
-                let Some(table) = table else {
-                    // Nothing is ever read of it: what is streamed of it is all there is.
-                    let now = reconcile::leaves(client, name).await?;
-                    let leaves = leaf_changes(client, None, covered, delivered, (early, &now));
-                    found.seen.push(leaves.await?.seen);
-                    continue;
-                };
-                // The leaf tables first: see above.
-                let now = begin_look(client, name).await?;
-                let leaves =
-                    leaf_changes(client, Some(&table), covered, delivered, (early, &now)).await?;
-                let mut compared = reconcile::Compared::default();
-                if leaves.was_known && counted.get(place) != Some(&true) {
-                    found.skipped = true;
-                } else if let Some(streamed) = streamed.get(place) {
-                    let window = Window {
-                        upto,
-                        delivered,
-                        unchecked: unchecked.filter(|_| leaves.was_known),
-                        came: &leaves.came,
-                        late: &leaves.late,
-                    };
-                    compared = compare(client, &table, window, streamed).await?;
-                }
-                let seen = end_look(client, name, &leaves.seen).await?;
-                found.seen.push(seen);
-                found.rows += compared.rows;
-                if compared.short > 0 || !leaves.uncovered.is_empty() {
-                    let rows = MissingRows {
-                        txids: std::mem::take(&mut compared.txids),
-                        leaves: leaves.uncovered,
-                    };
-                    let partitions = rows.leaves.len();
-                    found.missing.0.insert(name.to_string(), rows);
-                    found.told.push((name.clone(), compared, partitions));
-                }
-            }
-            let seen = union(&found.seen);
-            let covered = moved(client, tables, covered, Some(delivered), &seen).await?;
-            found.covered = Some(covered);
-            Ok(found)
-        };
-        self.heard.during(comparing).await.transpose()
-    }
-
-    /// Where nothing is compared: covered are leaf tables that were so, and those that have no row up to `upto` that is not.
-    async fn trust(
-        &mut self,
-        client: &Client,
-        upto: &Snapshot,
-        delivered: Option<&Snapshot>,
-        before: &Before,
-    ) -> Result<Option<Found>> {
-        let nothing = Leaves::default();
-        let (tables, covered) = (&self.start.tables, self.start.progress.tables.as_ref());
-        // Of a row that an earlier version wrote all are covered; not if it never noted anything.
-        let covered = covered.or_else(|| delivered.is_none().then_some(&nothing));
-        let trusting = async {
-            let mut seen = Seen::default();
-            for (name, early) in tables.iter().zip(&before.leaves) {
-                let table = ScanTable::describe(client, name).await?;
-                let now = reconcile::leaves(client, name).await?;
-                let quick = leaf_changes(client, None, covered, upto, (early, &now)).await?;
-                if quick.came.is_empty() || table.is_none() {
-                    seen.extend(&quick.seen);
-                    continue;
-                }
-                let now = begin_look(client, name).await?;
-                let leaves = leaf_changes(client, table.as_ref(), covered, upto, (early, &now));
-                let leaves = leaves.await?;
-                let trusted = leaves.seen.without(&leaves.uncovered);
-                seen.extend(&end_look(client, name, &trusted).await?);
-            }
-            moved(client, tables, covered, delivered, &seen).await
-        };
-        let Some(covered) = self.heard.during(trusting).await else {
-            return Ok(None);
-        };
-        Ok(Some(Found {
-            covered: Some(covered?),
-            ..Found::default()
-        }))
-    }
-
     /// Stores the gap; the connector closes it.
     async fn note_missing(
         &mut self,
@@ -826,15 +495,6 @@ impl Task {
     }
 }
 
-/// The tables that can be compared, in their order.
-async fn scannable(client: &Client, tables: &[TableName]) -> Result<Vec<Option<ScanTable>>> {
-    let mut found = Vec::with_capacity(tables.len());
-    for table in tables {
-        found.push(ScanTable::describe(client, table).await?);
-    }
-    Ok(found)
-}
-
 /// The snapshot that can be noted: `upto` itself, or where transactions are counted in buckets the last edge of all buckets below every
 /// running transaction. `None`: that one lies before what is delivered; nothing can be noted now.
 fn edge(
@@ -852,86 +512,4 @@ fn edge(
         .transpose()?;
     let is_behind = covered.is_none_or(|covered| covered.xmax() <= edge);
     Ok(is_behind.then(|| format!("{edge}:{edge}:")))
-}
-
-/// The tables before the snapshot that is to be noted was taken.
-struct Before {
-    /// By table: whether it had the columns that a comparison needs.
-    had_columns: Vec<bool>,
-    /// By table: its leaf tables.
-    leaves: Vec<Seen>,
-}
-
-/// What a comparison of all tables found.
-#[derive(Debug, Default)]
-struct Found {
-    /// Rows of the tables in the window.
-    rows: u64,
-    missing: Missing,
-    /// For each table in `missing`: its comparison, and the number of new partitions.
-    told: Vec<(TableName, reconcile::Compared, usize)>,
-    covered: Option<Leaves>,
-    /// By table: the leaf tables that were compared.
-    seen: Vec<Seen>,
-    /// By table: see [`Carried::counted`].
-    counted: Vec<bool>,
-    /// A table was not compared, because its rows were not counted; from this note on they are.
-    skipped: bool,
-}
-
-/// One warning for each table.
-fn tell(table: &TableName, compared: &reconcile::Compared, partitions: usize) {
-    if compared.short > 0 {
-        warn!(
-            %table,
-            rows = compared.missing,
-            transactions = compared.short,
-            first_txid = compared.first,
-            "the stream did not bring rows that the table has: all rows of these transactions are published from the table \
-             (hint: something changed what the publication sends; walpost check looks at it)"
-        );
-    }
-    if partitions > 0 {
-        info!(
-            %table,
-            partitions,
-            "partitions came with rows in them: these rows are published from the table"
-        );
-    }
-}
-
-/// The session may have reached another server than the stream did: a standby that was promoted while the stream is lost, or a database
-/// that was put back. Positions of that server's log do not apply to the stream's log. (Asked behind the position: a server that gives one is no standby,
-/// and its timeline stays.)
-async fn check_log(
-    client: &Client,
-    log: &SystemIdentity,
-    confirmed: Lsn,
-    position: Lsn,
-) -> Result<()> {
-    let system_id = cluster::system_id(client).await?;
-    let timeline = cluster::timeline(client).await?;
-    if system_id == log.system_id.to_string() && timeline == log.timeline && confirmed <= position {
-        return Ok(());
-    }
-    Err(Error::temporary(format!(
-        "the server's log is not the one that was streamed (cluster {system_id}, timeline {timeline}, end {position}; streamed: cluster {}, \
-         timeline {}, confirmed {confirmed}): nothing counts as delivered there before it is streamed",
-        log.system_id, log.timeline
-    )))
-}
-
-/// The current WAL insert position.
-async fn insert_position(client: &Client) -> Result<Lsn> {
-    let position = ask(client, "SELECT pg_current_wal_insert_lsn()::text").await?;
-    position
-        .parse()
-        .map_err(|_| Error::bug("a log position is not of the form X/X"))
-}
-
-async fn ask(client: &Client, sql: &str) -> Result<String> {
-    let row = client.query_one(sql, &[]).await;
-    let row = row.map_err(|error| sql_error("take a snapshot", error))?;
-    row.try_get(0)
-        .map_err(|error| Error::bug("a snapshot without a value").caused_by(error))
 }

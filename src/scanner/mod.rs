@@ -9,6 +9,8 @@
 //! | `gap` | publishes what was committed before the slot, or while there was none; stores what cannot be |
 //! | `overlap` | rows that are published from the table and that the slot may bring as well |
 //! | `delivered` | notes every few seconds which transactions are delivered, and has it compared |
+//! | `keeper`, `handover` | its handle, and what the connector hands over to it |
+//! | `moment`, `comparison` | what a note is of; the comparison of all tables for it |
 //! | `reconcile` | compares the table with what the stream brought: finds rows that it left out |
 //! | `coverage` | which leaf tables the delivered snapshot speaks of, and who may say so; pure |
 //! | `streamed`, `missing`, `snapshot` | the counts of the stream, what a comparison found, a snapshot taken apart; pure |
@@ -84,17 +86,21 @@
 
 pub mod after_publish;
 pub(crate) mod cluster;
+mod comparison;
 pub mod coverage;
 pub mod cursor;
 pub mod delivered;
 pub mod discarded;
 pub mod gap;
+pub mod handover;
+pub mod keeper;
 mod left_note;
 mod left_places;
 mod left_rows;
 mod marking;
 pub mod missing;
 pub mod modes;
+mod moment;
 mod numbering;
 pub mod outbox;
 pub mod overlap;

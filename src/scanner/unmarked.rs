@@ -41,7 +41,7 @@ use crate::feedback::Progress;
 use crate::outbox::{Extractor, RowNumber};
 use crate::outlet::{Outlet, Source};
 use crate::pipe::Routing;
-use crate::postgres::{PostgresConfig, connect_sql, quote_ident, quote_literal, sql_error};
+use crate::postgres::{PostgresConfig, connect_sql, quote_ident, quote_literal, slot, sql_error};
 use crate::pulsar::{Flush, Publisher, PublisherConfig, RowKey, RowQueue, RowTag};
 use crate::upkeep::{Undone, Work};
 use crate::{Error, Lsn, Result};
@@ -318,7 +318,7 @@ impl Unmarked {
         let ended = |_| Error::temporary("nothing brings rows any more");
         match &mut self.way {
             Way::Stream(progress) => {
-                let upto = log_position(client).await?;
+                let upto = slot::insert_position(client).await?;
                 let passed = |now: &Progress| now.streaming && now.confirmed >= upto;
                 progress.wait_for(passed).await.map_err(ended)?;
             }
@@ -509,17 +509,6 @@ impl Again {
             }
         }
     }
-}
-
-/// Where the log ends.
-async fn log_position(client: &Client) -> Result<Lsn> {
-    let row = client
-        .query_one("SELECT pg_current_wal_insert_lsn()::text", &[])
-        .await
-        .map_err(|error| sql_error("read the log's position", error))?;
-    let text: &str = row.get(0);
-    text.parse()
-        .map_err(|error| Error::bug("cannot read the log's position").caused_by(error))
 }
 
 /// SQL: whether row `o` is not marked and no straggler.

@@ -1,0 +1,67 @@
+//! The moment that a note is of: a snapshot, the log's position behind it, and the version of the publication and tables before it.
+//!
+//! Input: a SQL session of its own. Output: [`Moment`], only of the server and timeline that the stream reads.
+
+use tokio_postgres::Client;
+
+use super::cluster;
+use super::progress::{self, Snapshot};
+use crate::postgres::published::{self, Subscription};
+use crate::postgres::{SystemIdentity, slot};
+use crate::{Error, Lsn, Result};
+
+/// What a note is of.
+pub(super) struct Moment {
+    /// [`published::version`] before the snapshot.
+    pub(super) catalog: Option<String>,
+    /// What is visible now.
+    pub(super) snapshot: Snapshot,
+    /// Everything visible in the snapshot was committed before it.
+    pub(super) position: Lsn,
+}
+
+impl Moment {
+    /// This one, on the server whose log was streamed up to `confirmed`.
+    ///
+    /// # Errors
+    /// Temporary when it is another server, or away.
+    pub(super) async fn take(
+        client: &Client,
+        subscription: &Subscription,
+        log: &SystemIdentity,
+        confirmed: Lsn,
+    ) -> Result<Self> {
+        let (publication, tables) = (&subscription.publication, &subscription.tables);
+        // In this order: see the module `delivered`, and `reconcile`.
+        let catalog = published::version(client, publication, tables).await?;
+        let snapshot = progress::snapshot(client).await?;
+        let position = slot::insert_position(client).await?;
+        check_log(client, log, confirmed, position).await?;
+        Ok(Self {
+            catalog,
+            snapshot,
+            position,
+        })
+    }
+}
+
+/// The session may have reached another server than the stream did: a standby that was promoted while the stream is lost, or a database
+/// that was put back. Positions of that server's log do not apply to the stream's log. (Asked behind the position: a server that gives one is no standby,
+/// and its timeline stays.)
+async fn check_log(
+    client: &Client,
+    log: &SystemIdentity,
+    confirmed: Lsn,
+    position: Lsn,
+) -> Result<()> {
+    let system_id = cluster::system_id(client).await?;
+    let timeline = cluster::timeline(client).await?;
+    if system_id == log.system_id.to_string() && timeline == log.timeline && confirmed <= position {
+        return Ok(());
+    }
+    Err(Error::temporary(format!(
+        "the server's log is not the one that was streamed (cluster {system_id}, timeline {timeline}, end {position}; streamed: cluster {}, \
+         timeline {}, confirmed {confirmed}): nothing counts as delivered there before it is streamed",
+        log.system_id, log.timeline
+    )))
+}
