@@ -176,7 +176,9 @@ mod tests {
         }
         rows.done(&first);
         assert_eq!(rows.len(), 2, "other rows with that id stay");
-        others.iter().for_each(|other| rows.done(other));
+        for other in &others {
+            rows.done(other);
+        }
         assert!(rows.is_empty() && rows.bytes == 0);
     }
 
