@@ -255,11 +255,6 @@ impl Connector {
         let tables = &self.config.outbox_tables;
         let catalog = published::version(client, &self.config.publication, tables).await?;
         let was_changed = prepared.progress.catalog != catalog;
-        let mut unsettled_before = None;
-        if prepared.progress.catalog.is_none() {
-            let next = slot::next_transaction(client).await?.parse();
-            unsettled_before = Some(next.map_err(|_| Error::bug("a transaction id is no number"))?);
-        }
         let Some((log, _)) = &self.pipe else {
             return Err(Error::bug("there is no pipe to note anything of"));
         };
@@ -293,7 +288,6 @@ impl Connector {
             subscription: subscription(config),
             progress: prepared.progress.clone(),
             unchecked: (!is_known && !was_changed).then_some(began),
-            unsettled_before,
             carried: carried.unwrap_or_default(),
             scannable,
             meter: Arc::clone(&self.meter),

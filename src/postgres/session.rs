@@ -16,7 +16,7 @@
 //! * What costs only time (`work_mem`, `jit`, `enable_…`) stays the operator's, and so does `wal_sender_timeout`; `walpost check`
 //!   compares the latter with `WALPOST_STATUS_INTERVAL`. `role` stays too: it says with whose rights walpost works.
 //! * Settings that only a superuser may change (`session_replication_role`, `lc_messages`, `temp_file_limit`, …) cannot be
-//!   set here. walpost reads no text of an error message.
+//!   set here. A scan that exceeds `temp_file_limit` is refused with the statement that mends it. walpost reads no text of an error message.
 //! * The inbox works in the application's own session
 //!   ([`connect_application`](super::connection::connect_application)): its handler's statements depend on the application's settings. Every name
 //!   in walpost's own statements there is qualified.

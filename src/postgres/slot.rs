@@ -125,17 +125,19 @@ pub async fn never_streamed(client: &Client, name: &str) -> Result<Option<String
 
 /// A transaction id that is younger than every one that is running now. (The `xmax` of a snapshot is not: transactions that run may lie
 /// beyond it.)
-pub async fn next_transaction(client: &Client) -> Result<String> {
+pub async fn next_transaction(client: &Client) -> Result<u64> {
     let sql = "SELECT pg_current_xact_id()::text AS id";
     let row = query_one(client, sql, &[], "ask for a transaction id").await?;
-    get(&row, "id")
+    let id: String = get(&row, "id")?;
+    id.parse()
+        .map_err(|_| Error::bug("a transaction id is no number"))
 }
 
 /// The transactions older than `before` (of [`next_transaction`]) that are still running, oldest first.
-pub async fn still_running(client: &Client, before: &str) -> Result<Vec<u64>> {
+pub async fn still_running(client: &Client, before: u64) -> Result<Vec<u64>> {
     let sql = "SELECT x.id::text AS id FROM pg_snapshot_xip(pg_current_snapshot()) AS x(id)
                WHERE x.id < $1::text::xid8 ORDER BY x.id";
-    let rows = client.query(sql, &[&before]).await;
+    let rows = client.query(sql, &[&before.to_string()]).await;
     let rows = rows.map_err(|error| sql_error("ask which transactions are running", error))?;
     let id = |row| -> Result<u64> {
         let id: &str = get(row, "id")?;

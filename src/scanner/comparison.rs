@@ -12,8 +12,8 @@ use super::progress::Snapshot;
 use super::reconcile::{self, Window, begin_look, compare, end_look, leaf_changes, moved, union};
 use super::streamed::StreamedRows;
 use super::table::ScanTable;
-use crate::Result;
 use crate::postgres::TableName;
+use crate::{Error, Result};
 
 /// What is compared, and what is known of it.
 pub(super) struct Comparison<'a> {
@@ -46,6 +46,14 @@ impl Comparison<'_> {
             let none = Seen::default();
             let early = self.before.leaves.get(place).unwrap_or(&none);
             let Some(table) = table else {
+                if self.counted.get(place) == Some(&true) {
+                    return Err(Error::temporary(format!(
+                        "table {name} has no columns txid and seq any more: its rows since the last note cannot be compared with the stream"
+                    ))
+                    .hint(
+                        "give it the columns back; if it is to be without them, start walpost again: nothing is compared then",
+                    ));
+                }
                 // Nothing is ever read of it: what is streamed of it is all there is.
                 let now = reconcile::leaves(client, name).await?;
                 let leaves = leaf_changes(client, None, covered, delivered, (early, &now));

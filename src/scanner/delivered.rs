@@ -11,8 +11,11 @@
 //! # One note
 //!
 //! 1. Ask the catalogue whether the publication sends every row of the tables ([`published`]). What it leaves out now ends the stream (69).
-//! 2. List the leaf tables ([`super::coverage`]). Read the version of the publication and the tables ([`published::version`]). Take a snapshot `N`, then read where the log's insert position L is, and whose log that is: the session is another one than the
-//!    stream's, and may have found a promoted standby before the stream did.
+//! 2. List the leaf tables ([`super::coverage`]). Read the version of the publication and the tables ([`published::version`]). Take a snapshot `N`,
+//!    then read where the log's insert position L is, and whose log that is: the session is another one than the stream's, and may have found a promoted
+//!    standby before the stream did. A version is stored with `N` only when no transaction runs that is older than the version: its rows may have
+//!    been written, and left out of the stream, under an earlier one, and `N` does not cover them. (ALTER PUBLICATION does not wait for the writers of
+//!    the table.)
 //! 3. Wait until the confirmed LSN is at L. All rows taken before that were handed over with it or before it: a handover holds all rows that
 //!    were taken before its confirmed LSN was read.
 //! 4. Compare ([`super::reconcile`]): first the leaf tables, then the rows. (In this order, because a leaf that is attached between the two is in the
@@ -85,9 +88,6 @@ pub struct Start {
     pub progress: progress::Progress,
     /// What is visible in it is not compared: an earlier process brought it, or part of it, and nobody knows which.
     pub unchecked: Option<Snapshot>,
-    /// Where `catalog` is NULL: while a transaction older than this id runs, the stream may not have brought it ([`super::recovery`]),
-    /// and `catalog` stays NULL.
-    pub unsettled_before: Option<u64>,
     /// From the task before.
     pub carried: Carried,
     /// By table: whether it has the columns that a comparison needs, so that its rows are counted from now on.
@@ -104,6 +104,10 @@ pub(super) struct Task {
     client: Option<Client>,
     /// What is visible in it is not compared.
     unchecked: Option<Snapshot>,
+    /// The version of the publication and tables that was read or stored last.
+    version: Option<String>,
+    /// A transaction with a lower id may have written rows under an earlier version: while one of them runs, `catalog` is NULL.
+    changed_before: Option<u64>,
     /// See [`Carried::counted`].
     counted: Vec<bool>,
     short_rounds: u32,
@@ -148,6 +152,8 @@ impl Task {
             verdicts,
             client: None,
             unchecked,
+            version: start.progress.catalog.clone(),
+            changed_before: None,
             counted: counted
                 .iter()
                 .zip(&start.scannable)
@@ -302,6 +308,7 @@ impl Task {
             catalog,
             snapshot: taken,
             position,
+            ..
         }) = self.moment(client).await?
         else {
             return Ok(Round::Interrupted);
@@ -368,8 +375,8 @@ impl Task {
         };
         let is_whole = upto == taken;
         let oldest = VisibleXids::parse(&upto)?.xmin();
-        let unsettled = self.start.unsettled_before;
-        let catalog = catalog.filter(|_| unsettled.is_none_or(|before| before <= oldest));
+        let changed_before = self.changed_before;
+        let catalog = catalog.filter(|_| changed_before.is_none_or(|before| before <= oldest));
         if !found.missing.is_empty() {
             return self.note_missing(client, upto, found, catalog).await;
         }
@@ -396,9 +403,17 @@ impl Task {
 
     /// What the next note is of; `None` when the task is to end.
     async fn moment(&mut self, client: &Client) -> Result<Option<Moment>> {
-        let (log, confirmed) = (&self.start.log, self.heard.confirmed);
-        let taking = Moment::take(client, &self.start.subscription, log, confirmed);
-        self.heard.during(taking).await.transpose()
+        let streamed = (&self.start.log, self.heard.confirmed);
+        let known = self.version.as_ref();
+        let taking = Moment::take(client, &self.start.subscription, known, streamed);
+        let taken = self.heard.during(taking).await.transpose()?;
+        if let Some(moment) = &taken
+            && moment.changed_before.is_some()
+        {
+            self.changed_before = moment.changed_before;
+            self.version.clone_from(&moment.catalog);
+        }
+        Ok(taken)
     }
 
     /// What can be noted ends before the oldest running transaction, because there are buckets. Says once if that stays the same one.
@@ -410,8 +425,7 @@ impl Task {
         if rounds != HELD_UP_ROUNDS {
             return Ok(());
         }
-        let behind = taken.xmax().to_string();
-        let asking = slot::still_running(client, &behind);
+        let asking = slot::still_running(client, taken.xmax());
         let Some(running) = self.heard.during(asking).await else {
             return Ok(());
         };

@@ -328,17 +328,18 @@ async fn ready(
 }
 
 /// What is seen of a table with a cursor that has these leaf tables: those that each earlier one had, or the comparison that found the gap.
+/// (Each, also one that stored no position: it may have published rows, and where the broker deduplicates it takes a row with a lower `seq` for
+/// one of them.)
 fn seen_with(progress: &Progress, table: &TableName, leaves: &Seen) -> Seen {
     let (position, key) = (&progress.position, table.to_string());
     if let Some(earlier) = position.left.get(&key) {
         return earlier.leaves.and(leaves);
     }
-    let begun = position.tables.get(&key).is_some_and(|seq| *seq > 0);
-    if begun || position.missing.is_some() {
-        let so_far = position.covered.get(&key);
-        return so_far.map_or_else(Seen::default, |so_far| so_far.and(leaves));
+    match position.covered.get(&key) {
+        Some(so_far) => so_far.and(leaves),
+        None if position.tables.contains_key(&key) || position.missing.is_some() => Seen::default(),
+        None => leaves.clone(),
     }
-    leaves.clone()
 }
 
 /// SQL: which rows of a table are to be published, of these leaf tables; `None`: none.

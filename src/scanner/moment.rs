@@ -14,6 +14,8 @@ use crate::{Error, Lsn, Result};
 pub(super) struct Moment {
     /// [`published::version`] before the snapshot.
     pub(super) catalog: Option<String>,
+    /// Where that is another version than the one that was known: every transaction that began before it has a lower id.
+    pub(super) changed_before: Option<u64>,
     /// What is visible now.
     pub(super) snapshot: Snapshot,
     /// Everything visible in the snapshot was committed before it.
@@ -21,24 +23,30 @@ pub(super) struct Moment {
 }
 
 impl Moment {
-    /// This one, on the server whose log was streamed up to `confirmed`.
+    /// This one, on the server whose log was streamed up to `confirmed`. `known`: the version of the publication and tables that was read last.
     ///
     /// # Errors
     /// Temporary when it is another server, or away.
     pub(super) async fn take(
         client: &Client,
         subscription: &Subscription,
-        log: &SystemIdentity,
-        confirmed: Lsn,
+        known: Option<&String>,
+        (log, confirmed): (&SystemIdentity, Lsn),
     ) -> Result<Self> {
         let (publication, tables) = (&subscription.publication, &subscription.tables);
         // In this order: see the module `delivered`, and `reconcile`.
         let catalog = published::version(client, publication, tables).await?;
+        let changed_before = if catalog.as_ref() == known && known.is_some() {
+            None
+        } else {
+            Some(slot::next_transaction(client).await?)
+        };
         let snapshot = progress::snapshot(client).await?;
         let position = slot::insert_position(client).await?;
         check_log(client, log, confirmed, position).await?;
         Ok(Self {
             catalog,
+            changed_before,
             snapshot,
             position,
         })

@@ -390,7 +390,8 @@ pub async fn look(
 }
 
 /// Opens a gap of everything that is visible in the second snapshot, before a slot is streamed whose past nobody knows. Rows visible
-/// in the first one it does not stream. From now on the slot is one of this timeline.
+/// in the first one it does not stream. From now on the slot is one of this timeline that stands there: one that is put in its place while the
+/// scan goes on is noticed.
 ///
 /// # Errors
 /// A bug while a gap is open; temporary when the row is not `from` under this claim any more.
@@ -399,7 +400,7 @@ pub async fn scan_again(
     claim: &Claim,
     from: &mut Progress,
     (before, upto): (Option<&Snapshot>, &Snapshot),
-    timeline: u32,
+    (timeline, stands): (u32, Lsn),
     catalog: Option<String>,
 ) -> Result<()> {
     if from.gap().is_some() {
@@ -408,13 +409,16 @@ pub async fn scan_again(
         ));
     }
     let set = "scan_before = $6::text::pg_snapshot, scan_upto = $7::text::pg_snapshot, scan_position = NULL, timeline = $8,
-               catalog = $9";
-    let values: [&(dyn ToSql + Sync); 4] = [&before, upto, &timeline.cast_signed(), &catalog];
+               confirmed_lsn = $9::text::pg_lsn, catalog = $10";
+    let stands_at = stands.to_string();
+    let values: [&(dyn ToSql + Sync); 5] =
+        [&before, upto, &timeline.cast_signed(), &stands_at, &catalog];
     change(client, claim, from, set, &values).await?;
     from.scan_before = before.cloned();
     from.scan_upto = Some(upto.clone());
     from.position = Position::default();
     from.timeline = Some(timeline);
+    from.confirmed = Some(stands);
     from.catalog = catalog;
     Ok(())
 }

@@ -31,9 +31,9 @@
 //! * The counts live in the process. A stop in good order stores them in `walpost.progress.streamed`, and the next start goes on with them. After a
 //!   crash, or a stop that could not wait for its receipts, nobody knows what was streamed of the transactions between `delivered` and the next
 //!   start. They are not compared as long as the publication and the tables are what they were: then the stream has left none of them out. `walpost.progress.catalog`
-//!   is the version of both ([`published::version`](crate::postgres::published::version)), read before `delivered` was taken; the next start reads it again behind the snapshot up to
-//!   which nothing is compared. Where the two differ something was changed in between, or the version is not known (the slot was made by
-//!   `sql/11_slot.sql`, and nothing was noted since). All rows of these transactions are then published from the table. Some of them come twice, none is lost.
+//!   is the version of both ([`published::version`](crate::postgres::published::version)), read before `delivered` was taken, and stored only when every transaction that began before it is
+//!   visible in `delivered`: so it holds for each row that `delivered` does not show. The next start reads it again behind the snapshot up to which nothing is compared. Where the two differ something was changed in between, or the version is not known (the slot was made by
+//!   `sql/11_slot.sql`, and nothing was noted since; or an older transaction ran at the note). All rows of these transactions are then published from the table. Some of them come twice, none is lost.
 //! * A row with the `txid` of another transaction, a copy (COPY, INSERT … SELECT), that is committed while the tables are compared is not known as brought yet.
 //!   The tables are then compared again behind it, up to three times ([`super::delivered`]). Only where such rows are committed during
 //!   each of these is their transaction taken for short, and its rows are published again.

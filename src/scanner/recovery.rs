@@ -265,7 +265,7 @@ pub async fn scan_up_to_now(
         &prepared.claim,
         &mut prepared.progress,
         snapshots,
-        unknown.timeline,
+        (unknown.timeline, prepared.stands),
         catalog,
     )
     .await?;
@@ -334,8 +334,9 @@ async fn left_out(
     progress: &Progress,
     verdict: &Verdict,
 ) -> Result<Vec<TableName>> {
-    // Rows that a comparison found are of tables that it could read.
-    let is_behind = progress.delivered.is_some() && progress.position.missing.is_none();
+    let missing = progress.position.missing.as_ref();
+    // What a comparison found is of the tables that it names.
+    let is_behind = progress.delivered.is_some() && missing.is_none();
     let has_gap = progress.gap().is_some() || progress.is_cut_short();
     let (why, loses) = match verdict {
         Verdict::Ours if progress.gap().is_none() => return Ok(Vec::new()),
@@ -355,6 +356,14 @@ async fn left_out(
             found.push(name.clone());
         }
     }
+    // Those could be read when they were compared.
+    let is_missing =
+        |name: &TableName| missing.is_some_and(|missing| missing.0.contains_key(&name.to_string()));
+    let (why, loses) = if !loses && found.iter().any(is_missing) {
+        ("the stream did not bring rows of the table", true)
+    } else {
+        (why, loses)
+    };
     if loses && !found.is_empty() && config.slot_lost != SlotLost::Restart {
         return Err(cannot_recover(&config.slot, why, &found));
     }

@@ -66,7 +66,7 @@ pub async fn make_slot(
 pub async fn settled(client: &Client) -> Result<Snapshot> {
     let now = slot::next_transaction(client).await?;
     let mut pause = Duration::from_millis(5);
-    while !slot::still_running(client, &now).await?.is_empty() {
+    while !slot::still_running(client, now).await?.is_empty() {
         sleep(pause).await;
         pause = (pause * 2).min(LOOK);
     }

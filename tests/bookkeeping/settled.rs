@@ -70,7 +70,7 @@ async fn are_named(major: i32) {
     let client = database.connect().await;
     let now = slot::next_transaction(&client).await;
     let now = now.expect("a transaction id");
-    let running = slot::still_running(&client, &now).await.expect("ids");
+    let running = slot::still_running(&client, now).await.expect("ids");
     assert!(running.contains(&xid), "{running:?}");
     let holder = waiting::holder_of(&client, xid).await.expect("an answer");
     let named = holder.expect("a holder").to_string();
@@ -92,7 +92,7 @@ async fn are_named(major: i32) {
         "{named}"
     );
     open.batch_execute("COMMIT").await.expect("it commits");
-    let running = slot::still_running(&client, &now).await.expect("ids");
+    let running = slot::still_running(&client, now).await.expect("ids");
     assert!(!running.contains(&xid), "{running:?}");
     let holder = waiting::holder_of(&client, xid).await.expect("an answer");
     assert_eq!(holder, None);

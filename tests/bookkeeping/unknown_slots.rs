@@ -1,7 +1,9 @@
 //! Slots of which `walpost.progress` knows nothing: what the table has is published up to now, and what the slot brings as well is skipped.
 
+use std::collections::BTreeSet;
+
 use crate::support::{Asked, Database, FakeBroker, Reaction, eventually, on_each_major};
-use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, insert, make_slot_by_hand};
+use crate::{DEADLINE, NOTED_SOON, POLL, PUBLISH, arrived, drop_slot, insert, make_slot_by_hand};
 
 /// An outbox and a publication, and no slot.
 async fn without_slot(major: i32) -> Database {
@@ -123,7 +125,50 @@ async fn a_row_that_is_deleted_before_the_scan_comes_to_its_table_comes_from_the
     assert!(stored.contains(&deleted), "{stored:?}");
 }
 
+async fn replaced_between_two_tries_of_its_scan(major: i32) {
+    // GIVEN a slot that somebody made, and a process that is killed while it reads the table for it
+    let database = without_slot(major).await;
+    make_slot_by_hand(&database).await;
+    insert(&database.client, "older").await;
+    let broker = FakeBroker::start().await;
+    broker.script_rest(|asked, _| match asked {
+        Asked::Send => Reaction::Ignore,
+        _ => Reaction::Obey,
+    });
+    let url = broker.url();
+    // (without the comparison, which would find the rows)
+    let settings = [
+        NOTED_SOON,
+        ("WALPOST_RECONCILE", "off"),
+        ("WALPOST_PULSAR_URL", &*url),
+    ];
+    let mut walpost = database.walpost(&["run"], &settings).spawn();
+    eventually(DEADLINE, "the scan to wait", async || {
+        (broker.count(Asked::Send) > 0).then_some(())
+    })
+    .await;
+    walpost.sigkill();
+    walpost.wait_exit(DEADLINE).await;
+    broker.heal();
+
+    // WHEN the slot is replaced behind rows that it has and that the scan does not read
+    insert(&database.client, "between").await;
+    drop_slot(&database).await;
+    make_slot_by_hand(&database).await;
+    insert(&database.client, "behind").await;
+    let walpost = database.start(&settings).await;
+    database.wait_all_sent(DEADLINE).await;
+    walpost.stop().await;
+
+    // THEN they come
+    let stored: BTreeSet<String> = broker.stored().into_iter().map(|event| event.id).collect();
+    let rows = database.rows("SELECT id::text FROM walpost.outbox", &[]);
+    let expected = rows.await.iter().map(|row| row.get(0)).collect();
+    assert_eq!(stored, expected);
+}
+
 on_each_major! {
+    a_slot_that_is_replaced_between_two_tries_of_its_scan_is_noticed: replaced_between_two_tries_of_its_scan();
     a_slot_that_was_there_before_walpost_is_read_with_the_table_and_no_older_row_counts_as_delivered: first_sight(NO_ROW);
     a_row_without_snapshots_is_no_better_than_none: first_sight(ROW_WITHOUT_SNAPSHOTS);
     rows_between_the_last_look_of_poll_mode_and_a_slot_made_by_hand_arrive: a_slot_behind_the_last_look_of_poll_mode();

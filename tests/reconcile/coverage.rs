@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::support::{Asked, Database, FakeBroker, Reaction, Walpost, eventually, on_each_major};
-use crate::{DEADLINE, INSERT, OFTEN, arrived, ids};
+use crate::{DEADLINE, INSERT, OFTEN, arrived, ids, reconciled};
 
 const BOTH: (&str, &str) = ("WALPOST_OUTBOX_TABLE", "walpost.outbox,public.second");
 
@@ -165,6 +165,76 @@ async fn a_table_that_is_taken_out_while_rows_that_the_stream_left_out_wait_for_
     walpost.stop().await;
 }
 
+const HIDDEN: &str = "ALTER PUBLICATION walpost SET (publish = 'update');";
+const SHOWN: &str = "ALTER PUBLICATION walpost SET (publish = 'insert');";
+const WITHOUT_SEQ: &str = "ALTER TABLE walpost.outbox RENAME COLUMN seq TO another;";
+const WITH_SEQ: &str = "ALTER TABLE walpost.outbox RENAME COLUMN another TO seq;";
+
+async fn a_column_is_gone_before_the_rows_are_published(major: i32) {
+    // GIVEN rows that the stream did not bring, and a process that was killed before it published them
+    let database = Database::create_on_major(major, "covered").await;
+    database.init(&[], &[]).await;
+    let broker = FakeBroker::start().await;
+    let url = broker.url();
+    let settings = [OFTEN, ("WALPOST_PULSAR_URL", &*url)];
+    let mut walpost = database.start(&settings).await;
+    database.sql(INSERT).await;
+    database.wait_all_sent(DEADLINE).await;
+    let before = broker.count(Asked::Send);
+    hold_behind(&broker, 0);
+    database
+        .sql(&format!("BEGIN; {HIDDEN} {INSERT} {SHOWN} COMMIT"))
+        .await;
+    walpost
+        .wait_for_line("the stream did not bring rows", DEADLINE)
+        .await;
+    eventually(DEADLINE, "the scan to wait", async || {
+        (broker.count(Asked::Send) > before).then_some(())
+    })
+    .await;
+    kill(walpost).await;
+    broker.heal();
+
+    // WHEN the table has lost a column that a scan needs THEN they are not given up
+    database.sql(WITHOUT_SEQ).await;
+    let (code, said) = database.walpost(&["run"], &settings).run(DEADLINE).await;
+    assert_eq!(code, 69, "{said}");
+    assert!(said.contains("which has no columns txid"), "{said}");
+
+    // AND they come when it has the column again
+    database.sql(WITH_SEQ).await;
+    let walpost = database.start(&settings).await;
+    all_come(&database, &broker, &["walpost.outbox"]).await;
+    walpost.stop().await;
+}
+
+async fn a_column_is_gone_for_a_round(major: i32) {
+    // GIVEN a stream whose rows are counted
+    let database = Database::create_on_major(major, "covered").await;
+    database.init(&[], &[]).await;
+    let mut walpost = database.start(&[OFTEN]).await;
+    database.sql(INSERT).await;
+    database.wait_all_sent(DEADLINE).await;
+
+    // WHEN rows are hidden, and the table loses a column that a comparison needs
+    database
+        .sql(&format!(
+            "BEGIN; {HIDDEN} {INSERT} {SHOWN} {WITHOUT_SEQ} COMMIT"
+        ))
+        .await;
+    walpost
+        .wait_for_line("has no columns txid and seq any more", DEADLINE)
+        .await;
+    database.sql(WITH_SEQ).await;
+
+    // THEN they come when it has the column again
+    reconciled(&database, &mut walpost).await;
+    walpost.stop().await;
+    let expected = ids(&database, "walpost.outbox").await;
+    let arrived = arrived(&database, expected.len()).await;
+    assert!(expected.iter().all(|id| arrived.contains_key(id)));
+}
+
 /// How a process ends.
 #[derive(Clone, Copy)]
 enum End {
@@ -284,6 +354,62 @@ async fn a_partition_is_detached_in_a_look(major: i32) {
     let poll = [("WALPOST_MODE", "poll")];
     detached_in_a_gap_scan(major, 0, &poll, "polling").await;
     detached_in_a_gap_scan(major, 1, &poll, "polling").await;
+}
+
+async fn attached_between_two_tries_of_a_scan(major: i32) {
+    // GIVEN a table with a partition that is detached and has rows of the lowest numbers, where the broker deduplicates
+    let database = Database::create_on_major(major, "covered").await;
+    database
+        .sql(
+            "CREATE TABLE events (id uuid DEFAULT gen_random_uuid(), aggregatetype text NOT NULL, aggregateid text NOT NULL, type text NOT NULL,
+                 payload json, seq bigint NOT NULL, txid xid8 NOT NULL DEFAULT pg_current_xact_id()) PARTITION BY LIST (type);
+             CREATE TABLE away PARTITION OF events FOR VALUES IN ('away');
+             CREATE TABLE here PARTITION OF events FOR VALUES IN ('here');
+             INSERT INTO events (aggregatetype, aggregateid, type, payload, seq)
+                 VALUES ('t', 'k', 'away', '1', 1), ('held', 'k', 'here', '2', 2), ('t', 'k', 'here', '3', 3), ('t', 'k', 'here', '4', 4);
+             ALTER TABLE events DETACH PARTITION away",
+        )
+        .await;
+    let broker = FakeBroker::start_deduplicating().await;
+    let url = broker.url();
+    let settings = [
+        ("WALPOST_OUTBOX_TABLE", "public.events"),
+        ("WALPOST_PULSAR_URL", &*url),
+        OFTEN,
+    ];
+    database.init(&[], &settings).await;
+    // AND a scan that publishes the other rows and gets no receipt for the first of them, so that it stores no position
+    let mut held = None;
+    broker.script_rest(move |asked, command| {
+        if let Some(producer) = &command.producer
+            && producer.topic.contains("held")
+        {
+            held = Some(producer.producer_id);
+        }
+        match &command.send {
+            Some(send) if asked == Asked::Send && Some(send.producer_id) == held => {
+                Reaction::Ignore
+            }
+            _ => Reaction::Obey,
+        }
+    });
+    let walpost = database.walpost(&["run"], &settings).spawn();
+    eventually(DEADLINE, "the other rows to be published", async || {
+        (stored(&broker).len() == 2).then_some(())
+    })
+    .await;
+    kill(walpost).await;
+
+    // WHEN the partition is attached before the next try
+    database
+        .sql("ALTER TABLE events ATTACH PARTITION away FOR VALUES IN ('away')")
+        .await;
+    broker.heal();
+    let walpost = database.start(&settings).await;
+
+    // THEN its rows come
+    all_come(&database, &broker, &["events"]).await;
+    walpost.stop().await;
 }
 
 #[tokio::test]
@@ -448,6 +574,9 @@ async fn a_slot_that_does_not_know_a_partition_of_its_table_yet_holds_back_its_r
 }
 
 on_each_major! {
+    a_partition_that_is_attached_between_two_tries_of_a_scan_loses_no_row_where_the_broker_deduplicates: attached_between_two_tries_of_a_scan();
+    rows_that_the_stream_left_out_are_not_given_up_for_a_column_that_is_gone: a_column_is_gone_before_the_rows_are_published();
+    a_table_that_loses_its_columns_is_not_noted_before_it_has_them_again: a_column_is_gone_for_a_round();
     a_table_that_is_taken_out_of_the_settings_while_a_gap_is_open_loses_no_row: a_table_is_taken_out_while_a_gap_is_open();
     a_partition_that_is_detached_when_a_gap_scan_goes_on_loses_no_row: a_partition_is_detached_in_a_gap_scan();
     a_partition_that_is_detached_when_a_look_goes_on_loses_no_row: a_partition_is_detached_in_a_look();

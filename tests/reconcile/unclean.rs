@@ -279,7 +279,41 @@ async fn rows_of_a_table_that_left_its_schema_around_a_kill_come_on_18() {
     rows_of_a_table_that_left_its_schema_come(18).await;
 }
 
+async fn a_transaction_that_is_older_than_the_mend(major: i32) {
+    // GIVEN a publication that hides rows, a transaction that has inserted some and stays open, and the mend
+    let database = Database::create_on_major(major, "unclean").await;
+    database.init(&[], &[]).await;
+    let walpost = database.start(&[OFTEN]).await;
+    database.sql(INSERT).await;
+    database.wait_all_sent(DEADLINE).await;
+    walpost.stop().await;
+    database
+        .sql("ALTER PUBLICATION walpost SET (publish = 'update')")
+        .await;
+    let writer = database.connect().await;
+    let begun = format!("BEGIN; {INSERT}");
+    writer.batch_execute(&begun).await.expect("rows");
+    database
+        .sql("ALTER PUBLICATION walpost SET (publish = 'insert')")
+        .await;
+    // AND a note behind the mend
+    database.sql(INSERT).await;
+    let mut walpost = database.start(&[("WALPOST_SCAN_INTERVAL", "1h")]).await;
+    database.wait_all_sent(DEADLINE).await;
+    // WHEN the transaction ends, the slot passes it, and the process is killed before the next note
+    writer.batch_execute("COMMIT").await.expect("an end");
+    database.wait_all_confirmed(DEADLINE).await;
+    walpost.sigkill();
+    walpost.wait_exit(DEADLINE).await;
+    let mut walpost = database.start(&[OFTEN]).await;
+    // THEN its rows come
+    reconciled(&database, &mut walpost).await;
+    walpost.stop().await;
+    all_come(&database).await;
+}
+
 on_each_major! {
+    rows_of_a_transaction_that_is_older_than_a_mend_come_although_a_note_follows_the_mend_and_a_kill_the_note: a_transaction_that_is_older_than_the_mend();
     rows_that_a_publication_of_all_tables_hides_around_a_kill_come: rows_that_another_form_hides_around_a_kill_come(Form::AllTables);
     rows_of_a_table_that_was_changed_around_a_kill_come: rows_of_a_changed_table_come();
     rows_hidden_around_a_kill_come: rows_hidden_around_an_unclean_end_come(End::Killed);
