@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
 use tracing::{info, warn};
 
@@ -27,6 +27,9 @@ use crate::{Error, Result};
 
 const GRANT: &str =
     "GRANT SELECT, INSERT, UPDATE ON walpost.after_publish TO the role that walpost runs as";
+
+/// How long a stop waits before it asks again whether published rows can be seen.
+const UNSEEN_PAUSE: Duration = Duration::from_millis(100);
 
 /// The tasks; they end when this is dropped.
 #[derive(Debug, Default)]
@@ -241,7 +244,11 @@ impl Modes {
         let Some(queue) = self.queue() else { return };
         let drained = timeout(patience, async {
             // Rows of transactions that cannot be seen yet outlast a barrier.
-            while queue.waiting() > 0 && queue.barrier().await {}
+            while queue.waiting() > 0 && queue.barrier().await {
+                if queue.waiting() > 0 {
+                    sleep(UNSEEN_PAUSE).await;
+                }
+            }
         });
         if drained.await.is_err() {
             warn!(
