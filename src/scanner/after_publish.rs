@@ -28,7 +28,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, warn};
 
@@ -55,8 +55,11 @@ const IDLE: Duration = Duration::from_secs(60);
 pub struct AfterPublishTask {
     postgres: PostgresConfig,
     slot: String,
-    /// In the order of the settings.
+    /// What is known of the tables, in the order of the settings; told again at each opening.
+    facts: watch::Receiver<Vec<OutboxTable>>,
+    /// The same for whoever marks or deletes.
     tables: Vec<Table>,
+    mode: AfterPublish,
     receiver: RowReceiver,
     backoff: Backoff,
     meter: Arc<Meter>,
@@ -76,6 +79,8 @@ struct Table {
     left: LeftRows,
     /// It refused every row: until when it is not tried, how often that was in a row, and why.
     refusal: Option<Refusal>,
+    /// That it is not known which of its rows to mark was told.
+    has_told_unknown: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -89,7 +94,7 @@ impl AfterPublishTask {
     /// A task for these tables.
     pub fn new(
         (postgres, slot): (PostgresConfig, String),
-        tables: &[OutboxTable],
+        mut facts: watch::Receiver<Vec<OutboxTable>>,
         mode: AfterPublish,
         receiver: RowReceiver,
         backoff: Backoff,
@@ -99,11 +104,15 @@ impl AfterPublishTask {
             sql: TableSql::new(table, mode),
             left: LeftRows::default(),
             refusal: None,
+            has_told_unknown: false,
         };
+        let tables = facts.borrow_and_update().iter().map(table).collect();
         Self {
             postgres,
             slot,
-            tables: tables.iter().map(table).collect(),
+            tables,
+            facts,
+            mode,
             receiver,
             backoff,
             meter,
@@ -247,6 +256,9 @@ impl AfterPublishTask {
         let Some(session) = session else {
             return Err(Error::bug("a session was just opened"));
         };
+        if self.facts.has_changed().unwrap_or(false) {
+            self.renew();
+        }
         let running = Running::ask(&session.client).await?;
         self.sort(&running);
         let mut has_changed = false;
@@ -260,6 +272,15 @@ impl AfterPublishTask {
             self.tell();
         }
         Ok(())
+    }
+
+    /// The tables have changed, or may have.
+    fn renew(&mut self) {
+        let facts = self.facts.borrow_and_update();
+        for (table, facts) in self.tables.iter_mut().zip(facts.iter()) {
+            table.sql = TableSql::new(facts, self.mode);
+            table.has_told_unknown = false;
+        }
     }
 
     /// Sets the rows of transactions that run aside, and takes those back whose transactions have ended.
@@ -374,6 +395,14 @@ impl Table {
     fn note(&mut self, applied: &Applied, are_new: bool) {
         if applied.done > 0 {
             self.refusal = None;
+        }
+        if applied.unknown > 0 && !std::mem::replace(&mut self.has_told_unknown, true) {
+            warn!(
+                table = %self.sql.name,
+                rows = applied.unknown,
+                "published rows are not marked or deleted: which rows of the table they are is not known (no unique index over the id alone, and \
+                 not their seq or txid); the look for unmarked rows publishes them once more"
+            );
         }
         let Some(reason) = applied.reason.as_ref().filter(|_| applied.left > 0) else {
             return;

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
@@ -35,6 +36,8 @@ const UNSEEN_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug, Default)]
 pub struct Modes {
     after_publish: Option<(RowQueue, JoinHandle<()>)>,
+    /// What is known of the tables.
+    tables: watch::Sender<Vec<OutboxTable>>,
     /// Of one cluster: another may have taken over.
     lookers: Vec<JoinHandle<()>>,
     /// Where it is noted what was left undone.
@@ -169,6 +172,7 @@ impl Modes {
         way: Way,
     ) {
         self.stop_lookers();
+        self.know(tables);
         let meter = Arc::clone(&publisher.meter);
         let partitioned = tables.iter().filter(|table| table.partitioned);
         let partitioned: Vec<_> = partitioned.map(|table| table.name.clone()).collect();
@@ -180,18 +184,19 @@ impl Modes {
         let polls = matches!(way, Way::Looks(_));
         let backoff = || Backoff::new(config.reconnect_initial, config.reconnect_max);
         if config.after_publish != AfterPublish::Keep {
+            let facts = self.tables.subscribe();
             let (queue, _) = self.after_publish.get_or_insert_with(|| {
                 let (queue, receiver) = queue(Arc::clone(&meter));
                 let database = (config.postgres.clone(), config.slot.clone());
                 let (mode, meter) = (config.after_publish, Arc::clone(&meter));
-                let task =
-                    AfterPublishTask::new(database, tables, mode, receiver, backoff(), meter);
+                let task = AfterPublishTask::new(database, facts, mode, receiver, backoff(), meter);
                 (queue, tokio::spawn(task.run()))
             });
             let unmarked = Unmarked {
                 postgres: config.postgres.clone(),
                 slot: config.slot.clone(),
                 tables: tables.to_vec(),
+                facts: self.tables.subscribe(),
                 routing,
                 publisher,
                 interval: config.scan_interval,
@@ -225,6 +230,11 @@ impl Modes {
             self.notes = Some(note.clone());
             self.lookers.push(tokio::spawn(Box::pin(note.keep())));
         }
+    }
+
+    /// Tells what is known of the tables now: columns may have come or gone.
+    pub fn know(&self, tables: &[OutboxTable]) {
+        self.tables.send_replace(tables.to_vec());
     }
 
     /// Where receipts put their rows; `None` when nothing is done with them.
