@@ -7,6 +7,8 @@ use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
+use tokio::time::timeout;
+
 use support::{
     Database, Load, Proxy, Received, Servers, consume, eventually, insert_many, servers,
 };
@@ -483,6 +485,35 @@ async fn a_row_that_is_published_before_it_can_be_seen_is_marked_when_it_can() {
     wait_count(&database, MARKED, 1).await;
     walpost.stop().await;
     assert_eq!(numbers(&database.topic("t"), 1).await, [1]);
+}
+
+#[tokio::test]
+async fn a_transaction_that_waits_for_walpost_and_has_more_rows_than_may_wait_holds_nothing_up() {
+    // GIVEN a server on which commits wait for walpost's own confirmation
+    let own = Servers::own("standby", &["--no-pulsar"]);
+    let database = Database::create_on(&own, "modes").await;
+    database.init(&["--payload", "text"], &[MARK]).await;
+    let mut walpost = database.start(&[MARK, SOON[0], SOON[1]]).await;
+    database
+        .sql("ALTER SYSTEM SET synchronous_standby_names TO '*'")
+        .await;
+    database.sql("SELECT pg_reload_conf()").await;
+    eventually(DEADLINE, "the setting", async || {
+        let sql = "SELECT FROM pg_stat_replication WHERE sync_state = 'sync'";
+        (!database.rows(sql, &[]).await.is_empty()).then_some(())
+    })
+    .await;
+
+    // WHEN one transaction has more rows than may wait to be marked, and than are kept until it can be seen
+    let committed = timeout(DEADLINE, insert(&database, 1..=110_000)).await;
+
+    // THEN its commit returns, and each row is marked, also those that were not kept
+    assert!(committed.is_ok(), "it waits: {}", walpost.output());
+    walpost
+        .wait_for_line("more published rows than are kept", DEADLINE)
+        .await;
+    wait_count(&database, UNMARKED, 0).await;
+    walpost.stop().await;
 }
 
 #[tokio::test]

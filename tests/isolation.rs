@@ -71,12 +71,13 @@ async fn numbers(topic: &str, expected: usize) -> Vec<u32> {
 
 /// Every row is older than `WALPOST_STRAGGLER_AGE`, and rows that were never marked have been looked for several times since.
 async fn looked_for_unmarked(database: &Database) {
-    wait_count(
-        database,
-        "walpost.outbox WHERE created_at > clock_timestamp() - interval '2s'",
-        0,
-    )
-    .await;
+    looked_for_unmarked_in(database, ROWS).await;
+}
+
+/// The same of another table.
+async fn looked_for_unmarked_in(database: &Database, table: &str) {
+    let young = format!("{table} WHERE created_at > clock_timestamp() - interval '2s'");
+    wait_count(database, &young, 0).await;
     for _ in 0..4 {
         let now = "SELECT clock_timestamp()::text";
         let since: String = database.rows(now, &[]).await[0].get(0);

@@ -97,6 +97,7 @@ impl Connector {
         // The highest position that the slot may have been told so far.
         let known = self.session.told.unwrap_or(stands).max(stands);
         self.session.told = Some(known);
+        self.modes.know(&tables);
         if !self.has_pipe_of(&identity)? {
             if self.pipe.is_some() {
                 warn!(

@@ -6,9 +6,10 @@
 //! one that was not published. Two rows with the same id of one transaction in a table without `seq` are not told apart, nor
 //! are any with the same id in a table that has neither column.
 //!
-//! Both the stream and a reader of the table find the number by the column's name, so they agree.
+//! Both the stream and a reader of the table choose the column by its name and type ([`number_column`]), so they agree. A column of
+//! another type (a `seq` that is text) has no number, and hides no other column.
 
-use crate::pgoutput::types::{FIRST_USER_OID, INT2, INT4, INT8, XID8};
+use crate::pgoutput::types::{INT2, INT4, INT8, XID8};
 use crate::pgoutput::{Column, Relation, Tuple};
 
 /// The column that orders the rows of a table for a scan.
@@ -44,11 +45,20 @@ impl RowNumber {
     }
 }
 
+/// The name of the column that has the number. `type_of` gives the type of the column of a name, below all domains.
+pub fn number_column(type_of: impl Fn(&str) -> Option<u32>) -> Option<&'static str> {
+    let has_number = |name: &&str| match type_of(name) {
+        Some(INT2 | INT4 | INT8) => true,
+        Some(XID8) => *name == TXID,
+        _ => false,
+    };
+    [SEQ, TXID].into_iter().find(has_number)
+}
+
 /// The column that has the number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NumberColumn {
     index: usize,
-    type_oid: u32,
     name: &'static str,
 }
 
@@ -60,14 +70,13 @@ impl NumberColumn {
 
     /// Looks for it among a table's columns.
     pub fn find(relation: &Relation) -> Option<Self> {
-        [SEQ, TXID].into_iter().find_map(|name| {
+        let type_of = |name: &str| {
             let index = relation.position(name)?;
-            Some(Self {
-                index,
-                type_oid: relation.columns.get(index)?.type_oid,
-                name,
-            })
-        })
+            relation.columns.get(index).map(|column| column.type_oid)
+        };
+        let name = number_column(type_of)?;
+        let index = relation.position(name)?;
+        Some(Self { index, name })
     }
 
     /// Its name.
@@ -86,10 +95,6 @@ impl NumberColumn {
     }
 
     fn binary(self, bytes: &[u8]) -> RowNumber {
-        // A type of the database's own may be a domain over one of these.
-        if !matches!(self.type_oid, INT2 | INT4 | INT8 | XID8) && self.type_oid < FIRST_USER_OID {
-            return RowNumber::Unknown;
-        }
         if !matches!(bytes.len(), 2 | 4 | 8) {
             return RowNumber::Unknown;
         }
@@ -110,6 +115,7 @@ impl NumberColumn {
 mod tests {
     use super::*;
     use crate::pgoutput::RelationColumn;
+    use crate::pgoutput::types::{FIRST_USER_OID, TEXT, UUID};
 
     fn relation(columns: &[(&str, u32)]) -> Relation {
         let column = |(name, type_oid): &(&str, u32)| RelationColumn {
@@ -139,6 +145,7 @@ mod tests {
     #[test]
     fn a_number_is_the_same_in_text_and_binary_and_seq_goes_before_txid() {
         const FLOAT8: u32 = 701;
+        const NUMERIC: u32 = 1700;
         let of = |column: (&str, u32), kind: u8, value: &[u8]| {
             let column = NumberColumn::find(&relation(&[("id", 25), column])).unwrap();
             column.read(&Tuple::decode(&tuple(kind, value)).unwrap())
@@ -149,10 +156,8 @@ mod tests {
             ((SEQ, INT8), b'b', &seven, RowNumber::Seq(7)),
             ((SEQ, INT4), b'b', &[0, 0, 0, 7], RowNumber::Seq(7)),
             ((SEQ, INT2), b'b', &[255, 255], RowNumber::Seq(-1)),
-            ((SEQ, FIRST_USER_OID), b'b', &seven, RowNumber::Seq(7)),
             ((TXID, XID8), b't', b"7", RowNumber::Txid(7)),
             ((TXID, XID8), b'b', &seven, RowNumber::Txid(7)),
-            ((SEQ, FLOAT8), b'b', &seven, RowNumber::Unknown),
             ((SEQ, INT8), b't', b"7.5", RowNumber::Unknown),
             ((SEQ, INT8), b'n', b"", RowNumber::Null),
         ] {
@@ -161,5 +166,14 @@ mod tests {
         let both = relation(&[(TXID, XID8), (SEQ, INT8)]);
         assert_eq!(NumberColumn::find(&both).unwrap().name(), SEQ);
         assert_eq!(NumberColumn::find(&relation(&[("id", 25)])), None);
+
+        // Types of which not each value is a whole number.
+        for type_oid in [TEXT, UUID, FLOAT8, NUMERIC, XID8, FIRST_USER_OID] {
+            let both = relation(&[(SEQ, type_oid), (TXID, XID8)]);
+            let found = NumberColumn::find(&both).map(NumberColumn::name);
+            assert_eq!(found, Some(TXID), "{type_oid}");
+            assert_eq!(NumberColumn::find(&relation(&[(SEQ, type_oid)])), None);
+        }
+        assert_eq!(NumberColumn::find(&relation(&[(TXID, TEXT)])), None);
     }
 }

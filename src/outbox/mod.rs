@@ -34,7 +34,7 @@ pub use envelope::{ENVELOPE_OID, ENVELOPE_TABLE, Envelopes, PREFIX};
 pub use error::{EventError, Problem};
 pub use event::{Headers, OutboxEvent, Scratch};
 pub use extract::Extractor;
-pub use identity::{NumberColumn, RowNumber, SEQ, TXID};
+pub use identity::{NumberColumn, RowNumber, SEQ, TXID, number_column};
 pub use key_hash::key_hash;
 pub use salvage::Salvaged;
 pub use topic::{TopicTemplate, own_topic_into};

@@ -8,6 +8,9 @@
 //! A receipt must never wait, and no id may be lost: so the queue takes everything, and while it is over [`MAX_ROWS`] or
 //! [`MAX_BYTES`] the publisher has no room for new events. What can still come in are the receipts of what is in flight,
 //! which is bounded itself.
+//!
+//! Rows of a transaction that nobody can see yet are set aside, and take no room ([`RowReceiver::set_aside`]): a commit that waits for walpost's
+//! own confirmation (`synchronous_standby_names`) would otherwise wait for ever. Whoever sets them aside bounds them.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -182,6 +185,8 @@ pub struct LeftOfTable {
 struct Gauge {
     rows: AtomicUsize,
     bytes: AtomicUsize,
+    /// Rows that wait as well, and take no room.
+    aside: AtomicUsize,
     room: Notify,
     meter: Arc<Meter>,
 }
@@ -192,9 +197,21 @@ impl Gauge {
             && self.bytes.load(Ordering::Relaxed) < MAX_BYTES
     }
 
+    fn waiting(&self) -> usize {
+        self.rows.load(Ordering::Relaxed) + self.aside.load(Ordering::Relaxed)
+    }
+
     fn metering(&self) {
-        let rows = self.rows.load(Ordering::Relaxed);
-        self.meter.upkeep().set_waiting(rows, !self.has_room());
+        let upkeep = self.meter.upkeep();
+        upkeep.set_waiting(self.waiting(), !self.has_room());
+    }
+
+    /// These take no room any more.
+    fn make_room(&self, rows: usize, bytes: usize) {
+        self.rows.fetch_sub(rows, Ordering::Relaxed);
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        self.metering();
+        self.room.notify_waiters();
     }
 }
 
@@ -218,6 +235,7 @@ pub fn queue(meter: Arc<Meter>) -> (RowQueue, RowReceiver) {
     let gauge = Arc::new(Gauge {
         rows: AtomicUsize::new(0),
         bytes: AtomicUsize::new(0),
+        aside: AtomicUsize::new(0),
         room: Notify::new(),
         meter,
     });
@@ -254,9 +272,9 @@ impl RowQueue {
         }
     }
 
-    /// How many wait.
+    /// How many wait, those that are set aside included.
     pub fn waiting(&self) -> usize {
-        self.gauge.rows.load(Ordering::Relaxed)
+        self.gauge.waiting()
     }
 
     /// Waits until everything pushed before is done; false when the other end is gone.
@@ -286,11 +304,27 @@ impl RowReceiver {
 
     /// These are done: they make room.
     pub fn done(&self, rows: usize, bytes: usize) {
-        self.gauge.rows.fetch_sub(rows, Ordering::Relaxed);
-        self.gauge.bytes.fetch_sub(bytes, Ordering::Relaxed);
         self.gauge.meter.upkeep().add_done(rows);
+        self.gauge.make_room(rows, bytes);
+    }
+
+    /// These wait on, and make room.
+    pub fn set_aside(&self, rows: usize, bytes: usize) {
+        self.gauge.aside.fetch_add(rows, Ordering::Relaxed);
+        self.gauge.make_room(rows, bytes);
+    }
+
+    /// These were set aside, and take room again.
+    pub fn take_back(&self, rows: usize, bytes: usize) {
+        self.gauge.rows.fetch_add(rows, Ordering::Relaxed);
+        self.gauge.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.gauge.aside.fetch_sub(rows, Ordering::Relaxed);
         self.gauge.metering();
-        self.gauge.room.notify_waiters();
+    }
+
+    /// These are forgotten: they make room.
+    pub fn dropped(&self, rows: usize, bytes: usize) {
+        self.gauge.make_room(rows, bytes);
     }
 }
 
@@ -346,6 +380,26 @@ mod tests {
             receiver.done(rows.len(), rows.bytes());
         }
         waiting.await.unwrap();
+        assert!(queue.has_room() && queue.waiting() == 0);
+    }
+
+    #[tokio::test]
+    async fn rows_that_are_set_aside_wait_and_take_no_room() {
+        let (queue, mut receiver) = queue(Arc::default());
+        let mut many = Rows::default();
+        for _ in 0..MAX_ROWS {
+            many.push(row("x"));
+        }
+        queue.push(many);
+        let Some(Published::Rows(rows)) = receiver.recv().await else {
+            panic!("rows were pushed");
+        };
+        let (count, bytes) = (rows.len(), rows.bytes());
+        receiver.set_aside(count, bytes);
+        assert!(queue.has_room() && queue.waiting() == MAX_ROWS);
+        receiver.take_back(count, bytes);
+        assert!(!queue.has_room() && queue.waiting() == MAX_ROWS);
+        receiver.done(count, bytes);
         assert!(queue.has_room() && queue.waiting() == 0);
     }
 }

@@ -9,8 +9,9 @@
 //!
 //! A transaction is in the log, and may be published, before it becomes visible to others: for a moment, or with synchronous
 //! replication until the standby has answered. An UPDATE would pass its rows by. So before each statement the database is
-//! asked which transactions are still running, and rows of those wait for the next one. A row that is then not found is gone:
-//! its producer deleted it, perhaps in the same transaction.
+//! asked which transactions are still running, and rows of those are set aside ([`super::unseen`]) until theirs has ended. They take no room in the
+//! queue: the standby may be walpost itself, which confirms a transaction only once it has read the whole of it. A row that is
+//! then not found is gone: its producer deleted it, perhaps in the same transaction.
 //!
 //! # Rows that cannot be marked or deleted
 //!
@@ -27,18 +28,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep_until};
-use tokio_postgres::Client;
 use tracing::{debug, warn};
 
 use super::left_note;
 use super::left_rows::LeftRows;
 use super::marking::{Applied, STATEMENT_ROWS, Session, TableSql, apply};
 use super::outbox::OutboxTable;
+use super::unseen::{Running, Unseen};
 use crate::config::AfterPublish;
 use crate::meter::Meter;
-use crate::postgres::{PostgresConfig, sql_error};
+use crate::postgres::PostgresConfig;
 use crate::pulsar::rows::{Published, Row, RowReceiver, Rows};
 use crate::retry::Backoff;
 use crate::upkeep::{LISTED, Undone, Work, pause};
@@ -54,15 +55,20 @@ const IDLE: Duration = Duration::from_secs(60);
 pub struct AfterPublishTask {
     postgres: PostgresConfig,
     slot: String,
-    /// In the order of the settings.
+    /// What is known of the tables, in the order of the settings; told again at each opening.
+    facts: watch::Receiver<Vec<OutboxTable>>,
+    /// The same for whoever marks or deletes.
     tables: Vec<Table>,
+    mode: AfterPublish,
     receiver: RowReceiver,
     backoff: Backoff,
     meter: Arc<Meter>,
     /// What has come and is not done, and how much it counts in the queue.
     waiting: Vec<Rows>,
+    /// Rows of transactions that were running when the database was last asked. They count in the queue, and take no room there.
+    unseen: Unseen,
     barriers: Vec<oneshot::Sender<()>>,
-    /// When the first of it came.
+    /// When the first of it came, or the database was last asked for the transactions of those set aside.
     since: Instant,
 }
 
@@ -73,6 +79,8 @@ struct Table {
     left: LeftRows,
     /// It refused every row: until when it is not tried, how often that was in a row, and why.
     refusal: Option<Refusal>,
+    /// That it is not known which of its rows to mark was told.
+    has_told_unknown: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -86,7 +94,7 @@ impl AfterPublishTask {
     /// A task for these tables.
     pub fn new(
         (postgres, slot): (PostgresConfig, String),
-        tables: &[OutboxTable],
+        mut facts: watch::Receiver<Vec<OutboxTable>>,
         mode: AfterPublish,
         receiver: RowReceiver,
         backoff: Backoff,
@@ -96,15 +104,20 @@ impl AfterPublishTask {
             sql: TableSql::new(table, mode),
             left: LeftRows::default(),
             refusal: None,
+            has_told_unknown: false,
         };
+        let tables = facts.borrow_and_update().iter().map(table).collect();
         Self {
             postgres,
             slot,
-            tables: tables.iter().map(table).collect(),
+            tables,
+            facts,
+            mode,
             receiver,
             backoff,
             meter,
             waiting: Vec::new(),
+            unseen: Unseen::default(),
             barriers: Vec::new(),
             since: Instant::now(),
         }
@@ -115,23 +128,20 @@ impl AfterPublishTask {
         self.take_over().await;
         let mut session = None;
         let mut open = true;
-        while open || !self.waiting.is_empty() || !self.barriers.is_empty() {
+        while open || self.has_rows() || !self.barriers.is_empty() {
             if open {
                 open = self.gather().await;
+            } else if self.waiting.is_empty() {
+                // Transactions that run: look again in a while.
+                sleep_until(self.since + STATEMENT_WAIT).await;
             }
-            if self.waiting.is_empty() && self.barriers.is_empty() && !self.is_any_due() {
+            if !self.has_rows() && self.barriers.is_empty() && !self.is_any_due() {
                 // Nothing for a while: nobody needs the connection.
                 session = None;
                 continue;
             }
             match self.work(&mut session).await {
-                Ok(()) => {
-                    self.backoff.reset();
-                    if !self.waiting.is_empty() {
-                        // Transactions that run: look again in a while.
-                        tokio::time::sleep(STATEMENT_WAIT).await;
-                    }
-                }
+                Ok(()) => self.backoff.reset(),
                 Err(error) => {
                     session = None;
                     let delay = self.backoff.next_delay();
@@ -175,10 +185,10 @@ impl AfterPublishTask {
         let silent_at = Instant::now() + IDLE;
         let due_at = self.next_due().map_or(silent_at, |due| due.min(silent_at));
         while self.barriers.is_empty() && self.rows_waiting() < STATEMENT_ROWS {
-            let until = if self.waiting.is_empty() {
-                due_at
-            } else {
+            let until = if self.has_rows() {
                 due_at.min(self.since + STATEMENT_WAIT)
+            } else {
+                due_at
             };
             tokio::select! {
                 biased;
@@ -202,7 +212,7 @@ impl AfterPublishTask {
     fn take(&mut self, published: Published) {
         match published {
             Published::Rows(rows) => {
-                if self.waiting.is_empty() {
+                if !self.has_rows() {
                     self.since = Instant::now();
                 }
                 self.waiting.push(rows);
@@ -215,6 +225,10 @@ impl AfterPublishTask {
                 let _gone = answer.send(table.map(|table| table.left.tell()).unwrap_or_default());
             }
         }
+    }
+
+    fn has_rows(&self) -> bool {
+        !self.waiting.is_empty() || !self.unseen.is_empty()
     }
 
     fn rows_waiting(&self) -> usize {
@@ -232,7 +246,7 @@ impl AfterPublishTask {
 
     /// What has come and what is due, table by table.
     async fn work(&mut self, session: &mut Option<Session>) -> Result<()> {
-        if self.waiting.is_empty() && !self.is_any_due() {
+        if !self.has_rows() && !self.is_any_due() {
             self.answer();
             return Ok(());
         }
@@ -242,36 +256,81 @@ impl AfterPublishTask {
         let Some(session) = session else {
             return Err(Error::bug("a session was just opened"));
         };
+        if self.facts.has_changed().unwrap_or(false) {
+            self.renew();
+        }
         let running = Running::ask(&session.client).await?;
+        self.sort(&running);
         let mut has_changed = false;
         for (place, table) in (0..).zip(&mut self.tables) {
             let rows = self.waiting.iter().flat_map(Rows::iter);
-            let rows: Vec<Row<'_>> = rows
-                .filter(|row| row.table == place && !running.has(row.xid))
-                .collect();
+            let rows: Vec<Row<'_>> = rows.filter(|row| row.table == place).collect();
             has_changed |= table.work(session, &rows).await?;
         }
-        self.finish(&running);
+        self.finish();
         if has_changed {
             self.tell();
         }
         Ok(())
     }
 
-    /// Everything is done but the rows of transactions that run.
-    fn finish(&mut self, running: &Running) {
-        let mut rest = Rows::default();
-        let still = |row: &Row<'_>| running.has(row.xid);
-        let (mut rows, mut bytes) = (0, 0);
-        for done in std::mem::take(&mut self.waiting) {
-            rows += done.len();
-            bytes += done.bytes();
-            done.iter().filter(still).for_each(|row| rest.push(row));
+    /// The tables have changed, or may have.
+    fn renew(&mut self) {
+        let facts = self.facts.borrow_and_update();
+        for (table, facts) in self.tables.iter_mut().zip(facts.iter()) {
+            table.sql = TableSql::new(facts, self.mode);
+            table.has_told_unknown = false;
         }
-        self.receiver.done(rows - rest.len(), bytes - rest.bytes());
-        if !rest.is_empty() {
-            self.waiting.push(rest);
-            self.since = Instant::now();
+    }
+
+    /// Sets the rows of transactions that run aside, and takes those back whose transactions have ended.
+    fn sort(&mut self, running: &Running) {
+        self.since = Instant::now();
+        let ended = self.unseen.ended(running);
+        for rows in std::mem::take(&mut self.waiting) {
+            let seen = if rows.iter().any(|row| running.has(row.xid)) {
+                self.set_aside(&rows, running)
+            } else {
+                rows
+            };
+            self.waiting.push(seen);
+        }
+        for rows in ended {
+            self.receiver.take_back(rows.len(), rows.bytes());
+            self.waiting.push(rows);
+        }
+    }
+
+    /// Sets those aside whose transactions run, as far as there is room for them, and gives the others.
+    fn set_aside(&mut self, rows: &Rows, running: &Running) -> Rows {
+        let mut seen = Rows::default();
+        let (mut kept, mut kept_bytes, mut dropped) = (0, 0, 0);
+        for row in rows.iter() {
+            if !running.has(row.xid) {
+                seen.push(row);
+            } else if self.unseen.keep(row) {
+                (kept, kept_bytes) = (kept + 1, kept_bytes + row.id.len());
+            } else {
+                dropped += 1;
+            }
+        }
+        self.receiver.set_aside(kept, kept_bytes);
+        let left_bytes = seen.bytes() + kept_bytes;
+        self.receiver
+            .dropped(rows.len() - seen.len() - kept, rows.bytes() - left_bytes);
+        if dropped > 0 && self.unseen.is_first_overflow() {
+            warn!(
+                kept = self.unseen.len(),
+                "a transaction has more published rows than are kept until its commit can be seen: the others are not marked or deleted now;                  the look for unmarked rows finds them after WALPOST_STRAGGLER_AGE and publishes them once more"
+            );
+        }
+        seen
+    }
+
+    /// Everything is done but the rows set aside.
+    fn finish(&mut self) {
+        for done in std::mem::take(&mut self.waiting) {
+            self.receiver.done(done.len(), done.bytes());
         }
         self.answer();
     }
@@ -337,6 +396,14 @@ impl Table {
         if applied.done > 0 {
             self.refusal = None;
         }
+        if applied.unknown > 0 && !std::mem::replace(&mut self.has_told_unknown, true) {
+            warn!(
+                table = %self.sql.name,
+                rows = applied.unknown,
+                "published rows are not marked or deleted: which rows of the table they are is not known (no unique index over the id alone, and \
+                 not their seq or txid); the look for unmarked rows publishes them once more"
+            );
+        }
         let Some(reason) = applied.reason.as_ref().filter(|_| applied.left > 0) else {
             return;
         };
@@ -354,81 +421,6 @@ impl Table {
                 rows = applied.left,
                 "published rows could not be marked or deleted; they are left, and tried again: {reason}"
             );
-        }
-    }
-}
-
-/// Which transactions run, of a `pg_snapshot`: without the epoch, as the log names them.
-#[derive(Debug)]
-struct Running {
-    /// Everything from here on had not ended.
-    next: u32,
-    running: Vec<u32>,
-}
-
-impl Running {
-    async fn ask(client: &Client) -> Result<Self> {
-        let row = client
-            .query_one("SELECT pg_current_snapshot()::text", &[])
-            .await;
-        let row = row.map_err(|error| sql_error("ask for running transactions", error))?;
-        let text: &str = row.get(0);
-        Self::parse(text).ok_or_else(|| Error::bug("a snapshot is not of the form xmin:xmax:xip"))
-    }
-
-    /// Reads `xmin:xmax:xip,…`.
-    #[allow(clippy::cast_possible_truncation)] // The lower half is the transaction id, the upper one the epoch.
-    fn parse(text: &str) -> Option<Self> {
-        let mut parts = text.split(':');
-        let _oldest = parts.next()?;
-        let next = parts.next()?.parse::<u64>().ok()? as u32;
-        let running = parts.next()?.split(',').filter(|xid| !xid.is_empty());
-        let running = running.map(|xid| xid.parse::<u64>().map(|xid| xid as u32));
-        Some(Self {
-            next,
-            running: running.collect::<Result<_, _>>().ok()?,
-        })
-    }
-
-    /// True when transaction `xid` had not ended; never for 0, a row that was seen.
-    fn has(&self, xid: u32) -> bool {
-        // Transaction ids are compared in a circle, as Postgres does.
-        let not_begun = xid.wrapping_sub(self.next) < 1 << 31;
-        xid != 0 && (not_begun || self.running.contains(&xid))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_snapshot_tells_which_transactions_run_also_when_ids_wrap() {
-        let running = Running::parse("10:20:10,14").unwrap();
-        for (xid, runs) in [
-            (9, false),
-            (10, true),
-            (11, false),
-            (14, true),
-            (19, false),
-            (20, true),
-            (0, false),
-        ] {
-            assert_eq!(running.has(xid), runs, "{xid}");
-        }
-        // Epoch 1: 2^32 + 5.
-        let running = Running::parse("4294967290:4294967301:4294967290").unwrap();
-        for (xid, runs) in [
-            (u32::MAX - 5, true),
-            (u32::MAX - 4, false),
-            (4, false),
-            (5, true),
-        ] {
-            assert_eq!(running.has(xid), runs, "{xid}");
-        }
-        assert!(Running::parse("1:2:").unwrap().running.is_empty());
-        for wrong in ["", "1:2", "a:b:c", "1:2:x"] {
-            assert!(Running::parse(wrong).is_none(), "{wrong}");
         }
     }
 }

@@ -89,8 +89,11 @@ pub struct Rows<'a> {
     again: Option<(String, Vec<&'a (dyn ToSql + Sync)>)>,
     /// How many rows of the list are done.
     done: u64,
-    /// The last row's `seq`.
+    /// The last row's `seq`, and how its text was asked for.
     last: i64,
+    last_as: TextAs,
+    /// Behind a row that was isolated: the next row's `seq`.
+    next: Option<i64>,
 }
 
 impl<'a> Rows<'a> {
@@ -106,6 +109,8 @@ impl<'a> Rows<'a> {
             again,
             done: 0,
             last: i64::MIN,
+            last_as: TextAs::Utf8,
+            next: None,
         }
     }
 
@@ -133,8 +138,9 @@ impl<'a> Rows<'a> {
                     Some(Ok(row)) => {
                         any = true;
                         let row = table.row(&row, TextAs::Utf8)?;
+                        self.check_next(Some(row.seq))?;
                         self.done += 1;
-                        self.last = row.seq;
+                        (self.last, self.last_as) = (row.seq, TextAs::Utf8);
                         take(row).await?;
                     }
                     Some(Err(error)) => break Some(error),
@@ -142,7 +148,12 @@ impl<'a> Rows<'a> {
             }
         };
         match refused {
-            None => Ok(any),
+            None => {
+                if !any {
+                    self.check_next(None)?;
+                }
+                Ok(any)
+            }
             Some(error) if is_unconvertible(&error) && self.again.is_some() => {
                 if let Some(row) = self.isolate(failed(error)).await? {
                     take(row).await?;
@@ -157,7 +168,8 @@ impl<'a> Rows<'a> {
     /// is gone meanwhile.
     ///
     /// A FETCH that fails has moved the cursor to its own end. But rows arrive in order up to the one that fails, so their number
-    /// says which it is.
+    /// says which it is. It is looked for by `seq`. So no two rows may have the number of the last one, or of the one that is found in its
+    /// place. And what is found must be what comes: a table that is attached meanwhile has rows that are not in the list.
     async fn isolate(&mut self, why: Error) -> Result<Option<ScanRow>> {
         let table = self.table;
         let failed = |error| sql_error(&format!("scan table {}", table.name), error);
@@ -167,27 +179,66 @@ impl<'a> Rows<'a> {
         let Some((clause, parameters)) = &self.again else {
             return Err(why);
         };
-        let first = async |text| {
+        let select = async |columns: String, rows: String, limit: u32| {
             let sql = format!(
-                "SELECT {} FROM (SELECT o.* FROM {} o {clause}) o WHERE o.seq > {} ORDER BY o.seq LIMIT 1",
-                table.columns(text),
+                "SELECT {columns} FROM (SELECT o.* FROM {} o {clause}) o WHERE {rows} ORDER BY o.seq LIMIT {limit}",
                 table.name,
-                self.last,
             );
-            self.client.query_opt(&sql, parameters).await
+            self.client.query(&sql, parameters).await
         };
-        match first(TextAs::Utf8).await {
-            Err(error) if is_unconvertible(&error) => {}
+        let behind = |seq: i64| format!("o.seq > {seq}");
+        let refuse_twice =
+            async |seq: i64, text| match select(table.columns(text), format!("o.seq = {seq}"), 2)
+                .await
+            {
+                Ok(rows) if rows.len() < 2 => Ok(()),
+                Err(error) if !is_unconvertible(&error) => Err(failed(error)),
+                _ => Err(table.told_twice(seq)),
+            };
+        refuse_twice(self.last, self.last_as).await?;
+        let found = match select(table.columns(TextAs::Utf8), behind(self.last), 1).await {
+            Err(error) if is_unconvertible(&error) => {
+                let rows = select(table.columns(TextAs::Held), behind(self.last), 1).await;
+                let row = rows.map_err(failed)?.pop();
+                row.map(|row| table.row(&row, TextAs::Held)).transpose()?
+            }
             Err(error) => return Err(failed(error)),
             // That is the next one: it comes by itself.
-            Ok(_) => return Ok(None),
+            Ok(rows) => {
+                if let Some(row) = rows.first() {
+                    refuse_twice(table.row(row, TextAs::Utf8)?.seq, TextAs::Utf8).await?;
+                }
+                None
+            }
+        };
+        let last = found.as_ref().map_or(self.last, |row| row.seq);
+        let next = select("o.seq::pg_catalog.text".to_owned(), behind(last), 1).await;
+        let next = next.map_err(failed)?.pop();
+        let next = next.and_then(|row| row.get::<_, &str>(0).parse().ok());
+        self.next = next;
+        if found.is_some() {
+            (self.last, self.last_as) = (last, TextAs::Held);
         }
-        let row = first(TextAs::Held).await.map_err(failed)?;
-        let row = row.map(|row| table.row(&row, TextAs::Held)).transpose()?;
-        if let Some(row) = &row {
-            self.last = row.seq;
+        Ok(found)
+    }
+
+    /// Refuses to go on at this row, or at the end, where a row that must come before was passed over.
+    fn check_next(&mut self, seq: Option<i64>) -> Result<()> {
+        let Some(next) = self.next else { return Ok(()) };
+        match seq {
+            // It was deleted meanwhile.
+            Some(seq) if seq < next => return Ok(()),
+            Some(seq) if seq == next => {
+                self.next = None;
+                return Ok(());
+            }
+            _ => {}
         }
-        Ok(row)
+        let name = &self.table.name;
+        Err(Error::temporary(format!(
+            "table {name} changed while it was read, and rows from seq {next} on are not in the list: it is read again"
+        ))
+        .hint("attach partitions while no scan runs, if this goes on"))
     }
 
     /// Forgets what the server still keeps.

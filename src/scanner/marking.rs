@@ -7,8 +7,10 @@
 //!
 //! A statement finds a row by its id, by the index on it, and keeps it only if its `seq` and its `txid` are the published row's, as far as the table has
 //! them. (Both: TRUNCATE … RESTART IDENTITY gives ids and numbers again while a straggler of the old rows waits.) A published row
-//! whose number is not known (an older straggler's) is found by its id alone where a unique index over the id alone makes it the only one; elsewhere it is not
-//! touched, and [`super::unmarked`] publishes it once more, with its number. In a table that has neither column the id is all there is.
+//! whose number is not known (an older straggler's), or is one of another column (`seq` was added or dropped since), is found by its id and `txid` (which do
+//! not tell two rows of one transaction apart), or by its id alone where a unique index over the id alone makes it the only one. Elsewhere there is no statement for it: it is not
+//! touched and not tried again, which is told once, and [`super::unmarked`] publishes it once more, with its number. In a table that has neither column
+//! the id is all there is.
 //!
 //! # A statement that fails
 //!
@@ -58,8 +60,11 @@ pub(super) struct TableSql {
     /// The column of the numbers.
     number: Option<&'static str>,
     by_number: Option<Pair>,
-    /// Where an id alone says which row it is.
-    by_id: Option<Pair>,
+    /// By the id, and the `txid` where both the table and the row have one.
+    by_id: Pair,
+    /// An id alone says which row it is.
+    is_id_enough: bool,
+    has_txid: bool,
 }
 
 /// The statement that marks or deletes, and the one that finds which rows it passed over.
@@ -83,6 +88,8 @@ pub(super) struct Applied {
     /// Left now, with the reason of one of them.
     pub(super) left: usize,
     pub(super) reason: Option<Arc<str>>,
+    /// There is no statement for them: which rows of the table they are is not known.
+    pub(super) unknown: usize,
     /// So many statements failed that rows were left untried.
     pub(super) is_exhausted: bool,
     failures: u32,
@@ -126,27 +133,28 @@ impl TableSql {
         let by_number = table
             .number
             .map(|column| Pair::new(table, mode, Some(column)));
-        let by_id = table.number.is_none() || table.has_unique_id;
         Self {
             name: table.name.clone(),
             number: table.number,
             by_number,
-            by_id: by_id.then(|| Pair::new(table, mode, None)),
+            by_id: Pair::new(table, mode, None),
+            is_id_enough: table.number.is_none() || table.has_unique_id,
+            has_txid: table.has_txid,
         }
     }
 
-    fn pair_for(&self, number: RowNumber) -> Option<&Pair> {
-        let column = match number {
+    fn pair_for(&self, row: &Row<'_>) -> Option<&Pair> {
+        let column = match row.number {
             RowNumber::Seq(_) => Some(SEQ),
             RowNumber::Txid(_) => Some(TXID),
             RowNumber::Null => self.number,
             RowNumber::Unknown => None,
         };
         if column.is_some() && column == self.number {
-            self.by_number.as_ref()
-        } else {
-            self.by_id.as_ref()
+            return self.by_number.as_ref();
         }
+        let is_known = self.is_id_enough || (self.has_txid && row.txid.is_some());
+        is_known.then_some(&self.by_id)
     }
 }
 
@@ -206,11 +214,14 @@ pub(super) async fn apply(
     left: &mut LeftRows,
 ) -> Result<Applied> {
     let mut applied = Applied::default();
-    for pair in table.by_number.iter().chain(&table.by_id) {
+    for row in rows.iter().filter(|row| table.pair_for(row).is_none()) {
+        applied.unknown += 1;
+        left.done(&row.key());
+    }
+    for pair in table.by_number.iter().chain([&table.by_id]) {
         let of_pair = |row: &&Row<'_>| {
-            table
-                .pair_for(row.number)
-                .is_some_and(|its| std::ptr::eq(its, pair))
+            let its = table.pair_for(row);
+            its.is_some_and(|its| std::ptr::eq(its, pair))
         };
         let rows: Vec<Row<'_>> = rows.iter().filter(of_pair).copied().collect();
         for rows in rows.chunks(STATEMENT_ROWS) {

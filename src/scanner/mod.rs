@@ -19,6 +19,7 @@
 //! | `discarded` | stragglers that somebody has discarded, until nothing can bring them again |
 //! | `outbox` | what a table has and what the role may do: which modes it can have |
 //! | `after_publish` | marks or deletes rows whose receipt has come |
+//! | `unseen` | published rows of transactions that nobody can see yet |
 //! | `marking` | its statements, and how the row that one fails for is found |
 //! | `left_rows`, `left_note` | rows that could not be marked or deleted; what was left undone, noted for `walpost check` |
 //! | `unmarked` | finds rows that were never marked, and publishes them again |
@@ -122,3 +123,4 @@ mod straggler_task;
 pub mod streamed;
 pub mod table;
 pub mod unmarked;
+mod unseen;

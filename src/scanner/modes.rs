@@ -6,8 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
 use tracing::{info, warn};
 
@@ -28,10 +29,15 @@ use crate::{Error, Result};
 const GRANT: &str =
     "GRANT SELECT, INSERT, UPDATE ON walpost.after_publish TO the role that walpost runs as";
 
+/// How long a stop waits before it asks again whether published rows can be seen.
+const UNSEEN_PAUSE: Duration = Duration::from_millis(100);
+
 /// The tasks; they end when this is dropped.
 #[derive(Debug, Default)]
 pub struct Modes {
     after_publish: Option<(RowQueue, JoinHandle<()>)>,
+    /// What is known of the tables.
+    tables: watch::Sender<Vec<OutboxTable>>,
     /// Of one cluster: another may have taken over.
     lookers: Vec<JoinHandle<()>>,
     /// Where it is noted what was left undone.
@@ -166,6 +172,7 @@ impl Modes {
         way: Way,
     ) {
         self.stop_lookers();
+        self.know(tables);
         let meter = Arc::clone(&publisher.meter);
         let partitioned = tables.iter().filter(|table| table.partitioned);
         let partitioned: Vec<_> = partitioned.map(|table| table.name.clone()).collect();
@@ -177,18 +184,19 @@ impl Modes {
         let polls = matches!(way, Way::Looks(_));
         let backoff = || Backoff::new(config.reconnect_initial, config.reconnect_max);
         if config.after_publish != AfterPublish::Keep {
+            let facts = self.tables.subscribe();
             let (queue, _) = self.after_publish.get_or_insert_with(|| {
                 let (queue, receiver) = queue(Arc::clone(&meter));
                 let database = (config.postgres.clone(), config.slot.clone());
                 let (mode, meter) = (config.after_publish, Arc::clone(&meter));
-                let task =
-                    AfterPublishTask::new(database, tables, mode, receiver, backoff(), meter);
+                let task = AfterPublishTask::new(database, facts, mode, receiver, backoff(), meter);
                 (queue, tokio::spawn(task.run()))
             });
             let unmarked = Unmarked {
                 postgres: config.postgres.clone(),
                 slot: config.slot.clone(),
                 tables: tables.to_vec(),
+                facts: self.tables.subscribe(),
                 routing,
                 publisher,
                 interval: config.scan_interval,
@@ -224,6 +232,11 @@ impl Modes {
         }
     }
 
+    /// Tells what is known of the tables now: columns may have come or gone.
+    pub fn know(&self, tables: &[OutboxTable]) {
+        self.tables.send_replace(tables.to_vec());
+    }
+
     /// Where receipts put their rows; `None` when nothing is done with them.
     pub fn queue(&self) -> Option<RowQueue> {
         self.after_publish.as_ref().map(|(queue, _)| queue.clone())
@@ -241,7 +254,11 @@ impl Modes {
         let Some(queue) = self.queue() else { return };
         let drained = timeout(patience, async {
             // Rows of transactions that cannot be seen yet outlast a barrier.
-            while queue.waiting() > 0 && queue.barrier().await {}
+            while queue.waiting() > 0 && queue.barrier().await {
+                if queue.waiting() > 0 {
+                    sleep(UNSEEN_PAUSE).await;
+                }
+            }
         });
         if drained.await.is_err() {
             warn!(

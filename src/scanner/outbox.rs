@@ -7,7 +7,9 @@ use tokio_postgres::{Client, Row};
 
 use super::rows::{held, printed};
 use crate::config::{AfterPublish, Config, Mode};
+use crate::outbox::number_column;
 pub use crate::outbox::{SEQ, TXID};
+use crate::pgoutput::types::XID8;
 use crate::postgres::{TableName, name_bytes, quote_ident, sql_error};
 use crate::{Error, Result};
 
@@ -21,8 +23,8 @@ pub struct Column {
     pub name: String,
     /// Its type, as SQL has it.
     pub sql_type: String,
-    /// Its type is `xid8`, or a domain over it.
-    is_xid8: bool,
+    /// Its type, or the one below all its domains.
+    base_type: u32,
     /// Its type is a number, or a domain over one.
     is_number: bool,
     /// Where its type's own operators are, if not in `pg_catalog`, which alone is in the `search_path`.
@@ -149,7 +151,7 @@ impl OutboxTable {
                      UNION ALL
                      SELECT t.oid, t.typtype, t.typbasetype FROM base JOIN pg_type t ON base.typtype = 'd' AND t.oid = base.typbasetype
                  )
-                 SELECT format_type(oid, NULL) = 'xid8' FROM base WHERE typtype <> 'd'
+                 SELECT oid FROM base WHERE typtype <> 'd'
              ), (SELECT typcategory = 'N' FROM pg_type WHERE oid = atttypid)
              FROM pg_attribute a WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
             name_bytes("attname"),
@@ -172,7 +174,7 @@ impl OutboxTable {
                 name: text(column, 0),
                 sql_type: text(column, 1),
                 operators_in: column.get(3),
-                is_xid8: column.get(4),
+                base_type: column.get(4),
                 is_number: column.get(5),
             })
             .collect();
@@ -200,12 +202,12 @@ impl OutboxTable {
             name: name.clone(),
             created_at: find(&config.columns.created_at).filter(is_time),
             has_sent_at: find(SENT_AT).is_some_and(|column| is_time(&column)),
-            has_txid: find(TXID).is_some_and(|column| column.is_xid8),
+            has_txid: find(TXID).is_some_and(|column| column.base_type == XID8),
             has_seq: find(SEQ).is_some_and(|column| column.is_number),
             has_id_index: indexed.get(0),
             covers_id: ids.get(0),
             has_unique_id: ids.get(1),
-            number: [SEQ, TXID].into_iter().find(|name| find(name).is_some()),
+            number: number_column(|name| find(name).map(|column| column.base_type)),
             has_unmarked_index: indexed.get(1),
             id,
             columns,

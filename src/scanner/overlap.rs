@@ -67,7 +67,8 @@ impl Overlap {
             return;
         };
         if self.rows.len() < MAX_OVERLAP {
-            let number = RowNumber::Seq(row.seq);
+            let number = extractor.number_column();
+            let number = number.map_or(RowNumber::Unknown, |column| column.read(tuple));
             let txid = row.txid;
             self.rows.push((table, RowKey { id, number, txid }));
         } else {

@@ -10,7 +10,7 @@ use super::numbering::{SEQ_END, number_anew, tell_apart, without_place};
 use super::outbox::{SEQ, TXID};
 use super::progress::Snapshot;
 use super::rows::{Raw, RowReader, TextAs, decode, is_unconvertible, printed};
-use crate::outbox::{Extractor, RowNumber};
+use crate::outbox::{Extractor, NumberColumn, RowNumber};
 use crate::pgoutput::types::{INT2, INT4, INT8, XID8};
 use crate::pgoutput::{Relation, Tuple};
 use crate::postgres::{TableName, quote_literal, sql_error};
@@ -244,12 +244,13 @@ impl ScanTable {
         limit: usize,
     ) -> Result<Vec<RowKey>> {
         let mut reader = self.reader.clone();
+        let number = extractor.number_column().map_or(TXID, NumberColumn::name);
         let id = self.relation.position(id_column);
         reader.read_only(|index| Some(index) == id);
         let read = async |text| {
             let columns = reader.select_list("o", text);
             let sql = format!(
-                "SELECT o.{SEQ}::pg_catalog.text, o.{TXID}::pg_catalog.text, {columns} FROM {} o WHERE {rows} LIMIT {limit}",
+                "SELECT o.{number}::pg_catalog.text, o.{TXID}::pg_catalog.text, {columns} FROM {} o WHERE {rows} LIMIT {limit}",
                 self.name
             );
             client.query(&sql, &[]).await
@@ -269,7 +270,7 @@ impl ScanTable {
                 let txid: Option<&str> = row.get(1);
                 keys.push(RowKey {
                     id,
-                    number: RowNumber::parse(SEQ, row.get(0)),
+                    number: RowNumber::parse(number, row.get(0)),
                     txid: txid.and_then(|txid| txid.parse().ok()),
                 });
             }

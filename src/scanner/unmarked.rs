@@ -26,6 +26,7 @@
 //! Memory: a page of ids, and of its rows what is in flight. A page of which rows get no receipt, or a table that cannot be looked through,
 //! holds up none of the others; what was left so is told ([`crate::upkeep`]). An index on `(created_at, id) where sent_at is null` serves it; `init` makes it.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use futures::{StreamExt as _, pin_mut};
@@ -35,7 +36,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 use tracing::{info, warn};
 
-use super::outbox::OutboxTable;
+use super::outbox::{OutboxTable, SEQ, TXID};
 use super::rows::{RowReader, TextAs, decode, is_unconvertible};
 use crate::feedback::Progress;
 use crate::outbox::{Extractor, RowNumber};
@@ -60,8 +61,10 @@ pub struct Unmarked {
     pub postgres: PostgresConfig,
     /// The replication slot, for `walpost.after_publish`.
     pub slot: String,
-    /// The tables, in the order of the settings.
+    /// What is known of the tables, in the order of the settings.
     pub tables: Vec<OutboxTable>,
+    /// Tells them again at each opening.
+    pub facts: watch::Receiver<Vec<OutboxTable>>,
     /// Where their rows go.
     pub routing: Routing,
     /// The stream's settings; the producers' names are changed.
@@ -158,6 +161,9 @@ impl Unmarked {
         let Some(client) = client else {
             return Err(Error::bug("a session was just opened"));
         };
+        if self.facts.has_changed().unwrap_or(false) {
+            self.tables.clone_from(&self.facts.borrow_and_update());
+        }
         let mut round = Round::default();
         for number in 0..self.tables.len() {
             if self.tables[number].created_at.is_none() {
@@ -219,7 +225,23 @@ impl Unmarked {
             .hint("walpost status says why they cannot; mend that first"));
         }
         let column = self.tables[number].number.unwrap_or_default();
+        // Left by the number of another column, which the table had then or has since: the id and the txid say which it is.
+        let of_another = |key: &&RowKey| match key.number {
+            RowNumber::Seq(_) => column != SEQ,
+            RowNumber::Txid(_) => column != TXID,
+            RowNumber::Null | RowNumber::Unknown => false,
+        };
+        let others = left.rows.iter().filter(of_another);
+        let others: HashSet<(&str, u64)> = others
+            .filter_map(|key| key.txid.map(|txid| (key.id.as_str(), txid)))
+            .collect();
         let is_left = |place: &Place| {
+            if place
+                .txid
+                .is_some_and(|txid| others.contains(&(&place.id, txid)))
+            {
+                return true;
+            }
             let number = RowNumber::parse(column, place.number.as_deref());
             // Of one that an earlier version left less is known.
             let numbers = [number, RowNumber::Unknown].into_iter();

@@ -266,6 +266,101 @@ async fn a_row_without_a_number_is_marked_by_its_id_and_published_once() {
 }
 
 #[tokio::test]
+async fn a_seq_that_is_no_whole_number_hides_no_txid() {
+    for seq in ["text DEFAULT 'x'", "numeric DEFAULT 1.5"] {
+        // GIVEN a table whose rows its txid tells apart, and not its seq
+        let database = prepare(&[MARK], &format!("{TXID}, seq {seq}")).await;
+        let walpost = database.start(&[MARK, TABLE, SOON[0], SOON[1]]).await;
+
+        // WHEN rows are published THEN they are marked, and come once
+        insert_same(&database, "t", "1").await;
+        insert_same(&database, "t", "2").await;
+        wait_count(&database, "events WHERE sent_at IS NULL", 0).await;
+        looked_for_unmarked_in(&database, "events").await;
+        walpost.stop().await;
+        assert_eq!(numbers(&database.topic("t"), 2).await, [1, 2], "{seq}");
+    }
+}
+
+const UNMARKED_EVENTS: &str = "events WHERE sent_at IS NULL";
+const ADD_SEQ: &str = "ALTER TABLE events ADD COLUMN seq bigint GENERATED ALWAYS AS IDENTITY";
+const REFUSE: &str = "
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;
+    CREATE TRIGGER refuse BEFORE UPDATE ON events FOR EACH ROW WHEN (old.payload = '7') EXECUTE FUNCTION refuse()";
+const MEND: &str = "DROP TRIGGER refuse ON events";
+
+#[tokio::test]
+async fn rows_are_marked_and_come_once_although_seq_is_added_under_way() {
+    // GIVEN a running walpost, and a table without seq
+    let database = prepare(&[MARK], TXID).await;
+    database.sql(REFUSE).await;
+    let mut walpost = database.start(&[MARK, TABLE, SOON[0], SOON[1]]).await;
+    let addr = addr_of(&mut walpost).await;
+    insert_same(&database, "t", "1").await;
+    wait_count(&database, UNMARKED_EVENTS, 0).await;
+
+    // WHEN it gets the column
+    database.sql(ADD_SEQ).await;
+    insert_same(&database, "t", "2").await;
+    insert_same(&database, "t", "7").await;
+
+    // THEN its rows are marked, one that is refused is left, and none comes again
+    wait_count(&database, UNMARKED_EVENTS, 1).await;
+    wait_left(&addr, 1).await;
+    looked_for_unmarked_in(&database, "events").await;
+
+    // AND the connection to Postgres is made again: THEN so it is still
+    let end = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE database = current_database()";
+    database.sql(end).await;
+    insert_same(&database, "t", "8").await;
+    wait_count(&database, UNMARKED_EVENTS, 1).await;
+    looked_for_unmarked_in(&database, "events").await;
+    database.sql(MEND).await;
+    wait_count(&database, UNMARKED_EVENTS, 0).await;
+    walpost.stop().await;
+    assert_eq!(numbers(&database.topic("t"), 4).await, [1, 2, 7, 8]);
+}
+
+#[tokio::test]
+async fn a_row_that_was_left_before_its_table_got_a_seq_is_not_due_for_ever() {
+    for is_old_note in [false, true] {
+        // GIVEN a row that could not be marked, of a table without seq
+        let database = prepare(&[MARK], TXID).await;
+        database.sql(REFUSE).await;
+        let settings = [MARK, TABLE, SOON[0], SOON[1]];
+        let mut walpost = database.start(&settings).await;
+        let addr = addr_of(&mut walpost).await;
+        insert_same(&database, "t", "7").await;
+        wait_left(&addr, 1).await;
+        walpost.stop().await;
+
+        // WHEN the table gets the column before the next start
+        database.sql(ADD_SEQ).await;
+        database.sql(MEND).await;
+        if is_old_note {
+            // An earlier version did not note the txid beside the number.
+            database
+                .sql("UPDATE walpost.left_undone SET what = regexp_replace(what::text, '\"txid\": *[0-9]+', '\"txid\": null', 'g')::jsonb")
+                .await;
+        }
+        let mut walpost = database.start(&settings).await;
+        let addr = addr_of(&mut walpost).await;
+
+        // THEN it is marked; where it is not known which row it is that is told, and it comes once more
+        if is_old_note {
+            let told = "which rows of the table they are is not known";
+            walpost.wait_for_line(told, DEADLINE).await;
+        }
+        wait_count(&database, UNMARKED_EVENTS, 0).await;
+        wait_left(&addr, 0).await;
+        walpost.stop().await;
+        let expected = vec![7; 1 + usize::from(is_old_note)];
+        let arrived = numbers(&database.topic("t"), expected.len()).await;
+        assert_eq!(arrived, expected);
+    }
+}
+
+#[tokio::test]
 async fn check_warns_of_ids_that_no_unique_index_covers_and_of_no_others() {
     let database = prepare(&[], BOTH).await;
     let check = async |settings: &[(&str, &str)]| {

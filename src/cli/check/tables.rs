@@ -68,7 +68,7 @@ fn ids(table: &OutboxTable) -> Option<Finding> {
     let apart = match table.number {
         Some(column) => format!("walpost tells rows with the same id apart by {column}"),
         None => {
-            "walpost cannot tell rows with the same id apart (there is no seq and no txid): in the modes mark and delete the receipt of one \
+            "walpost cannot tell rows with the same id apart (there is no seq that is a whole number, and no txid): in the modes mark and delete the receipt of one \
              counts for all"
                 .to_owned()
         }
