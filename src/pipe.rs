@@ -66,6 +66,7 @@ use crate::pgoutput::{self, Message, Relation, RelationCache, Tuple};
 use crate::postgres::{self, Frame, OutboxRelations, TableName, UnreadableLog};
 use crate::pulsar::{Publisher, RowKey, RowTag};
 use crate::scanner::straggler::Stragglers;
+use crate::scanner::straggler_fence::Right;
 use crate::scanner::streamed::StreamedRuns;
 use crate::{Error, Lsn, Result};
 
@@ -321,6 +322,13 @@ impl Pipe {
     pub fn streaming(&self, is_streaming: bool) {
         if let Some(stragglers) = self.outlet.stragglers() {
             stragglers.retry(is_streaming);
+        }
+    }
+
+    /// Tells under which claim stragglers are stored and retried from now on.
+    pub fn set_right(&self, right: Right) {
+        if let Some(stragglers) = self.outlet.stragglers() {
+            stragglers.set_right(right);
         }
     }
 

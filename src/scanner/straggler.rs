@@ -35,6 +35,7 @@ use tokio::task::JoinHandle;
 use tracing::warn;
 
 use super::discarded::Discarded;
+use super::straggler_fence::Right;
 use super::straggler_store::Store;
 use super::straggler_task;
 use crate::ack::TxnNo;
@@ -113,7 +114,8 @@ pub enum Report {
     Rows(u64),
     /// A message was published to a topic that had been refused.
     Healed(String),
-    /// The table cannot be used any more, and time will not mend that.
+    /// The table cannot be used any more, and time will not mend that; or, temporary, the slot is not this process's any more: nothing is stored until the
+    /// right is told anew.
     Failed(Error),
 }
 
@@ -123,6 +125,7 @@ pub struct Stragglers {
     queue: mpsc::UnboundedSender<Item>,
     reports: mpsc::UnboundedReceiver<Report>,
     may_retry: watch::Sender<bool>,
+    right: watch::Sender<Right>,
     /// While no publisher keeps it.
     parked: Parked,
     discarded: Discarded,
@@ -141,12 +144,18 @@ pub struct Stragglers {
 }
 
 impl Stragglers {
-    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing, which is logged.
+    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing, which is logged. To be called
+    /// behind the claim: whoever had the slot before has stored by then, or never will.
     ///
     /// # Errors
     /// Refused where there is a table that walpost may not use.
-    pub async fn start(config: &Config, publisher: &PublisherConfig) -> Result<Option<Self>> {
-        let mut store = Store::new(config);
+    pub async fn start(
+        config: &Config,
+        publisher: &PublisherConfig,
+        right: Right,
+    ) -> Result<Option<Self>> {
+        let (right, told) = watch::channel(right);
+        let mut store = Store::new(config, told);
         if !store.connect().await? {
             warn!(
                 "there is no table walpost.straggler: an event that cannot be published stops walpost, and the events of a refused topic wait \
@@ -171,6 +180,7 @@ impl Stragglers {
             queue,
             reports,
             may_retry,
+            right,
             parked: Parked::default(),
             discarded: known_discarded.unwrap_or_default(),
             task: tokio::spawn(work),
@@ -196,10 +206,16 @@ impl Stragglers {
         self.may_retry.send_replace(may_retry);
     }
 
+    /// Tells what [`Right`] there is from now on. To be suspended before its owner claims the slot anew, and told when it is known that no other process
+    /// had it meanwhile.
+    pub fn set_right(&self, right: Right) {
+        self.right.send_replace(right);
+    }
+
     /// Books a report while there is no publisher.
     ///
     /// # Errors
-    /// The table cannot be used any more.
+    /// As [`Report::Failed`].
     pub fn idle(&mut self, report: Report) -> Result<()> {
         self.book(&report);
         match report {

@@ -13,13 +13,15 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::watch;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, GenericClient, Row};
+use tokio_postgres::{Client, GenericClient, Row, Transaction};
 use tracing::warn;
 
 use super::discarded::{self, Discarded};
 use super::straggler::Straggler;
+use super::straggler_fence::{Fence, Right};
 use crate::config::Config;
 use crate::outbox::RowNumber;
 use crate::postgres::{self, PostgresConfig, sql_error};
@@ -92,6 +94,7 @@ pub(crate) struct Store {
     pub(super) dead_block: bool,
     retry_initial: Duration,
     client: Option<Client>,
+    pub(super) fence: Fence,
     /// Events of each key that hold back later ones, as last seen.
     keys: HashMap<Key, i64>,
     rows: i64,
@@ -103,7 +106,7 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    pub(crate) fn new(config: &Config) -> Self {
+    pub(crate) fn new(config: &Config, right: watch::Receiver<Right>) -> Self {
         Self {
             postgres: config.postgres.clone(),
             slot: config.slot.clone(),
@@ -111,6 +114,7 @@ impl Store {
             dead_block: config.dead_block,
             retry_initial: config.retry_initial,
             client: None,
+            fence: Fence::new(right),
             keys: HashMap::new(),
             rows: 0,
             discards: Discards::default(),
@@ -166,9 +170,13 @@ impl Store {
     }
 
     fn client(&mut self) -> Result<&mut Client> {
-        self.client
-            .as_mut()
-            .ok_or_else(|| Error::temporary("there is no session for stragglers"))
+        self.client.as_mut().ok_or_else(no_session)
+    }
+
+    /// Looks whether stragglers may be sent now: see [`super::straggler_fence`].
+    pub(super) async fn check_claim(&self) -> Result<()> {
+        let client = self.client.as_ref().ok_or_else(no_session)?;
+        self.fence.check(client).await
     }
 
     pub(super) async fn rows_of(
@@ -276,12 +284,19 @@ impl Store {
             discards: self.discards,
             has_numbers: self.has_numbers,
         };
-        let client = self.client()?;
-        let rows = match insert.all(client, events).await {
-            Err(error) if is_about_a_value(&error) => insert.one_by_one(client, events).await,
+        let client = self.client.as_mut().ok_or_else(no_session)?;
+        let failed = |error| sql_error("store stragglers", error);
+        let mut transaction = self.fence.begin(client).await?;
+        let rows = match insert.all(&transaction, events).await {
+            Err(error) if is_about_a_value(&error) => {
+                transaction.rollback().await.map_err(failed)?;
+                transaction = self.fence.begin(client).await?;
+                insert.one_by_one(&mut transaction, events).await
+            }
             rows => rows,
         };
-        let rows = rows.map_err(|error| sql_error("store stragglers", error))?;
+        let rows = rows.map_err(failed)?;
+        self.fence.commit(transaction).await?;
         self.rows += i64::try_from(rows.len()).unwrap_or(0);
         let mut changes: HashMap<Key, i64> = HashMap::new();
         if !order {
@@ -394,6 +409,10 @@ impl Store {
     }
 }
 
+fn no_session() -> Error {
+    Error::temporary("there is no session for stragglers")
+}
+
 async fn discards(client: &Client) -> Result<Discards> {
     let sql = "
         select count(*) filter (where c.relname = 'discarded') > 0,
@@ -493,13 +512,12 @@ impl Insert {
         client.query(&self.sql(), &with).await
     }
 
-    /// Where one event cannot be stored as it is, it is stored as well as it can be, and the others as ever. All or nothing.
+    /// Where one event cannot be stored as it is, it is stored as well as it can be, and the others as ever.
     async fn one_by_one(
         &self,
-        client: &mut Client,
+        transaction: &mut Transaction<'_>,
         events: &[Straggler],
     ) -> Result<Vec<Row>, tokio_postgres::Error> {
-        let mut transaction = client.transaction().await?;
         let mut rows = Vec::new();
         for event in events {
             for event in [event.clone(), event.with_plain_reason(), event.in_ascii()] {
@@ -522,7 +540,6 @@ impl Insert {
                 }
             }
         }
-        transaction.commit().await?;
         Ok(rows)
     }
 }
