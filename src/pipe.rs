@@ -531,6 +531,7 @@ impl Pipe {
                 let tracker = self.outlet.tracker();
                 let no = tracker.begin();
                 tracker.set_commit_time(commit_time_us);
+                tracker.set_xid(xid);
                 OpenTxn {
                     no,
                     commit_lsn,

@@ -61,6 +61,8 @@ pub(crate) struct Straggler {
     pub(crate) number: RowNumber,
     /// Its `txid`, where that is known.
     pub(crate) txid: Option<u64>,
+    /// The transaction that brought it, without the epoch, where the log has told it: nearly always the row's `txid`.
+    pub(crate) xid: Option<u32>,
     pub(crate) reason: String,
     /// Nothing can be attempted with it as it is.
     pub(crate) hopeless: bool,
@@ -267,8 +269,8 @@ impl Stragglers {
         }
     }
 
-    /// Takes an event that the publisher has diverted.
-    pub fn divert(&mut self, diverted: Diverted) {
+    /// Takes an event that the publisher has diverted, of the transaction `xid` of the log.
+    pub fn divert(&mut self, diverted: Diverted, xid: Option<u32>) {
         let Diverted {
             topic,
             reason,
@@ -291,6 +293,7 @@ impl Stragglers {
             ordinal: event.row.ordinal(),
             number,
             txid,
+            xid,
             reason,
             hopeless: false,
             diverted: true,
@@ -325,6 +328,8 @@ impl Stragglers {
             ordinal: tag.ordinal(),
             number: number_of(number, commit_lsn, tag),
             txid,
+            // What it would tell was read from the row.
+            xid: None,
             reason,
             hopeless: true,
             diverted: false,
