@@ -61,7 +61,7 @@ use crate::{Error, Result};
 
 /// `application_name` of our sessions.
 const APPLICATION_NAME: &str = "walpost poll";
-/// How often a look's end and the next one's beginning let the lock be looked after.
+/// How often the poller checks, between two looks, that the lock's session is open.
 const TICK: Duration = Duration::from_secs(1);
 
 /// Polls until `shutdown` resolves or an error that time cannot heal. Told to stop, a look that is under way may end within
