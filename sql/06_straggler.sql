@@ -34,12 +34,14 @@ create table if not exists walpost.straggler (
     dead_letter_at    timestamptz,            -- when a copy went to WALPOST_DEAD_LETTER_TOPIC
     created_at        timestamptz not null default clock_timestamp(),
     row_seq           bigint,                 -- which of the table's rows with this id it is: its seq,
-    row_txid          bigint                  -- and its txid (numbers may begin again); both NULL: not known
+    row_txid          bigint,                 -- and its txid (numbers may begin again); both NULL: not known
+    xid               bigint                  -- the transaction that brought it, where only the log has told that
 );
 
 -- What an earlier version made: jsonb, no number of the row, and B-tree entries that hold only keys and ids of up to 2.7 kB.
 alter table walpost.straggler alter column properties type json;
-alter table walpost.straggler add column if not exists row_seq bigint, add column if not exists row_txid bigint;
+alter table walpost.straggler add column if not exists row_seq bigint, add column if not exists row_txid bigint,
+    add column if not exists xid bigint;
 drop index if exists walpost.straggler_once, walpost.straggler_identity, walpost.straggler_order, walpost.straggler_event, walpost.straggler_row;
 
 -- A transaction that Postgres sends again, or a scan that goes on after a crash, stores nothing twice. (With the id: another

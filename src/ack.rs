@@ -60,6 +60,8 @@ struct Txn {
     end_lsn: Option<Lsn>,
     /// When it committed, where that is known. Handed back with its receipts; decides nothing.
     commit_time_us: Option<i64>,
+    /// Its transaction id, without the epoch, where that is known. Decides nothing.
+    xid: Option<u32>,
 }
 
 /// See the module's documentation.
@@ -95,6 +97,7 @@ impl AckTracker {
             awaiting: 0,
             end_lsn: None,
             commit_time_us: None,
+            xid: None,
         });
         no
     }
@@ -104,6 +107,18 @@ impl AckTracker {
         let open = self.queue.back_mut().filter(|txn| txn.end_lsn.is_none());
         open.expect("a commit time outside of a transaction")
             .commit_time_us = Some(commit_time_us);
+    }
+
+    /// The open transaction has this id in the log (without the epoch): [`xid_of`](Self::xid_of) tells it again.
+    pub fn set_xid(&mut self, xid: u32) {
+        let open = self.queue.back_mut().filter(|txn| txn.end_lsn.is_none());
+        open.expect("an id outside of a transaction").xid = Some(xid);
+    }
+
+    /// The id of a transaction that is not acknowledged yet, where it is known.
+    pub fn xid_of(&self, txn: TxnNo) -> Option<u32> {
+        let index = self.queue.binary_search_by_key(&txn, |txn| txn.no).ok()?;
+        self.queue[index].xid
     }
 
     /// One more event of the open transaction is handed to the broker's side.

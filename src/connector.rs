@@ -138,12 +138,12 @@ pub async fn run(
         connector.meter.set_phase(phase_after(&error));
         let delay = backoff.next_delay();
         warn!(retry_in_ms = delay.as_millis(), "{}", error.report());
-        if connector
-            .attend(sleep(delay), shutdown.as_mut())
-            .await?
-            .is_none()
-        {
-            return connector.stopped_without_stream().await;
+        match connector.attend(sleep(delay), shutdown.as_mut()).await {
+            Ok(Some(())) => {}
+            Ok(None) => return connector.stopped_without_stream().await,
+            // Another instance has the slot: opening finds it.
+            Err(error) if error.is_temporary() => {}
+            Err(error) => return Err(error),
         }
     }
 }
@@ -375,7 +375,13 @@ impl Connector {
                     self.note_stop().await;
                     return Ok(Ended::Shutdown);
                 }
-                event = pipe.next_event() => pipe.event(event)?,
+                event = pipe.next_event() => match pipe.event(event) {
+                    Err(error) if error.is_temporary() => {
+                        self.session.told = feedback.told().or(self.session.told);
+                        return Ok(Ended::Lost(error));
+                    }
+                    booked => booked?,
+                },
                 () = sleep_until(feedback.next) => {
                     feedback.tell(pipe, &mut stream);
                     pipe.publisher().tick(Instant::now());

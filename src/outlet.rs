@@ -413,7 +413,8 @@ impl Outlet {
         {
             for mut diverted in self.publisher.take_diverted() {
                 diverted.event.commit_lsn = self.source.known_by(diverted.event.commit_lsn);
-                stragglers.divert(diverted);
+                let xid = self.tracker.xid_of(diverted.event.txn);
+                stragglers.divert(diverted, xid);
             }
         }
     }

@@ -66,6 +66,7 @@ use crate::pgoutput::{self, Message, Relation, RelationCache, Tuple};
 use crate::postgres::{self, Frame, OutboxRelations, TableName, UnreadableLog};
 use crate::pulsar::{Publisher, RowKey, RowTag};
 use crate::scanner::straggler::Stragglers;
+use crate::scanner::straggler_fence::Right;
 use crate::scanner::streamed::StreamedRuns;
 use crate::{Error, Lsn, Result};
 
@@ -324,6 +325,13 @@ impl Pipe {
         }
     }
 
+    /// Tells under which claim stragglers are stored and retried from now on.
+    pub fn set_right(&self, right: Right) {
+        if let Some(stragglers) = self.outlet.stragglers() {
+            stragglers.set_right(right);
+        }
+    }
+
     /// Waits for what a broker says, or what became of stragglers. Cancel safe.
     pub async fn next_event(&mut self) -> Event {
         self.outlet.next_event().await
@@ -523,6 +531,7 @@ impl Pipe {
                 let tracker = self.outlet.tracker();
                 let no = tracker.begin();
                 tracker.set_commit_time(commit_time_us);
+                tracker.set_xid(xid);
                 OpenTxn {
                     no,
                     commit_lsn,

@@ -7,6 +7,8 @@
 mod dead;
 #[path = "stragglers/discard.rs"]
 mod discard;
+#[path = "stragglers/fence.rs"]
+mod fence;
 #[path = "stragglers/large.rs"]
 mod large;
 #[path = "stragglers/numbers_again.rs"]

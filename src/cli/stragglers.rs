@@ -10,7 +10,8 @@
 //! In the modes mark and delete a row that is not marked, or still there, is taken for lost and published again. So `discard`
 //! marks or deletes the outbox rows of what it deletes, in the same transaction. The mode is the one that `walpost run` has
 //! noted in `walpost.after_publish`; where there is no note, that of the settings. Of several rows with the straggler's id it is the one
-//! with its number ([`crate::outbox::RowNumber`]) and, where that was stored, its `txid`; where neither is known, none.
+//! with its number ([`crate::outbox::RowNumber`]), where that was stored, and, in a table with `txid`, of its transaction: numbers and ids may have begun again. Where the
+//! transaction is not known, none: its row may be published, and no other one's is lost.
 
 use std::io::{self, IsTerminal as _, Write};
 
@@ -188,14 +189,19 @@ impl Table<'_> {
         } else {
             "null::int8 as row_seq, null::int8 as row_txid"
         };
+        let xid = if self.has_xid().await? {
+            "xid"
+        } else {
+            "null::int8 as xid"
+        };
         let mut parts = vec![
             format!(
-                "gone as (delete from walpost.straggler where {WHERE} returning slot, outbox, id, commit_lsn, ordinal, {numbers})"
+                "gone as (delete from walpost.straggler where {WHERE} returning slot, outbox, id, commit_lsn, ordinal, {numbers}, {xid})"
             ),
             format!(
                 "told as (select slot, outbox, id, commit_lsn, ordinal, {} as seq, {} as txid from gone)",
-                told(&tables, SEQ, TXID),
-                told(&tables, TXID, SEQ)
+                told(&tables, SEQ),
+                told(&tables, TXID)
             ),
             if self.notes_txid().await? {
                 // A scan reads no table without a txid.
@@ -238,6 +244,15 @@ impl Table<'_> {
     async fn has_numbers(&self) -> Result<bool> {
         let sql = "select count(*) = 2 from pg_attribute
                    where attrelid = to_regclass('walpost.straggler') and attname in ('row_seq', 'row_txid') and not attisdropped";
+        let row = self.client.query_one(sql, &[]).await;
+        let row = row.map_err(|error| failed("look at walpost.straggler", error))?;
+        Ok(row.get(0))
+    }
+
+    /// The same of its transaction.
+    async fn has_xid(&self) -> Result<bool> {
+        let sql = "select count(*) = 1 from pg_attribute
+                   where attrelid = to_regclass('walpost.straggler') and attname = 'xid' and not attisdropped";
         let row = self.client.query_one(sql, &[]).await;
         let row = row.map_err(|error| failed("look at walpost.straggler", error))?;
         Ok(row.get(0))
@@ -337,11 +352,15 @@ fn is_the_row(table: &OutboxTable) -> String {
     };
     if table.has_txid {
         // Numbers may have begun again.
-        format!("{is_it} and {}", is_same(TXID))
+        format!("{is_it} and {IS_OF_TRANSACTION}")
     } else {
         is_it
     }
 }
+
+/// SQL: whether row `o` was inserted by the transaction of a row of `gone`: by its `txid`, or where that was not stored by the log's. Where neither is
+/// known (an earlier version stored it), no row is: another one with its id may be there by now.
+const IS_OF_TRANSACTION: &str = "o.txid::text::int8 = coalesce(gone.row_txid, gone.xid)";
 
 /// SQL: whether row `o` has the number of a row of `gone` in this column, or that was not stored.
 fn is_same(column: &str) -> String {
@@ -349,20 +368,20 @@ fn is_same(column: &str) -> String {
 }
 
 /// SQL: `seq` or `txid` (`column`) of the outbox row of a row of `gone`: as it was stored, or where that can be told quickly and for certain: the
-/// table has both columns and an index over the id, and one row with that id and, if that was stored, the other one.
-fn told(tables: &[OutboxTable], column: &str, other: &str) -> String {
+/// table has both columns and an index over the id, and one row with that id and transaction and, if it was stored, that `seq`.
+fn told(tables: &[OutboxTable], column: &str) -> String {
     // No max(xid8) before Postgres 16.
     let text = if column == TXID { "::text::int8" } else { "" };
     let tables = tables.iter().filter(|table| table.tells_place());
     let cases = tables.map(|table| {
         format!(
-            "when {} then (select case when count(*) = 1 then max(o.{column}{text}) end from {} o where o.{} {} gone.id::{} and {})",
+            "when {} then (select case when count(*) = 1 then max(o.{column}{text}) end from {} o where o.{} {} gone.id::{} and {} and {IS_OF_TRANSACTION})",
             quote_literal(&table.name.to_string()),
             table.name,
             table.id_column(),
             table.id.operator("="),
             table.id.sql_type,
-            is_same(other)
+            is_same(SEQ)
         )
     });
     let cases: Vec<String> = cases.collect();

@@ -34,6 +34,7 @@ use crate::scanner::progress;
 use crate::scanner::reconcile;
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
+use crate::scanner::straggler_fence::Right;
 use crate::scanner::streamed::StreamedRows;
 use crate::scanner::table::{self, ScanTable};
 use crate::scanner::unmarked::Way;
@@ -51,6 +52,8 @@ impl Connector {
         let config = self.config.clone();
         let held = self.scanner.take();
         self.claimed = None;
+        // Another instance may have had the slot meanwhile, and this one's next claim has the name of its last one.
+        self.set_right(Right::Suspended);
         let session = self.session.clone();
         let checking = async {
             // Waited for: were it held a moment longer, we would take ourselves for another instance.
@@ -77,28 +80,22 @@ impl Connector {
                 self.drop_pipe();
             }
         })?;
-        if prepared
-            .as_ref()
-            .is_some_and(|prepared| prepared.out_of_date)
-        {
-            // In-flight rows are in the gap, are sent again, or were published by another instance. If this process streamed the lost
-            // slot, in-flight events may be in no table (an event of `emit_transient`, a row that was deleted since).
-            let was_ours = prepared.as_ref().is_some_and(|prepared| prepared.was_ours);
-            if was_ours && self.settle(shutdown.as_mut()).await?.is_none() {
+        self.claimed = prepared.as_ref().map(|prepared| prepared.claim.clone());
+        if prepared.as_ref().is_some_and(|it| it.out_of_date) {
+            let was_ours = prepared.as_ref().is_some_and(|it| it.was_ours);
+            let dropped = self.drop_out_of_date(was_ours, shutdown.as_mut()).await?;
+            if dropped.is_none() {
                 return Ok(None);
             }
-            self.drop_pipe();
-            self.session.told = None;
-            self.left = None;
-            self.session.unreadable = None;
         }
-        self.claimed = prepared.as_ref().map(|prepared| prepared.claim.clone());
         let (carried, confirmed) = self.carried_on(&identity, confirmed, prepared.as_ref());
         // The highest position that the slot may have been told so far.
         let known = self.session.told.unwrap_or(stands).max(stands);
         self.session.told = Some(known);
         self.modes.know(&tables);
-        if !self.has_pipe_of(&identity)? {
+        if self.has_pipe_of(&identity)? {
+            self.set_right(self.claimed.clone().into());
+        } else {
             if self.pipe.is_some() {
                 warn!(
                     timeline = identity.timeline,
@@ -110,7 +107,7 @@ impl Connector {
             settings.rows = self.modes.queue();
             // The old ones end first: two tasks would answer for one table.
             self.drop_pipe();
-            let started = Stragglers::start(&config, &settings);
+            let started = Stragglers::start(&config, &settings, self.claimed.clone().into());
             let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
                 return Ok(None);
             };
@@ -151,6 +148,34 @@ impl Connector {
         self.scanner = Some(client);
         self.left = None;
         Ok(Some(stream))
+    }
+
+    /// Tells the pipe, if there is one, under which claim it stores stragglers.
+    fn set_right(&self, right: Right) {
+        if let Some((_, pipe)) = &self.pipe {
+            pipe.set_right(right);
+        }
+    }
+
+    /// Drops what is in the air and known of the slot: those rows are in the gap, are sent again, or were published by another instance. `None`: shutdown
+    /// came first.
+    async fn drop_out_of_date<F: Future<Output = ()>>(
+        &mut self,
+        was_ours: bool,
+        shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<()>> {
+        // If this process streamed the lost slot, in-flight events may be in no table (an event of `emit_transient`, a row that was deleted since).
+        if was_ours {
+            self.set_right(self.claimed.clone().into());
+            if self.settle(shutdown).await?.is_none() {
+                return Ok(None);
+            }
+        }
+        self.drop_pipe();
+        self.session.told = None;
+        self.left = None;
+        self.session.unreadable = None;
+        Ok(Some(()))
     }
 
     /// Waits for the receipts of what is in the air, for the grace period at most. `None`: shutdown came first.

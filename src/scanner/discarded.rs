@@ -22,8 +22,8 @@
 //! # Which event it is
 //!
 //! Its table and id, and its place: commit LSN and ordinal where the log has brought it, `seq` and `txid` for a scan. (`seq` and id alone
-//! are another row's after TRUNCATE … RESTART IDENTITY.) `discard` looks up what was not stored of both in the outbox, if that has the
-//! row once; a row whose `txid` is not known is none that a scan leaves out. What an earlier version noted has no `txid`, and is known
+//! are another row's after TRUNCATE … RESTART IDENTITY.) `discard` looks up what was not stored of both in the outbox, if that has a
+//! row of the id and of the straggler's transaction once (the stream stores the transaction's id in the log); a row whose `txid` is not known is none that a scan leaves out. What an earlier version noted has no `txid`, and is known
 //! without. The stream does not bring what a scan has stored, except for
 //! the few rows whose ids are remembered (see [`super`]).
 //!

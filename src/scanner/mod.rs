@@ -15,7 +15,7 @@
 //! | `coverage` | which leaf tables the delivered snapshot speaks of, and who may say so; pure |
 //! | `streamed`, `missing`, `snapshot` | the counts of the stream, what a comparison found, a snapshot taken apart; pure |
 //! | `poll` | the gap scan on a timer, where there is no logical replication; everything below works beside it too |
-//! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_pages`, `straggler_store` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, how they are read for that, the SQL |
+//! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_pages`, `straggler_store`, `straggler_fence` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, how they are read for that, the SQL, which process may |
 //! | `discarded` | stragglers that somebody has discarded, until nothing can bring them again |
 //! | `outbox` | what a table has and what the role may do: which modes it can have |
 //! | `after_publish` | marks or deletes rows whose receipt has come |
@@ -116,6 +116,7 @@ pub(crate) mod sequences;
 pub mod slot_maker;
 pub mod snapshot;
 pub mod straggler;
+pub mod straggler_fence;
 mod straggler_pages;
 mod straggler_retry;
 pub(crate) mod straggler_store;

@@ -28,7 +28,7 @@
 //! * From poll to stream and back: both keep the same `walpost.progress` and `walpost.straggler`, so the next one begins where
 //!   the last one ended. A slot that is left behind by `WALPOST_MODE=poll` keeps log on the server: drop it.
 
-use std::future::Future;
+use std::future::{Future, pending};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,6 +47,7 @@ use super::progress::{self, Claim, Progress};
 use super::reconcile;
 use super::recovery::{self, Session};
 use super::straggler::Stragglers;
+use super::straggler_fence::Right;
 use super::table::ScanTable;
 use super::unmarked::{Looks, Way};
 use crate::config::Config;
@@ -60,6 +61,8 @@ use crate::{Error, Result};
 
 /// `application_name` of our sessions.
 const APPLICATION_NAME: &str = "walpost poll";
+/// How often the poller checks, between two looks, that the lock's session is open.
+const TICK: Duration = Duration::from_secs(1);
 
 /// Polls until `shutdown` resolves or an error that time cannot heal. Told to stop, a look that is under way may end within
 /// the grace period, and what it published is marked.
@@ -175,7 +178,8 @@ impl<'a> Poller<'a> {
         let way = Way::Looks(looks.subscribe());
         modes.start(config, &tables, &progress.system_id, routes, way);
         publisher.rows = modes.queue();
-        let stragglers = Stragglers::start(config, &publisher).await?;
+        let right = Right::Under(claim.clone());
+        let stragglers = Stragglers::start(config, &publisher, right).await?;
         publisher.diversion = diversion(config, stragglers.as_ref());
         if let Some(stragglers) = &stragglers {
             stragglers.retry(true);
@@ -242,17 +246,31 @@ impl<'a> Poller<'a> {
         Ok(Some(Stopped { by, result }))
     }
 
-    /// Waits for the next look's time, and books what becomes of stragglers meanwhile.
+    /// Waits for the next look's time, books what becomes of stragglers meanwhile, and ends with the lock's session.
     async fn rest(&mut self, until: Instant) -> Result<()> {
-        let Some(stragglers) = &mut self.stragglers else {
-            sleep_until(until).await;
-            return Ok(());
-        };
         loop {
-            tokio::select! {
+            let report = async {
+                match &mut self.stragglers {
+                    Some(stragglers) => stragglers.next_report().await,
+                    None => pending().await,
+                }
+            };
+            let tick = until.min(Instant::now() + TICK);
+            let report = tokio::select! {
                 biased;
-                report = stragglers.next_report() => stragglers.idle(report)?,
-                () = sleep_until(until) => return Ok(()),
+                report = report => Some(report),
+                () = sleep_until(tick) => None,
+            };
+            if let (Some(report), Some(stragglers)) = (report, &mut self.stragglers) {
+                stragglers.idle(report)?;
+            }
+            if self.client.is_closed() {
+                return Err(Error::temporary(
+                    "the session that holds the lock on the slot has ended: another instance may poll as well",
+                ));
+            }
+            if Instant::now() >= until {
+                return Ok(());
             }
         }
     }

@@ -18,8 +18,8 @@
 
 use std::collections::BTreeMap;
 
-use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, GenericClient, Transaction};
 
 use super::coverage::{Leaves, Seen};
 use super::missing::Missing;
@@ -535,6 +535,41 @@ pub async fn stopped(
         &streamed,
     ];
     store(client, &claim.slot, sql, &values).await
+}
+
+/// Keeps every other process from claiming the row until the transaction ends.
+///
+/// # Errors
+/// Temporary with [`is_changed`] true when another process has claimed it, or it cannot be looked at any more.
+pub async fn hold(transaction: &Transaction<'_>, claim: &Claim) -> Result<()> {
+    let sql = "SELECT FROM walpost.progress WHERE slot = $1 AND session = $2 FOR SHARE";
+    find(transaction, claim, sql).await
+}
+
+/// Whether the claim holds at this moment.
+///
+/// # Errors
+/// As [`hold`].
+pub async fn check(client: &impl GenericClient, claim: &Claim) -> Result<()> {
+    let sql = "SELECT FROM walpost.progress WHERE slot = $1 AND session = $2";
+    find(client, claim, sql).await
+}
+
+async fn find(client: &impl GenericClient, claim: &Claim, sql: &str) -> Result<()> {
+    let Claim { slot, session } = claim;
+    let lost = || not_claimed(format!("this process has no claim to slot {slot} any more"));
+    match client.query_opt(sql, &[slot, session]).await {
+        Ok(found) => found.map(|_| ()).ok_or_else(lost),
+        Err(error) => {
+            let error = sql_error("look at the claim in walpost.progress", error);
+            Err(if is_missing(&error) { lost() } else { error })
+        }
+    }
+}
+
+/// The error of who may not do something without a claim.
+pub(super) fn not_claimed(why: String) -> Error {
+    Error::temporary(why).caused_by(Changed)
 }
 
 /// Changes a row that is still `from` and still this claim's. `set` numbers its values from `$6`.

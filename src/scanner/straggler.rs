@@ -35,6 +35,7 @@ use tokio::task::JoinHandle;
 use tracing::warn;
 
 use super::discarded::Discarded;
+use super::straggler_fence::Right;
 use super::straggler_store::Store;
 use super::straggler_task;
 use crate::ack::TxnNo;
@@ -60,6 +61,8 @@ pub(crate) struct Straggler {
     pub(crate) number: RowNumber,
     /// Its `txid`, where that is known.
     pub(crate) txid: Option<u64>,
+    /// The transaction that brought it, without the epoch, where the log has told it: nearly always the row's `txid`.
+    pub(crate) xid: Option<u32>,
     pub(crate) reason: String,
     /// Nothing can be attempted with it as it is.
     pub(crate) hopeless: bool,
@@ -113,7 +116,8 @@ pub enum Report {
     Rows(u64),
     /// A message was published to a topic that had been refused.
     Healed(String),
-    /// The table cannot be used any more, and time will not mend that.
+    /// The table cannot be used any more, and time will not mend that; or, temporary, the slot is not this process's any more: nothing is stored until the
+    /// right is told anew.
     Failed(Error),
 }
 
@@ -123,6 +127,7 @@ pub struct Stragglers {
     queue: mpsc::UnboundedSender<Item>,
     reports: mpsc::UnboundedReceiver<Report>,
     may_retry: watch::Sender<bool>,
+    right: watch::Sender<Right>,
     /// While no publisher keeps it.
     parked: Parked,
     discarded: Discarded,
@@ -141,12 +146,18 @@ pub struct Stragglers {
 }
 
 impl Stragglers {
-    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing, which is logged.
+    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing, which is logged. To be called
+    /// behind the claim: whoever had the slot before has stored by then, or never will.
     ///
     /// # Errors
     /// Refused where there is a table that walpost may not use.
-    pub async fn start(config: &Config, publisher: &PublisherConfig) -> Result<Option<Self>> {
-        let mut store = Store::new(config);
+    pub async fn start(
+        config: &Config,
+        publisher: &PublisherConfig,
+        right: Right,
+    ) -> Result<Option<Self>> {
+        let (right, told) = watch::channel(right);
+        let mut store = Store::new(config, told);
         if !store.connect().await? {
             warn!(
                 "there is no table walpost.straggler: an event that cannot be published stops walpost, and the events of a refused topic wait \
@@ -171,6 +182,7 @@ impl Stragglers {
             queue,
             reports,
             may_retry,
+            right,
             parked: Parked::default(),
             discarded: known_discarded.unwrap_or_default(),
             task: tokio::spawn(work),
@@ -196,10 +208,16 @@ impl Stragglers {
         self.may_retry.send_replace(may_retry);
     }
 
+    /// Tells what [`Right`] there is from now on. To be suspended before its owner claims the slot anew, and told when it is known that no other process
+    /// had it meanwhile.
+    pub fn set_right(&self, right: Right) {
+        self.right.send_replace(right);
+    }
+
     /// Books a report while there is no publisher.
     ///
     /// # Errors
-    /// The table cannot be used any more.
+    /// As [`Report::Failed`].
     pub fn idle(&mut self, report: Report) -> Result<()> {
         self.book(&report);
         match report {
@@ -251,8 +269,8 @@ impl Stragglers {
         }
     }
 
-    /// Takes an event that the publisher has diverted.
-    pub fn divert(&mut self, diverted: Diverted) {
+    /// Takes an event that the publisher has diverted, of the transaction `xid` of the log.
+    pub fn divert(&mut self, diverted: Diverted, xid: Option<u32>) {
         let Diverted {
             topic,
             reason,
@@ -275,6 +293,7 @@ impl Stragglers {
             ordinal: event.row.ordinal(),
             number,
             txid,
+            xid,
             reason,
             hopeless: false,
             diverted: true,
@@ -309,6 +328,8 @@ impl Stragglers {
             ordinal: tag.ordinal(),
             number: number_of(number, commit_lsn, tag),
             txid,
+            // What it would tell was read from the row.
+            xid: None,
             reason,
             hopeless: true,
             diverted: false,

@@ -33,7 +33,7 @@ pub(crate) struct Stored {
     pub(crate) outbox: String,
     /// Which of the table's rows with its id it is.
     pub(crate) row_number: RowNumber,
-    /// And its `txid`.
+    /// And its `txid`; where that was not stored, the transaction that brought it.
     pub(crate) row_txid: Option<u64>,
     /// Of its properties, as the table has them.
     properties_bytes: usize,
@@ -72,7 +72,7 @@ impl Store {
                 from due
             )
             select number, id, topic, key, payload, properties, event_time_ms, deliver_at_ms, reason, attempts, is_dead, outbox,
-                   row_seq, row_txid
+                   row_seq, row_txid, xid
             from page where coalesce(before, 0) < $7 order by next_attempt_at, number";
         let (slot, order, block) = (self.slot.clone(), self.keep_key_order, self.dead_block);
         let rows = self
@@ -115,7 +115,7 @@ impl Store {
                 from free where not is_held
             )
             select number, id, topic, key, payload, properties, event_time_ms, deliver_at_ms, reason, attempts, is_dead, outbox,
-                   row_seq, row_txid
+                   row_seq, row_txid, xid
             from page where coalesce(before, 0) < $6 order by number";
         let topics: Vec<&str> = keys.iter().map(|(topic, _)| topic.as_str()).collect();
         let names: Vec<&str> = keys.iter().map(|(_, key)| key.as_str()).collect();
@@ -137,7 +137,12 @@ impl Store {
         } else {
             "null::int8 as row_seq, null::int8 as row_txid"
         };
-        sql.replace("{NUMBER}", columns)
+        let xid = if self.has_xid {
+            "xid"
+        } else {
+            "null::int8 as xid"
+        };
+        sql.replace("{NUMBER}", &format!("{columns}, {xid}"))
     }
 }
 
@@ -160,6 +165,8 @@ fn stored(row: &Row) -> Result<Stored> {
         outbox: row.try_get(11).map_err(get)?,
         row_txid: {
             let txid: Option<i64> = row.try_get(13).map_err(get)?;
+            let xid: Option<i64> = row.try_get(14).map_err(get)?;
+            let txid = txid.or(xid);
             txid.and_then(|txid| u64::try_from(txid).ok())
         },
         row_number: match (row.try_get(12).map_err(get)?, row.try_get(13).map_err(get)?) {

@@ -13,13 +13,15 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::watch;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, GenericClient, Row};
+use tokio_postgres::{Client, GenericClient, Row, Transaction};
 use tracing::warn;
 
 use super::discarded::{self, Discarded};
 use super::straggler::Straggler;
+use super::straggler_fence::{Fence, Right};
 use crate::config::Config;
 use crate::outbox::RowNumber;
 use crate::postgres::{self, PostgresConfig, sql_error};
@@ -28,19 +30,19 @@ use crate::{Error, Result};
 /// `application_name` of the session.
 const APPLICATION_NAME: &str = "walpost stragglers";
 /// Stores events: $1 slot, $2 to $13 their columns, $14 whether keys keep their order, $15 whether a dead one blocks, $16 the
-/// first pause in seconds, $17 and $18 more columns. (Where dead ones do not block, hopeless ones are nobody's predecessors.) What was
+/// first pause in seconds, $17 to $19 more columns. (Where dead ones do not block, hopeless ones are nobody's predecessors.) What was
 /// discarded meanwhile is left out: see [`Insert::sql`].
 const INSERT: &str = "
     with event as (
         select * from unnest(
             $2::text[], $3::text[], $4::text[], $5::text[], $6::bytea[], $7::text[], $8::int8[], $9::int8[],
-            $10::text[], $11::int8[], $12::text[], $13::bool[], $17::int8[], $18::int8[]
+            $10::text[], $11::int8[], $12::text[], $13::bool[], $17::int8[], $18::int8[], $19::int8[]
         ) with ordinality
         as e(outbox, id, topic, key, payload, properties, event_time_ms, deliver_at_ms, commit_lsn, ordinal, reason, hopeless,
-             row_seq, row_txid, place)
+             row_seq, row_txid, log_xid, place)
     )
     insert into walpost.straggler (slot, outbox, id, topic, key, payload, properties, event_time_ms, deliver_at_ms,
-                                   commit_lsn, ordinal, reason, state, next_attempt_at{NUMBER})
+                                   commit_lsn, ordinal, reason, state, next_attempt_at{NUMBER}{XID})
     select $1, outbox, id, topic, key, payload, properties::json, event_time_ms, deliver_at_ms,
            commit_lsn::pg_lsn, ordinal, reason,
            case
@@ -55,10 +57,14 @@ const INSERT: &str = "
                ) then 'parked'
                else 'retrying'
            end,
-           now() + $16::float8 * interval '1 second'{NUMBER}
+           now() + $16::float8 * interval '1 second'{NUMBER}{XID_VALUE}
     from event where not {IS_DISCARDED} order by place
     on conflict do nothing
     returning topic, key, state";
+
+/// With its epoch: the highest one that has ended by now. (Of one that has not, the epoch is another one, and no row has it.)
+const FULL_XID: &str = ",
+           greatest(log_xid + (pg_snapshot_xmax(pg_current_snapshot())::text::int8 - 1 - log_xid >> 32 << 32), least(log_xid, 1))";
 
 /// A key's name: topic and key.
 pub(crate) type Key = (String, String);
@@ -85,6 +91,7 @@ struct Discards {
 }
 
 /// See the module's documentation.
+#[allow(clippy::struct_excessive_bools)] // Each is a setting, or a fact of the catalogue.
 pub(crate) struct Store {
     postgres: PostgresConfig,
     pub(super) slot: String,
@@ -92,18 +99,21 @@ pub(crate) struct Store {
     pub(super) dead_block: bool,
     retry_initial: Duration,
     client: Option<Client>,
+    pub(super) fence: Fence,
     /// Events of each key that hold back later ones, as last seen.
     keys: HashMap<Key, i64>,
     rows: i64,
     discards: Discards,
     /// The table has columns for the row's number: one that an earlier version made has not.
     pub(super) has_numbers: bool,
+    /// It has the column `xid`.
+    pub(super) has_xid: bool,
     /// How many rows of it, and the last one's number, were there when it was read.
     discarded: (i64, i64),
 }
 
 impl Store {
-    pub(crate) fn new(config: &Config) -> Self {
+    pub(crate) fn new(config: &Config, right: watch::Receiver<Right>) -> Self {
         Self {
             postgres: config.postgres.clone(),
             slot: config.slot.clone(),
@@ -111,10 +121,12 @@ impl Store {
             dead_block: config.dead_block,
             retry_initial: config.retry_initial,
             client: None,
+            fence: Fence::new(right),
             keys: HashMap::new(),
             rows: 0,
             discards: Discards::default(),
             has_numbers: false,
+            has_xid: false,
             discarded: (0, 0),
         }
     }
@@ -140,7 +152,8 @@ impl Store {
                    and coalesce(has_schema_privilege(to_regnamespace('walpost'), 'usage'), false), count(*) > 0,
                    coalesce(bool_and((select count(*) from pg_attribute a
                                       where a.attrelid = c.oid and not a.attisdropped
-                                            and a.attname in ('row_seq', 'row_txid')) = 2), false), quote_ident(current_user)
+                                            and a.attname in ('row_seq', 'row_txid')) = 2), false), quote_ident(current_user),
+                   coalesce(bool_and(exists (select from pg_attribute a where a.attrelid = c.oid and a.attname = 'xid' and not a.attisdropped)), false)
             from pg_class c, unnest(array['select', 'insert', 'update', 'delete']) p
             where c.relname = 'straggler' and c.relnamespace = to_regnamespace('walpost')";
         let row = client
@@ -158,6 +171,7 @@ impl Store {
             )));
         }
         self.has_numbers = row.get(2);
+        self.has_xid = row.get(4);
         if is_there {
             self.discards = discards(&client).await?;
         }
@@ -166,9 +180,13 @@ impl Store {
     }
 
     fn client(&mut self) -> Result<&mut Client> {
-        self.client
-            .as_mut()
-            .ok_or_else(|| Error::temporary("there is no session for stragglers"))
+        self.client.as_mut().ok_or_else(no_session)
+    }
+
+    /// Looks whether stragglers may be sent now: see [`super::straggler_fence`].
+    pub(super) async fn check_claim(&self) -> Result<()> {
+        let client = self.client.as_ref().ok_or_else(no_session)?;
+        self.fence.check(client).await
     }
 
     pub(super) async fn rows_of(
@@ -275,13 +293,21 @@ impl Store {
             retry_initial: self.retry_initial.as_secs_f64(),
             discards: self.discards,
             has_numbers: self.has_numbers,
+            has_xid: self.has_xid,
         };
-        let client = self.client()?;
-        let rows = match insert.all(client, events).await {
-            Err(error) if is_about_a_value(&error) => insert.one_by_one(client, events).await,
+        let client = self.client.as_mut().ok_or_else(no_session)?;
+        let failed = |error| sql_error("store stragglers", error);
+        let mut transaction = self.fence.begin(client).await?;
+        let rows = match insert.all(&transaction, events).await {
+            Err(error) if is_about_a_value(&error) => {
+                transaction.rollback().await.map_err(failed)?;
+                transaction = self.fence.begin(client).await?;
+                insert.one_by_one(&mut transaction, events).await
+            }
             rows => rows,
         };
-        let rows = rows.map_err(|error| sql_error("store stragglers", error))?;
+        let rows = rows.map_err(failed)?;
+        self.fence.commit(transaction).await?;
         self.rows += i64::try_from(rows.len()).unwrap_or(0);
         let mut changes: HashMap<Key, i64> = HashMap::new();
         if !order {
@@ -394,6 +420,10 @@ impl Store {
     }
 }
 
+fn no_session() -> Error {
+    Error::temporary("there is no session for stragglers")
+}
+
 async fn discards(client: &Client) -> Result<Discards> {
     let sql = "
         select count(*) filter (where c.relname = 'discarded') > 0,
@@ -434,6 +464,8 @@ struct Insert {
     discards: Discards,
     /// See [`Store::has_numbers`].
     has_numbers: bool,
+    /// See [`Store::has_xid`].
+    has_xid: bool,
 }
 
 impl Insert {
@@ -448,9 +480,16 @@ impl Insert {
         } else {
             ""
         };
+        let (xid, xid_value) = if self.has_xid {
+            (", xid", FULL_XID)
+        } else {
+            ("", "")
+        };
         INSERT
             .replace("{IS_DISCARDED}", &is_discarded)
             .replace("{NUMBER}", number)
+            .replace("{XID}", xid)
+            .replace("{XID_VALUE}", xid_value)
     }
 
     async fn all(
@@ -470,7 +509,7 @@ impl Insert {
             RowNumber::Txid(txid) => Some(txid),
             _ => event.txid.and_then(|txid| i64::try_from(txid).ok()),
         };
-        let with: [&(dyn ToSql + Sync); 18] = [
+        let with: [&(dyn ToSql + Sync); 19] = [
             &self.slot,
             &column(events, |event| event.outbox.as_str()),
             &column(events, |event| event.id.as_deref()),
@@ -489,17 +528,17 @@ impl Insert {
             &self.retry_initial,
             &column(events, seq),
             &column(events, txid),
+            &column(events, |event| event.xid.map(i64::from)),
         ];
         client.query(&self.sql(), &with).await
     }
 
-    /// Where one event cannot be stored as it is, it is stored as well as it can be, and the others as ever. All or nothing.
+    /// Where one event cannot be stored as it is, it is stored as well as it can be, and the others as ever.
     async fn one_by_one(
         &self,
-        client: &mut Client,
+        transaction: &mut Transaction<'_>,
         events: &[Straggler],
     ) -> Result<Vec<Row>, tokio_postgres::Error> {
-        let mut transaction = client.transaction().await?;
         let mut rows = Vec::new();
         for event in events {
             for event in [event.clone(), event.with_plain_reason(), event.in_ascii()] {
@@ -522,7 +561,6 @@ impl Insert {
                 }
             }
         }
-        transaction.commit().await?;
         Ok(rows)
     }
 }

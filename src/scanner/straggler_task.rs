@@ -26,6 +26,7 @@
 //! stream's deduplication nor that of an earlier start takes a retry for something old, and one bad message fails alone. A process killed between
 //! receipt and deletion publishes the message again: stragglers are at least once.
 //!
+//! Nothing is stored or sent under a claim that another process has taken over ([`super::straggler_fence`]).
 //! Retries are made only while the replication stream is open (the slot lets in one instance only), or while a scan runs (the
 //! lock on the slot does).
 //!
@@ -46,6 +47,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::warn;
 
+use super::progress;
 use super::straggler::{Item, Report, Straggler};
 use super::straggler_pages::{PAGE_BYTES, Stored};
 use super::straggler_retry::Sent;
@@ -119,6 +121,10 @@ async fn run_task(
     let mut tick_at = Instant::now();
     loop {
         if let Err(error) = task.settle().await {
+            if progress::is_changed(&error) {
+                task.refused(error);
+                continue;
+            }
             if !error.is_temporary() {
                 let _pipe_is_gone = task.reports.send(Report::Failed(error));
                 return;
@@ -138,15 +144,18 @@ async fn run_task(
             // 2. Receipts.
             event = task.publisher.next_event() => task.heard(event),
             // 3. What is due.
-            () = sleep_until(scan_at), if *may_retry.borrow() => {
+            () = sleep_until(scan_at), if *may_retry.borrow() && task.store.fence.is_open() => {
                 scan_at = Instant::now() + SCAN_INTERVAL;
                 match task.scan().await {
                     // After what has come meanwhile, and what has failed is noted.
                     Ok(Page::Full) => scan_at = Instant::now(),
                     Ok(Page::Last) => {}
+                    Err(error) if progress::is_changed(&error) => task.refused(error),
                     Err(error) => task.reconnect(&error).await,
                 }
             }
+            // 4. What was refused may be allowed.
+            is_told = task.store.fence.changed() => if !is_told { return },
             changed = may_retry.changed() => if changed.is_err() { return },
             () = sleep_until(tick_at) => {
                 task.publisher.tick(Instant::now());
@@ -310,8 +319,20 @@ impl Task {
         tokio::time::sleep(delay).await;
     }
 
+    /// Another process has the slot: nothing is attempted until the right is told anew, which the report brings about.
+    fn refused(&mut self, error: Error) {
+        if self.store.fence.refuse() {
+            warn!(
+                waiting = self.batch.len(),
+                "no straggler is stored or retried: {}",
+                error.report()
+            );
+            self.report(Report::Failed(error));
+        }
+    }
+
     async fn store_batch(&mut self) -> Result<()> {
-        if self.batch.is_empty() {
+        if self.batch.is_empty() || !self.store.fence.is_open() {
             return Ok(());
         }
         let changes = self.store.insert(&self.batch).await?;
@@ -385,13 +406,15 @@ impl Task {
             return Ok(());
         }
         keys.retain(|key| !self.busy.contains_key(key));
-        if keys.is_empty() || !self.publisher.has_room() {
+        if keys.is_empty() || !self.publisher.has_room() || !self.store.fence.is_open() {
             // Without a head they are found by the next reload.
             return Ok(());
         }
         let keys: Vec<Key> = keys.into_iter().collect();
         self.stopped.clear();
-        for row in self.store.next_of(&keys).await? {
+        let next = self.store.next_of(&keys).await?;
+        self.store.check_claim().await?;
+        for row in next {
             if !self.publisher.has_room() {
                 break;
             }
@@ -438,6 +461,8 @@ impl Task {
             return Ok(Page::Last);
         }
         self.no_broker.over();
+        // Behind the wait: what another instance has published meanwhile is not sent again.
+        self.store.check_claim().await?;
         let bytes: usize = due.iter().map(Stored::bytes).sum();
         let before = self.messages;
         for row in due {

@@ -357,8 +357,8 @@ impl Catalog {
                    exists (select from pg_proc where proname = 'emit_transient' and pronamespace = schema),
                    exists (select from straggler join pg_attribute on attrelid = oid
                            where attname = 'properties' and atttypid = 'json'::regtype)
-                   and 2 = (select count(*) from straggler join pg_attribute on attrelid = oid
-                            where attname in ('row_seq', 'row_txid') and not attisdropped)
+                   and 3 = (select count(*) from straggler join pg_attribute on attrelid = oid
+                            where attname in ('row_seq', 'row_txid', 'xid') and not attisdropped)
                    and 4 = (select count(*) from straggler join pg_index on indrelid = oid
                             join pg_class i on i.oid = indexrelid
                             where i.relname in ('straggler_place', 'straggler_due', 'straggler_key', 'straggler_id'))
