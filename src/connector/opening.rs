@@ -306,7 +306,7 @@ impl Connector {
         }
         let start = Start {
             postgres: config.postgres.clone(),
-            log: log.clone(),
+            log: log.into(),
             claim: prepared.claim.clone(),
             interval: config.scan_interval,
             compares: config.reconcile,
@@ -386,12 +386,11 @@ impl Connector {
     }
 
     fn start_modes(&mut self, tables: &[OutboxTable], identity: &SystemIdentity) {
-        let system_id = identity.system_id.to_string();
         let publisher = self.publishing_for(identity);
         let routes = (routing(&self.config), publisher);
         let way = Way::Stream(self.progress.subscribe());
         self.modes
-            .start(&self.config, tables, &system_id, routes, way);
+            .start(&self.config, tables, &identity.into(), routes, way);
     }
 
     /// Publishes or stores what the stream will not bring, and returns what it may bring although that is done.

@@ -6,7 +6,7 @@
 use tokio_postgres::Client;
 
 use super::progress::Progress;
-use crate::postgres::{quote_literal, sql_error};
+use crate::postgres::{SystemIdentity, quote_literal, sql_error};
 use crate::{Error, Result};
 
 /// The system id, as text.
@@ -49,6 +49,49 @@ pub(crate) async fn timeline(client: &Client) -> Result<u32> {
     let row = client.query_one(sql, &[]).await;
     let row = row.map_err(|error| sql_error("ask for the timeline", error))?;
     Ok(row.get::<_, i32>(0).cast_unsigned())
+}
+
+/// Whose log it is: positions, snapshots and rows of another one say nothing of what was streamed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// Names the cluster.
+    pub system_id: String,
+    /// Goes up with each failover.
+    pub timeline: u32,
+}
+
+impl From<&SystemIdentity> for Log {
+    fn from(identity: &SystemIdentity) -> Self {
+        Self {
+            system_id: identity.system_id.to_string(),
+            timeline: identity.timeline,
+        }
+    }
+}
+
+impl Log {
+    /// The server's.
+    pub(crate) async fn of(client: &Client) -> Result<Self> {
+        Ok(Self {
+            system_id: system_id(client).await?,
+            timeline: timeline(client).await?,
+        })
+    }
+
+    /// Refuses a session of another server's log: a standby that was promoted, an old primary that still runs, a database that was put back.
+    ///
+    /// # Errors
+    /// Temporary when it is one; `consequence` says what is left undone.
+    pub(crate) async fn check(&self, client: &Client, consequence: &str) -> Result<()> {
+        let here = Self::of(client).await?;
+        if here == *self {
+            return Ok(());
+        }
+        Err(Error::temporary(format!(
+            "the server's log is not the one that was streamed (cluster {}, timeline {}; streamed: cluster {}, timeline {}): {consequence}",
+            here.system_id, here.timeline, self.system_id, self.timeline
+        )))
+    }
 }
 
 /// Refuses snapshots that mean nothing here. One that is [`Progress::ahead`] was not taken from this cluster as it is now, whatever

@@ -35,6 +35,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
 use tracing::{debug, warn};
 
+use super::cluster::Log;
 use super::comparison::{Before, Comparison, Found, scannable, tell};
 use super::coverage::Seen;
 use super::handover::{Carried, Heard, Message};
@@ -45,7 +46,7 @@ use super::snapshot::VisibleXids;
 use super::streamed::StreamedRows;
 use crate::meter::Meter;
 use crate::postgres::published::{self, Subscription};
-use crate::postgres::{PostgresConfig, SystemIdentity, TableName, connect_sql, slot, waiting};
+use crate::postgres::{PostgresConfig, TableName, connect_sql, slot, waiting};
 use crate::upkeep::{Undone, Work};
 use crate::{Error, Lsn, Result};
 
@@ -73,7 +74,7 @@ pub struct Start {
     /// Where the tables are.
     pub postgres: PostgresConfig,
     /// The log that the pipe reads.
-    pub log: SystemIdentity,
+    pub log: Log,
     /// The right to write the slot's row.
     pub claim: progress::Claim,
     /// `WALPOST_SCAN_INTERVAL`.

@@ -13,6 +13,7 @@ use tokio_postgres::Client;
 use tracing::{info, warn};
 
 use super::after_publish::AfterPublishTask;
+use super::cluster::Log;
 use super::left_note::{self, LeftNote};
 use super::outbox::OutboxTable;
 use super::partitions;
@@ -161,13 +162,13 @@ pub(crate) async fn has_table(client: &Client) -> Result<bool> {
 }
 
 impl Modes {
-    /// Starts what the settings ask for, beside the stream or poll mode's looks, on this cluster; what looked through another one's tables ends. Rows
+    /// Starts what the settings ask for, beside the stream or poll mode's looks, on the server with this log; what looked through another one's tables ends. Rows
     /// that wait to be marked stay in their queue.
     pub fn start(
         &mut self,
         config: &Config,
         tables: &[OutboxTable],
-        system_id: &str,
+        log: &Log,
         (routing, publisher): (Routing, PublisherConfig),
         way: Way,
     ) {
@@ -197,6 +198,7 @@ impl Modes {
                 slot: config.slot.clone(),
                 tables: tables.to_vec(),
                 facts: self.tables.subscribe(),
+                log: log.clone(),
                 routing,
                 publisher,
                 interval: config.scan_interval,
@@ -211,7 +213,7 @@ impl Modes {
                 postgres: config.postgres.clone(),
                 tables: tables.to_vec(),
                 mode: config.after_publish,
-                system_id: system_id.to_owned(),
+                system_id: log.system_id.clone(),
                 interval: config.scan_interval,
                 age,
                 meter: Arc::clone(&meter),

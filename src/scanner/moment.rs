@@ -4,10 +4,10 @@
 
 use tokio_postgres::Client;
 
-use super::cluster;
+use super::cluster::Log;
 use super::progress::{self, Snapshot};
 use crate::postgres::published::{self, Subscription};
-use crate::postgres::{SystemIdentity, slot};
+use crate::postgres::slot;
 use crate::{Error, Lsn, Result};
 
 /// What a note is of.
@@ -31,7 +31,7 @@ impl Moment {
         client: &Client,
         subscription: &Subscription,
         known: Option<&String>,
-        (log, confirmed): (&SystemIdentity, Lsn),
+        (log, confirmed): (&Log, Lsn),
     ) -> Result<Self> {
         let (publication, tables) = (&subscription.publication, &subscription.tables);
         // In this order: see the module `delivered`, and `reconcile`.
@@ -56,20 +56,13 @@ impl Moment {
 /// The session may have reached another server than the stream did: a standby that was promoted while the stream is lost, or a database
 /// that was put back. Positions of that server's log do not apply to the stream's log. (Asked behind the position: a server that gives one is no standby,
 /// and its timeline stays.)
-async fn check_log(
-    client: &Client,
-    log: &SystemIdentity,
-    confirmed: Lsn,
-    position: Lsn,
-) -> Result<()> {
-    let system_id = cluster::system_id(client).await?;
-    let timeline = cluster::timeline(client).await?;
-    if system_id == log.system_id.to_string() && timeline == log.timeline && confirmed <= position {
+async fn check_log(client: &Client, log: &Log, confirmed: Lsn, position: Lsn) -> Result<()> {
+    const CONSEQUENCE: &str = "nothing counts as delivered there before it is streamed";
+    log.check(client, CONSEQUENCE).await?;
+    if confirmed <= position {
         return Ok(());
     }
     Err(Error::temporary(format!(
-        "the server's log is not the one that was streamed (cluster {system_id}, timeline {timeline}, end {position}; streamed: cluster {}, \
-         timeline {}, confirmed {confirmed}): nothing counts as delivered there before it is streamed",
-        log.system_id, log.timeline
+        "the server's log ends at {position}, and the stream is confirmed up to {confirmed}: {CONSEQUENCE}"
     )))
 }

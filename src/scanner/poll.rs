@@ -38,7 +38,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_postgres::Client;
 use tracing::{info, warn};
 
-use super::cluster;
+use super::cluster::{self, Log};
 use super::coverage::Leaves;
 use super::gap::{self, Gap};
 use super::modes::{self, Modes};
@@ -176,7 +176,8 @@ impl<'a> Poller<'a> {
         let looks = watch::Sender::default();
         let routes = (routing(config), publisher.clone());
         let way = Way::Looks(looks.subscribe());
-        modes.start(config, &tables, &progress.system_id, routes, way);
+        let log = Log::of(&client).await?;
+        modes.start(config, &tables, &log, routes, way);
         publisher.rows = modes.queue();
         let right = Right::Under(claim.clone());
         let stragglers = Stragglers::start(config, &publisher, right).await?;

@@ -36,6 +36,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 use tracing::{info, warn};
 
+use super::cluster::Log;
 use super::outbox::{OutboxTable, SEQ, TXID};
 use super::rows::{RowReader, TextAs, decode, is_unconvertible};
 use crate::feedback::Progress;
@@ -65,6 +66,8 @@ pub struct Unmarked {
     pub tables: Vec<OutboxTable>,
     /// Tells them again at each opening.
     pub facts: watch::Receiver<Vec<OutboxTable>>,
+    /// The log that is streamed, or the one of the server that is polled.
+    pub log: Log,
     /// Where their rows go.
     pub routing: Routing,
     /// The stream's settings; the producers' names are changed.
@@ -164,6 +167,9 @@ impl Unmarked {
         if self.facts.has_changed().unwrap_or(false) {
             self.tables.clone_from(&self.facts.borrow_and_update());
         }
+        // An old primary that still runs has rows that were never streamed and never will be.
+        let consequence = "its rows are not looked through";
+        self.log.check(client, consequence).await?;
         let mut round = Round::default();
         for number in 0..self.tables.len() {
             if self.tables[number].created_at.is_none() {
