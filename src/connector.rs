@@ -86,6 +86,7 @@ pub async fn run(
         name: session_name(),
         told: None,
         unreadable: None,
+        is_behind: Arc::default(),
     };
     if config.mode == Mode::Poll {
         return poll::run(config, session, meter, shutdown).await;
@@ -180,7 +181,7 @@ enum Ended {
     Missing,
     /// The catalogue is to be read again before the stream goes on.
     AskCatalog,
-    /// Postgres went away.
+    /// Postgres went away, or another process has claimed the slot.
     Lost(Error),
 }
 

@@ -10,8 +10,8 @@
 //! In the modes mark and delete a row that is not marked, or still there, is taken for lost and published again. So `discard`
 //! marks or deletes the outbox rows of what it deletes, in the same transaction. The mode is the one that `walpost run` has
 //! noted in `walpost.after_publish`; where there is no note, that of the settings. Of several rows with the straggler's id it is the one
-//! with its number ([`crate::outbox::RowNumber`]), where that was stored, and, in a table with `txid`, of its transaction: numbers and ids may have begun again. Where the
-//! transaction is not known, none: its row may be published, and no other one's is lost.
+//! with its number ([`crate::outbox::RowNumber`]), where that was stored, and, in a table with `txid`, of its transaction: numbers and ids may have begun again. If the
+//! transaction is not known, no row is marked or deleted. The straggler's row may then be published again, but no other row is lost.
 
 use std::io::{self, IsTerminal as _, Write};
 
@@ -351,8 +351,10 @@ fn is_the_row(table: &OutboxTable) -> String {
         None => is_one,
     };
     if table.has_txid {
-        // Numbers may have begun again.
-        format!("{is_it} and {IS_OF_TRANSACTION}")
+        // Numbers may have begun again. (One with a seq and without a txid is of a table that had no txid then.)
+        format!(
+            "{is_it} and ({IS_OF_TRANSACTION} or gone.row_seq is not null and gone.row_txid is null and gone.xid is not null)"
+        )
     } else {
         is_it
     }

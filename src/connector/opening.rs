@@ -6,6 +6,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tokio::time::{Instant, sleep_until};
 use tokio_postgres::Client;
@@ -13,7 +14,7 @@ use tracing::{info, warn};
 
 use super::publishing::{diversion, publisher_config, routing, subscription};
 use super::{Connector, Shutdown, TICK_INTERVAL};
-use crate::config::Config;
+use crate::config::{Config, SlotLost};
 use crate::meter::Phase;
 use crate::outbox::Extractor;
 use crate::pipe::{Pipe, ScannedRow};
@@ -175,6 +176,7 @@ impl Connector {
         self.session.told = None;
         self.left = None;
         self.session.unreadable = None;
+        self.session.is_behind.store(false, Ordering::Relaxed);
         Ok(Some(()))
     }
 
@@ -262,6 +264,34 @@ impl Connector {
         reconcile::declare(client, claim, tables, progress).await
     }
 
+    /// Refuses a table whose rows were counted and that cannot be compared any more: what the stream left out of it would not be found.
+    fn check_counted(
+        &self,
+        prepared: &Prepared,
+        carried: Option<&Carried>,
+        scannable: &[bool],
+    ) -> Result<()> {
+        if !self.config.reconcile || self.config.slot_lost == SlotLost::Restart {
+            return Ok(());
+        }
+        let counted = carried.filter(|carried| carried.streamed.is_some());
+        let counted = counted.map_or(&[][..], |carried| &carried.counted);
+        for (place, table) in self.config.outbox_tables.iter().enumerate() {
+            if scannable.get(place) == Some(&true) {
+                continue;
+            }
+            // Those that were left out of a scan were accepted then.
+            if counted.get(place) == Some(&true) && !prepared.left_out.contains(table) {
+                return Err(Error::refused(format!(
+                    "table {table} has no columns txid and seq any more: its rows since the last note cannot be compared with the stream"
+                ))
+                .hint("give it the columns back; if it is to be without them: WALPOST_SLOT_LOST=restart walpost run"));
+            }
+            info!(%table, "the table has no columns txid and seq: it is not compared with what the stream brings");
+        }
+        Ok(())
+    }
+
     /// Starts the task that notes what is delivered, beside the pipe, unless there is one.
     async fn keep(
         &mut self,
@@ -276,6 +306,7 @@ impl Connector {
         for table in &self.config.outbox_tables {
             scannable.push(ScanTable::describe(client, table).await?.is_some());
         }
+        self.check_counted(prepared, carried.as_ref(), &scannable)?;
         let began = progress::snapshot(client).await?;
         // Behind the snapshot: see `reconcile`.
         let tables = &self.config.outbox_tables;

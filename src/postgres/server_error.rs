@@ -139,7 +139,8 @@ fn meaning(error: &ServerError) -> (bool, Option<&'static str>) {
             Some("too many connections or walsenders: see max_connections and max_wal_senders")
         }
         "53400" => Some(
-            "if all replication slots are in use: raise max_replication_slots and restart Postgres, or drop an unused slot; if it is temp_file_limit, which a scan of the              table exceeds: ALTER ROLE <user> SET temp_file_limit = -1, as a superuser",
+            "if all replication slots are in use: raise max_replication_slots and restart Postgres, or drop an unused slot; if it is temp_file_limit, which a scan of the \
+             table exceeds: ALTER ROLE <user> SET temp_file_limit = -1, as a superuser",
         ),
         "55006" => {
             Some("another process streams this slot: pg_replication_slots.active_pid says which")

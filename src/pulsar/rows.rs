@@ -308,7 +308,7 @@ impl RowReceiver {
         self.gauge.make_room(rows, bytes);
     }
 
-    /// These wait on, and make room.
+    /// Sets rows aside: they still wait, but no longer count against the bound.
     pub fn set_aside(&self, rows: usize, bytes: usize) {
         self.gauge.aside.fetch_add(rows, Ordering::Relaxed);
         self.gauge.make_room(rows, bytes);

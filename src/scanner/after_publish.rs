@@ -321,7 +321,8 @@ impl AfterPublishTask {
         if dropped > 0 && self.unseen.is_first_overflow() {
             warn!(
                 kept = self.unseen.len(),
-                "a transaction has more published rows than are kept until its commit can be seen: the others are not marked or deleted now;                  the look for unmarked rows finds them after WALPOST_STRAGGLER_AGE and publishes them once more"
+                "a transaction has more published rows than are kept until its commit can be seen: the others are not marked or deleted now; \
+                 the look for unmarked rows finds them after WALPOST_STRAGGLER_AGE and publishes them once more"
             );
         }
         seen

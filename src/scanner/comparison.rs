@@ -51,7 +51,7 @@ impl Comparison<'_> {
                         "table {name} has no columns txid and seq any more: its rows since the last note cannot be compared with the stream"
                     ))
                     .hint(
-                        "give it the columns back; if it is to be without them, start walpost again: nothing is compared then",
+                        "give it the columns back; if it is to be without them: WALPOST_SLOT_LOST=restart walpost run",
                     ));
                 }
                 // Nothing is ever read of it: what is streamed of it is all there is.

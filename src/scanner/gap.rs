@@ -166,8 +166,10 @@ fn set_apart(
             upto: upto.clone(),
             leaves,
         };
-        let begun = position.tables.get(&key).is_some_and(|seq| *seq > 0);
-        let so_far = position.covered.remove(&key).unwrap_or_default();
+        // Begun is what had a cursor, also without a position: see `seen_with`.
+        let so_far = position.covered.remove(&key);
+        let begun = so_far.is_some() || position.tables.get(&key).is_some_and(|seq| *seq > 0);
+        let so_far = so_far.unwrap_or_default();
         if let Some(leaves) = seen.remove(&key) {
             position.tables.remove(&key);
             position.left.remove(&key);

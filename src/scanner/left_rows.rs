@@ -64,7 +64,7 @@ impl LeftRows {
     /// Takes over what another process has left.
     pub(super) fn take_over(&mut self, noted: Left, now: Instant) {
         if let Some(id) = noted.id
-            && noted.number != RowNumber::Unknown
+            && (noted.number != RowNumber::Unknown || noted.txid.is_some())
             && self.rows.len() < MAX_ROWS
             && self.bytes + id.len() <= MAX_BYTES
         {

@@ -14,7 +14,7 @@ use crate::{Error, Lsn, Result};
 pub(super) struct Moment {
     /// [`published::version`] before the snapshot.
     pub(super) catalog: Option<String>,
-    /// Where that is another version than the one that was known: every transaction that began before it has a lower id.
+    /// Set when the version differs from the last one read. Every transaction that may have written under the earlier version has a lower id.
     pub(super) changed_before: Option<u64>,
     /// What is visible now.
     pub(super) snapshot: Snapshot,

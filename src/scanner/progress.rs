@@ -59,7 +59,8 @@ pub struct Progress {
     pub tables: Option<Leaves>,
     /// JSON: what the stream brought since `delivered`, if its process stopped in good order.
     pub streamed: Option<String>,
-    /// [`published::version`](crate::postgres::published::version), read before `delivered` (of a gap: `scan_upto`) was taken. `None`: not known.
+    /// [`published::version`](crate::postgres::published::version), read before `delivered` (of a gap: `scan_upto`) was taken. `None`: not
+    /// known, or a transaction that is older than the version ran then.
     pub catalog: Option<String>,
     /// A snapshot in it knows transactions that this cluster has not come to.
     pub ahead: bool,

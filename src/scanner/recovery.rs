@@ -82,6 +82,8 @@
 //!
 //! `tests/bookkeeping.rs`, `tests/gap.rs` and `tests/failover.rs` try to break all of this.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -138,6 +140,9 @@ pub struct Session {
     pub told: Option<Lsn>,
     /// Why the slot's log cannot be read on, if that was found: see `connector::unreadable`.
     pub unreadable: Option<String>,
+    /// Another process has claimed the slot since this one's last stream: what this one knows of the slot, and has in the air, is out of date. Set before this one
+    /// claims again, and kept until that is dropped, also when the opening fails in between.
+    pub is_behind: Arc<AtomicBool>,
 }
 
 /// Looks at the slot and makes it anew if that is called for. `None` where the table is missing, and with it the scanner.
@@ -179,10 +184,12 @@ pub async fn prepare(
     cluster::check_cluster(&progress, &system_id, slot)?;
     let verdict = judge(state.as_ref(), &progress, session, &here);
     let left_out = left_out(client, config, &progress, &verdict).await?;
-    let is_claimed = progress.session.as_ref() == Some(&session.name);
+    let has_claim = progress.session.as_ref() == Some(&session.name);
+    let is_claimed = has_claim && !session.is_behind.load(Ordering::Relaxed);
     if let Verdict::Lost(why) = &verdict {
         let progress = make_anew(client, config, state.as_ref(), why).await?;
         let stands = progress.confirmed.unwrap_or(Lsn::ZERO);
+        session.is_behind.store(!is_claimed, Ordering::Relaxed);
         let claim = progress::claim(client, slot, &progress, &session.name, None).await?;
         return Ok(Some(Prepared {
             progress,
@@ -196,7 +203,7 @@ pub async fn prepare(
     }
     let stands = state.as_ref().and_then(|state| state.confirmed_flush);
     if let Some(pid) = state.as_ref().and_then(|state| state.active_pid)
-        && !is_claimed
+        && !has_claim
     {
         // Its lock is gone, and its stream is not. A claim would take its right to note what it delivers.
         return Err(Error::temporary(format!(
@@ -221,6 +228,7 @@ pub async fn prepare(
     }
     // Of an unknown slot the timeline is stored with the scan: until then the next start finds it as unknown as this one.
     let timeline = unknown.is_none().then_some(here.timeline);
+    session.is_behind.store(!is_claimed, Ordering::Relaxed);
     let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
     Ok(Some(Prepared {
         progress,
@@ -335,7 +343,7 @@ async fn left_out(
     verdict: &Verdict,
 ) -> Result<Vec<TableName>> {
     let missing = progress.position.missing.as_ref();
-    // What a comparison found is of the tables that it names.
+    // A missing gap concerns only the tables that it names.
     let is_behind = progress.delivered.is_some() && missing.is_none();
     let has_gap = progress.gap().is_some() || progress.is_cut_short();
     let (why, loses) = match verdict {
@@ -356,7 +364,7 @@ async fn left_out(
             found.push(name.clone());
         }
     }
-    // Those could be read when they were compared.
+    // These tables had the columns when they were compared.
     let is_missing =
         |name: &TableName| missing.is_some_and(|missing| missing.0.contains_key(&name.to_string()));
     let (why, loses) = if !loses && found.iter().any(is_missing) {
@@ -471,7 +479,8 @@ fn judge(
         );
     }
     // What we told is out of date when another process has streamed since.
-    let ours = progress.session.as_ref() == Some(&session.name);
+    let ours = progress.session.as_ref() == Some(&session.name)
+        && !session.is_behind.load(Ordering::Relaxed);
     let told = session.told.filter(|_| ours && !is_new);
     match told.or(progress.confirmed) {
         Some(known) if stands > known => Verdict::Lost(format!(
@@ -656,6 +665,7 @@ mod tests {
             name: "we".to_owned(),
             told: told.map(Lsn::new),
             unreadable: None,
+            is_behind: Arc::default(),
         }
     }
 
@@ -696,6 +706,10 @@ mod tests {
         assert_eq!(judge(Some(&slot(300)), &ours, &told), Verdict::Ours);
         assert!(is_lost(&judge(Some(&slot(301)), &ours, &told)));
         assert_eq!(judge(Some(&slot(301)), &theirs, &told), Verdict::Ours);
+        // Also where it has claimed the slot again since, in an opening that came no further.
+        let behind = session(Some(300));
+        behind.is_behind.store(true, Ordering::Relaxed);
+        assert_eq!(judge(Some(&slot(301)), &ours, &behind), Verdict::Ours);
         assert!(is_lost(&judge(None, &crashed, &new)));
         assert!(is_lost(&judge(Some(&slot(10_001)), &crashed, &new)));
         let mut lost = slot(1);

@@ -11,8 +11,9 @@
 //!
 //! # How
 //!
-//! * A transaction that stores locks the row of the [`Claim`] (`FOR SHARE`) before it commits. Another process's claim is an UPDATE of that row. So it
-//!   comes behind the COMMIT, and that process finds the straggler when it reads the table; or it comes first, and nothing is stored.
+//! * A transaction that stores locks the row of the [`Claim`] (`FOR SHARE`) before it commits. Another process's claim is an UPDATE of that row. If
+//!   the claim waits for the COMMIT, the claiming process finds the straggler when it reads the table. If the claim commits first, the transaction fails and
+//!   nothing is stored.
 //!   (`FOR KEY SHARE` would not conflict with that UPDATE. The keeper's notes of the same row wait for the COMMIT alone: not for an INSERT that waits for
 //!   somebody's lock. The row is also looked at first, so that the order of table locks, `walpost.progress` before `walpost.straggler`, is that of
 //!   `walpost init`.)
@@ -22,7 +23,7 @@
 //!   stragglers are at least once. It is a key's oldest; those behind it follow only while the claim holds.
 //! * Deleting what has its receipt needs no claim: it is true whoever has the slot.
 //!
-//! A refusal is temporary. Its owner is told, and the batch waits until the owner tells the right anew; the owner claims again or drops the task.
+//! A refusal is temporary. Its owner is told, and the batch waits until the owner sets the right again; the owner claims again or drops the task.
 //! Without a `walpost.progress` nobody claims anything, and nothing is asked.
 
 use tokio::sync::watch;
@@ -33,7 +34,7 @@ use crate::postgres::sql_error;
 use crate::{Error, Result};
 
 /// Ends a transaction whose process says nothing any more (a host without power): another instance waits for it to claim the row.
-const IDLE_TIMEOUT: &str = "SET LOCAL idle_in_transaction_session_timeout = '10s'";
+const IDLE_TIMEOUT: &str = "SET LOCAL idle_in_transaction_session_timeout = '60s'";
 
 /// Whether this process may store and retry stragglers.
 #[derive(Clone, Debug)]
@@ -42,7 +43,7 @@ pub enum Right {
     Unclaimed,
     /// While this is the claim.
     Under(Claim),
-    /// Not before it is known whose the slot is.
+    /// Suspended until the owner of the slot is known.
     Suspended,
 }
 

@@ -166,7 +166,9 @@ fn stored(row: &Row) -> Result<Stored> {
         row_txid: {
             let txid: Option<i64> = row.try_get(13).map_err(get)?;
             let xid: Option<i64> = row.try_get(14).map_err(get)?;
-            let txid = txid.or(xid);
+            // With a number and without a txid its table had none then.
+            let seq: Option<i64> = row.try_get(12).map_err(get)?;
+            let txid = txid.or(xid.filter(|_| seq.is_none()));
             txid.and_then(|txid| u64::try_from(txid).ok())
         },
         row_number: match (row.try_get(12).map_err(get)?, row.try_get(13).map_err(get)?) {

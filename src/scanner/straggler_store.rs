@@ -62,9 +62,9 @@ const INSERT: &str = "
     on conflict do nothing
     returning topic, key, state";
 
-/// With its epoch: the highest one that has ended by now. (Of one that has not, the epoch is another one, and no row has it.)
+/// The transaction id of the log with its epoch: the INSERT's own id is younger.
 const FULL_XID: &str = ",
-           greatest(log_xid + (pg_snapshot_xmax(pg_current_snapshot())::text::int8 - 1 - log_xid >> 32 << 32), least(log_xid, 1))";
+           pg_current_xact_id()::text::int8 - (pg_current_xact_id()::text::int8 - log_xid) % 4294967296";
 
 /// A key's name: topic and key.
 pub(crate) type Key = (String, String);

@@ -208,7 +208,7 @@ async fn a_column_is_gone_before_the_rows_are_published(major: i32) {
     walpost.stop().await;
 }
 
-async fn a_column_is_gone_for_a_round(major: i32) {
+async fn a_column_is_gone_for_a_round(major: i32, is_restarted: bool) {
     // GIVEN a stream whose rows are counted
     let database = Database::create_on_major(major, "covered").await;
     database.init(&[], &[]).await;
@@ -225,7 +225,16 @@ async fn a_column_is_gone_for_a_round(major: i32) {
     walpost
         .wait_for_line("has no columns txid and seq any more", DEADLINE)
         .await;
-    database.sql(WITH_SEQ).await;
+    if is_restarted {
+        walpost.stop().await;
+        let (code, said) = database.walpost(&["run"], &[OFTEN]).run(DEADLINE).await;
+        let told = said.contains("has no columns txid and seq any more");
+        assert!(code == 69 && told, "{said}");
+        database.sql(WITH_SEQ).await;
+        walpost = database.start(&[OFTEN]).await;
+    } else {
+        database.sql(WITH_SEQ).await;
+    }
 
     // THEN they come when it has the column again
     reconciled(&database, &mut walpost).await;
@@ -356,7 +365,8 @@ async fn a_partition_is_detached_in_a_look(major: i32) {
     detached_in_a_gap_scan(major, 1, &poll, "polling").await;
 }
 
-async fn attached_between_two_tries_of_a_scan(major: i32) {
+/// `is_unreadable`: the try in between finds a row in the partition that no scan can use.
+async fn attached_between_two_tries_of_a_scan(major: i32, is_unreadable: bool) {
     // GIVEN a table with a partition that is detached and has rows of the lowest numbers, where the broker deduplicates
     let database = Database::create_on_major(major, "covered").await;
     database
@@ -367,9 +377,13 @@ async fn attached_between_two_tries_of_a_scan(major: i32) {
              CREATE TABLE here PARTITION OF events FOR VALUES IN ('here');
              INSERT INTO events (aggregatetype, aggregateid, type, payload, seq)
                  VALUES ('t', 'k', 'away', '1', 1), ('held', 'k', 'here', '2', 2), ('t', 'k', 'here', '3', 3), ('t', 'k', 'here', '4', 4);
+             INSERT INTO events (aggregatetype, aggregateid, type, payload, seq) VALUES ('t', 'k', 'away', '0', 0);
              ALTER TABLE events DETACH PARTITION away",
         )
         .await;
+    if !is_unreadable {
+        database.sql("DELETE FROM away WHERE seq = 0").await;
+    }
     let broker = FakeBroker::start_deduplicating().await;
     let url = broker.url();
     let settings = [
@@ -405,6 +419,11 @@ async fn attached_between_two_tries_of_a_scan(major: i32) {
         .sql("ALTER TABLE events ATTACH PARTITION away FOR VALUES IN ('away')")
         .await;
     broker.heal();
+    if is_unreadable {
+        let (code, said) = database.walpost(&["run"], &settings).run(DEADLINE).await;
+        assert!(code == 69 && said.contains("below 1"), "{said}");
+        database.sql("UPDATE away SET seq = 9 WHERE seq = 0").await;
+    }
     let walpost = database.start(&settings).await;
 
     // THEN its rows come
@@ -574,9 +593,11 @@ async fn a_slot_that_does_not_know_a_partition_of_its_table_yet_holds_back_its_r
 }
 
 on_each_major! {
-    a_partition_that_is_attached_between_two_tries_of_a_scan_loses_no_row_where_the_broker_deduplicates: attached_between_two_tries_of_a_scan();
+    a_partition_that_is_attached_between_two_tries_of_a_scan_loses_no_row_where_the_broker_deduplicates: attached_between_two_tries_of_a_scan(false);
+    a_partition_that_is_attached_between_two_tries_of_a_scan_of_which_one_failed_loses_no_row_where_the_broker_deduplicates: attached_between_two_tries_of_a_scan(true);
     rows_that_the_stream_left_out_are_not_given_up_for_a_column_that_is_gone: a_column_is_gone_before_the_rows_are_published();
-    a_table_that_loses_its_columns_is_not_noted_before_it_has_them_again: a_column_is_gone_for_a_round();
+    a_table_that_loses_its_columns_is_not_noted_before_it_has_them_again: a_column_is_gone_for_a_round(false);
+    a_table_that_loses_its_columns_is_not_noted_by_the_next_process_either: a_column_is_gone_for_a_round(true);
     a_table_that_is_taken_out_of_the_settings_while_a_gap_is_open_loses_no_row: a_table_is_taken_out_while_a_gap_is_open();
     a_partition_that_is_detached_when_a_gap_scan_goes_on_loses_no_row: a_partition_is_detached_in_a_gap_scan();
     a_partition_that_is_detached_when_a_look_goes_on_loses_no_row: a_partition_is_detached_in_a_look();

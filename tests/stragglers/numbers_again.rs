@@ -61,6 +61,9 @@ async fn a_row_is_stored_although_a_straggler_has_its_id_and_seq() {
         // WHEN numbers begin again, and such a row has them: THEN it is stored as well
         insert_first(&database, topic, "two").await;
         assert_eq!(stored(&database).await, ["one", "two"], "{topic}");
+        // AND no transaction of the log is stored for what the table told
+        let sql = "SELECT FROM walpost.straggler WHERE xid IS NOT NULL";
+        assert!(database.rows(sql, &[]).await.is_empty());
         walpost.stop().await;
     }
 }
