@@ -108,7 +108,8 @@ impl Connector {
             settings.rows = self.modes.queue();
             // The old ones end first: two tasks would answer for one table.
             self.drop_pipe();
-            let started = Stragglers::start(&config, &settings, self.claimed.clone().into());
+            let right = self.claimed.clone().into();
+            let started = Stragglers::start(&config, &settings, (&identity).into(), right);
             let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
                 return Ok(None);
             };
@@ -244,7 +245,10 @@ impl Connector {
         if is_gap || prepared.unknown.is_some() {
             return Some(Carried {
                 streamed: Some(vec![StreamedRows::default(); tables.len()]),
-                counted: vec![true; tables.len()],
+                counted: tables
+                    .iter()
+                    .map(|table| !prepared.left_out.contains(table))
+                    .collect(),
                 ..Carried::default()
             });
         }
@@ -265,9 +269,9 @@ impl Connector {
     }
 
     /// Refuses a table whose rows were counted and that cannot be compared any more: what the stream left out of it would not be found.
-    fn check_counted(
+    async fn check_counted(
         &self,
-        prepared: &Prepared,
+        client: &Client,
         carried: Option<&Carried>,
         scannable: &[bool],
     ) -> Result<()> {
@@ -280,8 +284,13 @@ impl Connector {
             if scannable.get(place) == Some(&true) {
                 continue;
             }
-            // Those that were left out of a scan were accepted then.
-            if counted.get(place) == Some(&true) && !prepared.left_out.contains(table) {
+            // (Those that a scan leaves out do not count as counted.)
+            if counted.get(place) == Some(&true) {
+                if table::describe(client, table).await?.is_none() {
+                    return Err(Error::temporary(format!(
+                        "table {table} does not exist at the moment"
+                    )));
+                }
                 return Err(Error::refused(format!(
                     "table {table} has no columns txid and seq any more: its rows since the last note cannot be compared with the stream"
                 ))
@@ -306,7 +315,8 @@ impl Connector {
         for table in &self.config.outbox_tables {
             scannable.push(ScanTable::describe(client, table).await?.is_some());
         }
-        self.check_counted(prepared, carried.as_ref(), &scannable)?;
+        self.check_counted(client, carried.as_ref(), &scannable)
+            .await?;
         let began = progress::snapshot(client).await?;
         // Behind the snapshot: see `reconcile`.
         let tables = &self.config.outbox_tables;

@@ -78,11 +78,18 @@ impl Log {
         })
     }
 
-    /// Refuses a session of another server's log: a standby that was promoted, an old primary that still runs, a database that was put back.
+    /// Refuses a session of another server's log: a standby, also one that was promoted, an old primary that still runs, a database that was put back.
     ///
     /// # Errors
     /// Temporary when it is one; `consequence` says what is left undone.
     pub(crate) async fn check(&self, client: &Client, consequence: &str) -> Result<()> {
+        let row = client.query_one("SELECT pg_is_in_recovery()", &[]).await;
+        let row = row.map_err(|error| sql_error("ask whether the server is a standby", error))?;
+        if row.get(0) {
+            return Err(Error::temporary(format!(
+                "the server is a standby: {consequence}"
+            )));
+        }
         let here = Self::of(client).await?;
         if here == *self {
             return Ok(());

@@ -180,7 +180,7 @@ impl<'a> Poller<'a> {
         modes.start(config, &tables, &log, routes, way);
         publisher.rows = modes.queue();
         let right = Right::Under(claim.clone());
-        let stragglers = Stragglers::start(config, &publisher, right).await?;
+        let stragglers = Stragglers::start(config, &publisher, log, right).await?;
         publisher.diversion = diversion(config, stragglers.as_ref());
         if let Some(stragglers) = &stragglers {
             stragglers.retry(true);

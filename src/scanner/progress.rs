@@ -410,7 +410,7 @@ pub async fn scan_again(
         ));
     }
     let set = "scan_before = $6::text::pg_snapshot, scan_upto = $7::text::pg_snapshot, scan_position = NULL, timeline = $8,
-               confirmed_lsn = $9::text::pg_lsn, catalog = $10";
+               confirmed_lsn = $9::text::pg_lsn, catalog = $10, streamed = NULL";
     let stands_at = stands.to_string();
     let values: [&(dyn ToSql + Sync); 5] =
         [&before, upto, &timeline.cast_signed(), &stands_at, &catalog];
@@ -421,6 +421,7 @@ pub async fn scan_again(
     from.timeline = Some(timeline);
     from.confirmed = Some(stands);
     from.catalog = catalog;
+    from.streamed = None;
     Ok(())
 }
 

@@ -431,7 +431,11 @@ fn judge(
     };
     // The slot was made anew and its gap is open: what was known of the one before says nothing of it.
     let is_new = progress.gap().is_some() && progress.position.missing.is_none();
-    if let Some(why) = session.unreadable.as_ref().filter(|_| !is_new) {
+    // What this process knows of the slot is out of date when another one has claimed it since.
+    let ours = progress.session.as_ref() == Some(&session.name)
+        && !session.is_behind.load(Ordering::Relaxed);
+    let unreadable = session.unreadable.as_ref();
+    if let Some(why) = unreadable.filter(|_| ours && !is_new) {
         return Verdict::Lost(why.clone());
     }
     if let Some(reason) = state.lost_because() {
@@ -478,9 +482,6 @@ fn judge(
             "an earlier version of walpost did not note what it is".to_owned(),
         );
     }
-    // What we told is out of date when another process has streamed since.
-    let ours = progress.session.as_ref() == Some(&session.name)
-        && !session.is_behind.load(Ordering::Relaxed);
     let told = session.told.filter(|_| ours && !is_new);
     match told.or(progress.confirmed) {
         Some(known) if stands > known => Verdict::Lost(format!(
@@ -710,6 +711,11 @@ mod tests {
         let behind = session(Some(300));
         behind.is_behind.store(true, Ordering::Relaxed);
         assert_eq!(judge(Some(&slot(301)), &ours, &behind), Verdict::Ours);
+        // That a log could not be read on says nothing of the slot that another process has made since.
+        let mut unreadable = session(None);
+        unreadable.unreadable = Some("because".to_owned());
+        assert!(is_lost(&judge(Some(&slot(300)), &ours, &unreadable)));
+        assert_eq!(judge(Some(&slot(300)), &theirs, &unreadable), Verdict::Ours);
         assert!(is_lost(&judge(None, &crashed, &new)));
         assert!(is_lost(&judge(Some(&slot(10_001)), &crashed, &new)));
         let mut lost = slot(1);

@@ -34,6 +34,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tracing::warn;
 
+use super::cluster::Log;
 use super::discarded::Discarded;
 use super::straggler_fence::Right;
 use super::straggler_store::Store;
@@ -154,10 +155,11 @@ impl Stragglers {
     pub async fn start(
         config: &Config,
         publisher: &PublisherConfig,
+        log: Log,
         right: Right,
     ) -> Result<Option<Self>> {
         let (right, told) = watch::channel(right);
-        let mut store = Store::new(config, told);
+        let mut store = Store::new(config, log, told);
         if !store.connect().await? {
             warn!(
                 "there is no table walpost.straggler: an event that cannot be published stops walpost, and the events of a refused topic wait \

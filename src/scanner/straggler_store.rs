@@ -19,6 +19,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, GenericClient, Row, Transaction};
 use tracing::warn;
 
+use super::cluster::Log;
 use super::discarded::{self, Discarded};
 use super::straggler::Straggler;
 use super::straggler_fence::{Fence, Right};
@@ -94,6 +95,8 @@ struct Discards {
 #[allow(clippy::struct_excessive_bools)] // Each is a setting, or a fact of the catalogue.
 pub(crate) struct Store {
     postgres: PostgresConfig,
+    /// The log that is streamed, or the one of the server that is polled: a straggler that another server has is lost here.
+    log: Log,
     pub(super) slot: String,
     pub(super) keep_key_order: bool,
     pub(super) dead_block: bool,
@@ -113,8 +116,9 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    pub(crate) fn new(config: &Config, right: watch::Receiver<Right>) -> Self {
+    pub(crate) fn new(config: &Config, log: Log, right: watch::Receiver<Right>) -> Self {
         Self {
+            log,
             postgres: config.postgres.clone(),
             slot: config.slot.clone(),
             keep_key_order: config.keep_key_order,
@@ -144,9 +148,12 @@ impl Store {
     /// Connects; false where there is no table.
     ///
     /// # Errors
-    /// Refused where there is one that walpost may not use: it may hold events that later ones of their key must not pass.
+    /// Refused where there is one that walpost may not use: it may hold events that later ones of their key must not pass. Temporary on a server with
+    /// another log.
     pub(crate) async fn connect(&mut self) -> Result<bool> {
         let client = postgres::connect_sql(&self.postgres, APPLICATION_NAME).await?;
+        let consequence = "no straggler is stored or retried there";
+        self.log.check(&client, consequence).await?;
         let sql = "
             select coalesce(bool_and(has_table_privilege(c.oid, p)), false)
                    and coalesce(has_schema_privilege(to_regnamespace('walpost'), 'usage'), false), count(*) > 0,
