@@ -9,12 +9,12 @@ mod two_servers;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::Duration;
 
 use support::{
-    Asked, Database, FakeBroker, Load, OwnServers, Reaction, Received, Servers, Walpost, consume,
-    eventually, insert_many, on_each_major, servers,
+    Asked, Database, FakeBroker, Load, OwnServers, Reaction, Received, Servers, Walpost, as_owner,
+    consume, eventually, insert_many, on_each_major, servers,
 };
 use tokio_postgres::NoTls;
 
@@ -33,41 +33,6 @@ struct Standby {
     bin: String,
     port: u16,
     url: String,
-}
-
-/// Runs a program as the owner of `folder`, who owns the servers.
-fn as_owner(folder: &str, program: &str, args: &[&str]) -> Output {
-    let whose = |format: &str| {
-        let said = Command::new("stat")
-            .args(["-c", format, folder])
-            .output()
-            .expect("stat");
-        String::from_utf8(said.stdout)
-            .expect("UTF-8")
-            .trim()
-            .to_owned()
-    };
-    let (user, group) = (whose("--reuid=%u"), whose("--regid=%g"));
-    let mut command = if whose("%u") == whose_are_we() {
-        Command::new(program)
-    } else {
-        let mut command = Command::new("setpriv");
-        command.args([&user, &group, "--clear-groups", program]);
-        command
-    };
-    command
-        .current_dir(folder)
-        .args(args)
-        .output()
-        .expect("it can be started")
-}
-
-fn whose_are_we() -> String {
-    let said = Command::new("id").arg("-u").output().expect("id");
-    String::from_utf8(said.stdout)
-        .expect("UTF-8")
-        .trim()
-        .to_owned()
 }
 
 impl Standby {

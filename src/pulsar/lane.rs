@@ -7,12 +7,16 @@
 //!
 //! # Sequence ids
 //!
-//! `(commit LSN >> 3) << 16 | ordinal`, the ordinal counting this lane's events of the transaction. It is a pure function
+//! `(commit LSN mod 2^48 >> 3) << 16 | ordinal`, the ordinal counting this lane's events of the transaction. It is a pure function
 //! of the log and of the routing, so the same event has the same id after any restart. (What else it depends on, such as the
 //! number of lanes, is part of the producer's name: see `publisher`.) Commit records are at least 40 bytes apart, which
 //! leaves [`MAX_ORDINALS`] ids between two transactions. A lane that gets more events than that from one transaction would
 //! run into the next one's ids: the publisher gives what is above to a *dedicated* lane, whose producer carries the commit
 //! LSN in its name and counts from zero.
+//!
+//! **Epochs.** Ids are signed 64-bit numbers at the broker. An id of the whole LSN would end at LSN 40000/0 (2^50 bytes of log), and a broker that
+//! deduplicates would take every later event for an old one. So the log is divided into epochs of 2^48 bytes ([`epoch`]): an id counts within its epoch,
+//! and a producer is of one epoch, which its name tells (but for epoch 0). The publisher lets every lane get its receipts before it takes an event of another epoch.
 //!
 //! # Why deduplication never eats a message
 //!
@@ -57,6 +61,14 @@ use crate::Lsn;
 
 /// Ids of one lane between two transactions: commit records are ≥ 40 bytes = 5 × 8 apart, and each 8 bytes hold 2^16.
 pub(super) const MAX_ORDINALS: u64 = 5 << 16;
+
+/// An epoch is 2^48 bytes of log: see the module's documentation.
+const EPOCH_BITS: u32 = 48;
+
+/// The epoch of an event that committed there.
+pub(super) fn epoch(commit_lsn: Lsn) -> u64 {
+    commit_lsn.as_u64() >> EPOCH_BITS
+}
 
 /// A lane with this many batches under way keeps its open one until it is full, or until a receipt comes: about an eighth of
 /// what a receipt takes, and the broker has no batch for each event where receipts are slow.
@@ -110,6 +122,8 @@ pub(super) struct Lane {
     pub producer: Producer,
     /// Serves the tail of one huge transaction only.
     dedicated: bool,
+    /// Of its events.
+    epoch: u64,
     /// Messages of the last batch.
     likely_messages: usize,
     /// What a batch's buffer is likely to need.
@@ -146,7 +160,7 @@ impl Lane {
         producer_id: u64,
         producer_name: String,
         compression: Codec,
-        dedicated: bool,
+        (dedicated, epoch): (bool, u64),
         stored: u64,
     ) -> Self {
         let ordering_key = number.to_be_bytes();
@@ -162,6 +176,7 @@ impl Lane {
                 compression,
             },
             dedicated,
+            epoch,
             likely_messages: 0,
             likely_bytes: 0,
             open: None,
@@ -194,7 +209,8 @@ impl Lane {
         let base = if self.dedicated {
             0
         } else {
-            (commit_lsn.as_u64() >> 3) << 16
+            let in_epoch = commit_lsn.as_u64() & ((1 << EPOCH_BITS) - 1);
+            (in_epoch >> 3) << 16
         };
         base + self.next_ordinal(commit_lsn)
     }
@@ -421,7 +437,8 @@ impl Lane {
     /// the log may have been put back, and have grown past what was pushed.)
     pub(super) fn is_beyond(&self, pushed: u64, log_end: Lsn) -> bool {
         // An id's upper part exceeds its commit LSN by 8 for each 2^16 events of the transaction.
-        let commit_lsn = ((pushed >> 16) << 3).saturating_sub(((MAX_ORDINALS - 1) >> 16) << 3);
+        let in_epoch = ((pushed >> 16) << 3).saturating_sub(((MAX_ORDINALS - 1) >> 16) << 3);
+        let commit_lsn = (self.epoch << EPOCH_BITS) + in_epoch;
         !self.dedicated && Some(pushed) > self.highest_written && commit_lsn > log_end.as_u64()
     }
 

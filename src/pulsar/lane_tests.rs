@@ -5,7 +5,7 @@ use super::*;
 const COMMIT: Lsn = Lsn::new(0x1000);
 
 fn lane() -> Lane {
-    Lane::new(0, 0, 0, "unit".to_owned(), Codec::None, false, 0)
+    Lane::new(0, 0, 0, "unit".to_owned(), Codec::None, (false, 0), 0)
 }
 
 /// The id of the transaction's event with this ordinal.

@@ -26,6 +26,9 @@
 //! have nothing to do with, taken for old, and lost. So all of that is in the name: the last part is a checksum of the
 //! routing. After such a change the events that were not confirmed before it may come twice.
 //!
+//! The last part also names the epoch of the log, in which sequence ids count (see `lane`). Before the first event of another epoch every
+//! lane gets its receipts; then the topics' producers change.
+//!
 //! What a name cannot tell is a database that was put back to an older state on the same timeline (a disk snapshot). Its log
 //! then ends below what was published already; the producers know by their highest id, and nothing is sent
 //! ([`Publisher::set_log_end`]).
@@ -44,12 +47,12 @@ use super::compression::Codec;
 use super::connection::{Event, Manner};
 use super::divert::{Diversion, Diverted, Parked};
 use super::flushing::Flush;
-use super::lane::{Appended, Heard, Lane, Limits, Link, MAX_ORDINALS};
+use super::lane::{Appended, Heard, Lane, Limits, Link, MAX_ORDINALS, epoch};
 use super::memory::Memory;
 use super::opener::Directory;
 use super::outgoing::Outgoing;
 use super::partition::HashingScheme;
-use super::route::{Held, Route};
+use super::route::{Held, Naming, Route};
 use super::rows::RowQueue;
 use super::schema::SchemaConfig;
 use super::tls::TlsFiles;
@@ -116,11 +119,12 @@ pub struct PublisherConfig {
 /// answer that comes in a moment.
 const MAX_HELD_AT_FIRST: usize = 4096;
 
-/// Which side of a huge transaction's tail is being drained.
+/// What everything in the lanes gets its receipt for: a huge transaction's tail, or the next epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Drain {
     BeforeTail,
     AfterTail,
+    BeforeEpoch(u64),
 }
 
 /// What became of an event that was to go into its lane.
@@ -128,7 +132,7 @@ pub(super) enum Drain {
 pub(super) enum Placed {
     /// It is there.
     Queued,
-    /// A huge transaction's tail must be drained first.
+    /// Everything in the lanes must have its receipt first.
     NotNow,
 }
 
@@ -145,9 +149,9 @@ pub(super) struct Topic {
     /// The broker that has just closed its producers named this one as the next.
     pub(super) next_broker: Option<NextBroker>,
     /// Ends the names of its producers.
-    pub(super) naming: u32,
+    pub(super) naming: Naming,
     /// Its lanes under other such names.
-    pub(super) earlier_lanes: HashMap<u32, Vec<Option<usize>>>,
+    pub(super) earlier_lanes: HashMap<Naming, Vec<Option<usize>>>,
     /// The route that it belongs to.
     pub(super) route: usize,
     /// Why its events are diverted.
@@ -184,8 +188,10 @@ pub struct Publisher {
     pub(super) filling: VecDeque<usize>,
     /// Lanes for the tails of huge transactions, by the lane they relieve.
     pub(super) dedicated: HashMap<(usize, Lsn), usize>,
-    /// Set before and after a huge transaction's tail: nothing more is taken until everything has its receipt.
+    /// Set before and after a huge transaction's tail, and before an epoch: nothing more is taken until everything has its receipt.
     pub(super) draining: Option<Drain>,
+    /// Of the events in the lanes.
+    pub(super) epoch: u64,
     pub(super) in_flight_messages: usize,
     pub(super) in_flight_bytes: usize,
     /// Some route's partitions have changed in number, and it still waits for receipts.
@@ -250,6 +256,7 @@ impl Publisher {
             filling: VecDeque::new(),
             dedicated: HashMap::new(),
             draining: None,
+            epoch: 0,
             in_flight_messages: 0,
             in_flight_bytes: 0,
             changing_routes: false,
@@ -347,6 +354,10 @@ impl Publisher {
         {
             self.drain(Drain::AfterTail);
         }
+        let epoch = epoch(event.commit_lsn);
+        if epoch != self.epoch && self.draining.is_none() {
+            self.drain(Drain::BeforeEpoch(epoch));
+        }
         if self.draining.is_some() {
             return Ok(Placed::NotNow);
         }
@@ -432,10 +443,14 @@ impl Publisher {
         if self.in_flight_messages > self.held_messages {
             return;
         }
-        if self.draining.take() == Some(Drain::AfterTail) {
-            for (_, lane) in std::mem::take(&mut self.dedicated) {
-                self.lanes[lane].close();
+        match self.draining.take() {
+            Some(Drain::AfterTail) => {
+                for (_, lane) in std::mem::take(&mut self.dedicated) {
+                    self.lanes[lane].close();
+                }
             }
+            Some(Drain::BeforeEpoch(epoch)) => self.begin_epoch(epoch),
+            Some(Drain::BeforeTail) | None => {}
         }
     }
 
@@ -508,7 +523,7 @@ impl Publisher {
 
     fn lane_name(&self, topic: usize, number: u32) -> String {
         let naming = self.topics[topic].naming;
-        format!("{}-{number}.{naming:08x}", self.config.producer_name)
+        format!("{}-{number}.{naming}", self.config.producer_name)
     }
 
     fn new_lane(&mut self, topic: usize, number: u32, name: String, dedicated: bool) -> usize {
@@ -519,7 +534,7 @@ impl Publisher {
             id as u64,
             name,
             self.config.compression,
-            dedicated,
+            (dedicated, self.epoch),
             self.stored_events,
         ));
         id

@@ -110,6 +110,25 @@ impl Route {
 /// How long a topic that is asked about for the first time may keep the others waiting.
 const FIRST_ANSWER: Duration = Duration::from_secs(2);
 
+/// What the names of a topic's producers end in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Naming {
+    /// A checksum of all that decides which lane and ordinal an event gets.
+    routing: u32,
+    /// In which the sequence ids count.
+    epoch: u64,
+}
+
+impl std::fmt::Display for Naming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:08x}", self.routing)?;
+        match self.epoch {
+            0 => Ok(()),
+            epoch => write!(f, ".{epoch:x}"),
+        }
+    }
+}
+
 impl Publisher {
     /// True while the answer about a new topic may come any moment. One that cannot be had soon must not hold up the others.
     pub(super) fn is_asking(&self) -> bool {
@@ -242,34 +261,36 @@ impl Publisher {
     }
 
     /// A checksum of all that decides which lane and ordinal an event gets; see the publisher's documentation.
-    fn naming(&self, partitions: u32) -> u32 {
+    fn naming(&self, partitions: u32) -> Naming {
         let config = &self.config;
         let text = format!(
             "{}\n{}\n{partitions}\n{:?}",
             config.routing, config.lanes, config.hashing
         );
-        crc32c::crc32c(text.as_bytes())
+        Naming {
+            routing: crc32c::crc32c(text.as_bytes()),
+            epoch: self.epoch,
+        }
+    }
+
+    /// From now on events are of this epoch. The lanes must be empty.
+    pub(super) fn begin_epoch(&mut self, epoch: u64) {
+        self.epoch = epoch;
+        for topic in 0..self.topics.len() {
+            let routing = self.topics[topic].naming.routing;
+            self.rename(topic, Naming { routing, epoch });
+        }
     }
 
     /// The topic of that name, whose producers' names end in `naming` from now on. Its lanes must be empty. Lanes of a name that it
     /// had before are taken up again: they know how far they have counted, and what they have written.
-    fn topic(&mut self, name: &str, naming: u32, route: usize) -> usize {
-        let lanes = vec![None; self.config.lanes as usize];
+    fn topic(&mut self, name: &str, naming: Naming, route: usize) -> usize {
         let place = (route, name.to_owned());
         if let Some(&index) = self.topic_index.get(&place) {
-            let topic = &mut self.topics[index];
-            if topic.naming == naming {
-                return index;
-            }
-            let lanes = topic.earlier_lanes.remove(&naming).unwrap_or(lanes);
-            let old = std::mem::replace(&mut topic.lanes, lanes);
-            for &lane in old.iter().flatten() {
-                self.lanes[lane].close();
-            }
-            topic.earlier_lanes.insert(topic.naming, old);
-            topic.naming = naming;
+            self.rename(index, naming);
             return index;
         }
+        let lanes = vec![None; self.config.lanes as usize];
         let (initial, max) = self.config.reconnect;
         let index = self.topics.len();
         self.topics.push(Topic {
@@ -287,6 +308,22 @@ impl Publisher {
         });
         self.topic_index.insert(place, index);
         index
+    }
+
+    /// See [`Publisher::topic`].
+    fn rename(&mut self, index: usize, naming: Naming) {
+        let topic = &mut self.topics[index];
+        if topic.naming == naming {
+            return;
+        }
+        let lanes = topic.earlier_lanes.remove(&naming);
+        let lanes = lanes.unwrap_or_else(|| vec![None; self.config.lanes as usize]);
+        let old = std::mem::replace(&mut topic.lanes, lanes);
+        for &lane in old.iter().flatten() {
+            self.lanes[lane].close();
+        }
+        topic.earlier_lanes.insert(topic.naming, old);
+        topic.naming = naming;
     }
 
     /// Keeps an event that cannot go into its lane yet.

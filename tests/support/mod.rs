@@ -51,7 +51,7 @@ pub(crate) use process::{Command, Walpost};
 pub(crate) use proxy::{Direction, Onlooker, Proxy};
 pub(crate) use python::{Judged, Python, hex};
 pub(crate) use random::Random;
-pub(crate) use servers::{OwnServers, Servers, servers, tool};
+pub(crate) use servers::{OwnServers, Servers, as_owner, servers, tool};
 pub(crate) use wire::{Entry, EntryMessage, parse_entry, read_entries, sized};
 
 /// Tests of cases that take a major: `name: case(more);` makes `name::on_14`, `name::on_15` and `name::on_18`, which call

@@ -260,3 +260,38 @@ fn read_env(path: &Path) -> BTreeMap<String, String> {
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect()
 }
+
+/// Runs a program as the owner of `folder`, who owns the servers.
+pub(crate) fn as_owner(folder: &str, program: &str, args: &[&str]) -> Output {
+    let whose = |format: &str| {
+        let said = Command::new("stat")
+            .args(["-c", format, folder])
+            .output()
+            .expect("stat");
+        String::from_utf8(said.stdout)
+            .expect("UTF-8")
+            .trim()
+            .to_owned()
+    };
+    let (user, group) = (whose("--reuid=%u"), whose("--regid=%g"));
+    let mut command = if whose("%u") == whose_are_we() {
+        Command::new(program)
+    } else {
+        let mut command = Command::new("setpriv");
+        command.args([&user, &group, "--clear-groups", program]);
+        command
+    };
+    command
+        .current_dir(folder)
+        .args(args)
+        .output()
+        .expect("it can be started")
+}
+
+fn whose_are_we() -> String {
+    let said = Command::new("id").arg("-u").output().expect("id");
+    String::from_utf8(said.stdout)
+        .expect("UTF-8")
+        .trim()
+        .to_owned()
+}
