@@ -27,11 +27,12 @@
 //! routing. After such a change the events that were not confirmed before it may come twice.
 //!
 //! The last part also names the epoch of the log, in which sequence ids count (see `lane`). Before the first event of another epoch every
-//! lane gets its receipts; then the topics' producers change.
+//! lane gets its receipts; then the topics' producers change. (A topic that takes nothing holds up that change, and with it all
+//! topics, until its events are diverted; where nobody stores them, until it takes them.)
 //!
 //! What a name cannot tell is a database that was put back to an older state on the same timeline (a disk snapshot). Its log
 //! then ends below what was published already; the producers know by their highest id, and nothing is sent
-//! ([`Publisher::set_log_end`]).
+//! ([`Publisher::set_log_end`]). A database that is put back across the end of an epoch is noticed only by producers of the earlier epoch.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
