@@ -245,7 +245,9 @@ async fn a_table_is_given_txid_and_seq(major: i32) {
     database
         .sql("ALTER TABLE plain DROP COLUMN txid, DROP COLUMN seq")
         .await;
-    let walpost = database.start(&settings).await;
+    // (which its operator accepts)
+    let accepted = [&settings[..], &[("WALPOST_SLOT_LOST", "restart")]].concat();
+    let walpost = database.start(&accepted).await;
     database.sql(insert).await;
     database.wait_all_confirmed(DEADLINE).await;
     walpost.stop().await;
