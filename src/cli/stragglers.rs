@@ -184,12 +184,14 @@ impl Table<'_> {
         let doing = "discard stragglers, and mark or delete their rows";
         let mode = self.mode(config).await?;
         let tables = self.tables(config, mode).await?;
-        let numbers = if self.has_numbers().await? {
+        let stragglers = "walpost.straggler";
+        let has_numbers = self.has_columns(stragglers, &["row_seq", "row_txid"]);
+        let numbers = if has_numbers.await? {
             "row_seq, row_txid"
         } else {
             "null::int8 as row_seq, null::int8 as row_txid"
         };
-        let xid = if self.has_xid().await? {
+        let xid = if self.has_columns(stragglers, &["xid"]).await? {
             "xid"
         } else {
             "null::int8 as xid"
@@ -203,7 +205,7 @@ impl Table<'_> {
                 told(&tables, SEQ),
                 told(&tables, TXID)
             ),
-            if self.notes_txid().await? {
+            if self.has_columns("walpost.discarded", &["row_txid"]).await? {
                 // A scan reads no table without a txid.
                 "noted as (insert into walpost.discarded (slot, outbox, id, commit_lsn, ordinal, seq, row_txid)
                            select slot, outbox, id, commit_lsn, ordinal, case when txid is not null then seq end, txid from told)"
@@ -240,30 +242,12 @@ impl Table<'_> {
         Ok(row.map_err(|error| failed(doing, error))?.get(0))
     }
 
-    /// Whether the table has columns for the row's number: one that an earlier version made has not.
-    async fn has_numbers(&self) -> Result<bool> {
-        let sql = "select count(*) = 2 from pg_attribute
-                   where attrelid = to_regclass('walpost.straggler') and attname in ('row_seq', 'row_txid') and not attisdropped";
-        let row = self.client.query_one(sql, &[]).await;
-        let row = row.map_err(|error| failed("look at walpost.straggler", error))?;
-        Ok(row.get(0))
-    }
-
-    /// The same of its transaction.
-    async fn has_xid(&self) -> Result<bool> {
-        let sql = "select count(*) = 1 from pg_attribute
-                   where attrelid = to_regclass('walpost.straggler') and attname = 'xid' and not attisdropped";
-        let row = self.client.query_one(sql, &[]).await;
-        let row = row.map_err(|error| failed("look at walpost.straggler", error))?;
-        Ok(row.get(0))
-    }
-
-    /// The same of `walpost.discarded` and the row's `txid`.
-    async fn notes_txid(&self) -> Result<bool> {
-        let sql = "select count(*) = 1 from pg_attribute
-                   where attrelid = to_regclass('walpost.discarded') and attname = 'row_txid' and not attisdropped";
-        let row = self.client.query_one(sql, &[]).await;
-        let row = row.map_err(|error| failed("look at walpost.discarded", error))?;
+    /// Whether a table of walpost's has these columns: one that an earlier version made may lack them.
+    async fn has_columns(&self, table: &str, columns: &[&str]) -> Result<bool> {
+        let sql = "select count(*) = cardinality($2::text[]) from pg_attribute
+                   where attrelid = to_regclass($1) and attname::text = any ($2::text[]) and not attisdropped";
+        let row = self.client.query_one(sql, &[&table, &columns]).await;
+        let row = row.map_err(|error| failed(&format!("look at {table}"), error))?;
         Ok(row.get(0))
     }
 

@@ -117,8 +117,8 @@ pub enum Report {
     Rows(u64),
     /// A message was published to a topic that had been refused.
     Healed(String),
-    /// The table cannot be used any more, and time will not mend that; or, temporary, the slot is not this process's any more: nothing is stored until the
-    /// right is told anew.
+    /// The table cannot be used any more, and time will not mend that; or, temporary, another process has the slot: nothing is stored until the
+    /// right is set again.
     Failed(Error),
 }
 
@@ -147,8 +147,8 @@ pub struct Stragglers {
 }
 
 impl Stragglers {
-    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing, which is logged. To be called
-    /// behind the claim: whoever had the slot before has stored by then, or never will.
+    /// Starts the task, if there is a table for it, and reads what must be parked. `None`: the table is missing, which is logged. Call it
+    /// after the claim: a process that had the slot before has stored its stragglers by then, or its transaction fails.
     ///
     /// # Errors
     /// Refused where there is a table that walpost may not use.
@@ -210,8 +210,8 @@ impl Stragglers {
         self.may_retry.send_replace(may_retry);
     }
 
-    /// Tells what [`Right`] there is from now on. To be suspended before its owner claims the slot anew, and told when it is known that no other process
-    /// had it meanwhile.
+    /// Sets the [`Right`] to store and retry. Its owner suspends it before it claims the slot again, and sets it once it knows that no other process had
+    /// the slot in between.
     pub fn set_right(&self, right: Right) {
         self.right.send_replace(right);
     }
@@ -330,7 +330,7 @@ impl Stragglers {
             ordinal: tag.ordinal(),
             number: number_of(number, commit_lsn, tag),
             txid,
-            // What it would tell was read from the row.
+            // The row was read: its own txid is known.
             xid: None,
             reason,
             hopeless: true,

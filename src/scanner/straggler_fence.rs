@@ -73,7 +73,7 @@ impl Fence {
         !self.is_refused && !matches!(*self.right.borrow(), Right::Suspended)
     }
 
-    /// Waits until the right is told anew; false when nobody tells it any more. Cancel safe.
+    /// Waits until the right is set again; false when its owner is gone. Cancel safe.
     pub(super) async fn changed(&mut self) -> bool {
         let is_told = self.right.changed().await.is_ok();
         self.is_refused = false;
@@ -106,7 +106,7 @@ impl Fence {
         Ok(transaction)
     }
 
-    /// Commits it, if the claim still holds and the right was not told anew since it began.
+    /// Commits it, if the claim still holds and the right was not set again since it began.
     ///
     /// # Errors
     /// As [`Fence::begin`].

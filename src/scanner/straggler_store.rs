@@ -171,7 +171,7 @@ impl Store {
         if is_there && !may_use {
             let role: &str = row.get(3);
             return Err(Error::refused(
-                "walpost may not use the table walpost.straggler: what waits there would be passed by later events of its key",
+                "walpost may not use the table walpost.straggler: later events of a key would pass those that are stored there",
             )
             .hint(format!(
                 "let the owner GRANT USAGE ON SCHEMA walpost TO {role}; GRANT SELECT, INSERT, UPDATE, DELETE ON walpost.straggler TO {role}"

@@ -319,7 +319,7 @@ impl Task {
         tokio::time::sleep(delay).await;
     }
 
-    /// Another process has the slot: nothing is attempted until the right is told anew, which the report brings about.
+    /// Another process has the slot: nothing is attempted until the right is set again, which the report brings about.
     fn refused(&mut self, error: Error) {
         if self.store.fence.refuse() {
             warn!(
