@@ -34,6 +34,7 @@
 //! | no clock decides what is delivered | transaction ids and log positions do; the time of day only delays ([`scanner`]) | `tests/clocks.rs` |
 //! | Postgres 14 to 18 do the same | what is newer is used where it is ([`postgres::slot`]) | `tests/majors.rs` for the oldest and the newest |
 //! | a row shown as sent is in its topic | the delivered snapshot is stored behind the confirmed LSN ([`scanner`]) | `tests/delivered.rs` |
+//! | a row's topic is the one of exactly that name to all of Pulsar's clients, and a stored one, or the row is a straggler | what they do not agree on is refused ([`outbox`]'s `topic.rs`, `sql/09_emit.sql`) | `tests/names.rs`, `tests/ends/emit.rs` |
 //! | one instance at a time, another takes over | the slot, and an advisory lock around it ([`scanner::recovery`]); stragglers are stored and retried under the claim of the lock's holder ([`scanner::straggler_fence`]) | `tests/ha.rs`, `tests/stragglers/fence.rs` |
 //! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]); in the stream, in a scan, and in poll mode | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs` |
 //! | the confirmed LSN passes no unacknowledged event | one function decides it ([`ack`]) | `tests/confirmed_lsn.rs` |
