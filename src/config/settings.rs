@@ -284,13 +284,13 @@ settings! {
     );
     TOPIC = Setting::new(
         "WALPOST_TOPIC", Value("persistent://public/default/outbox.{aggregatetype}"),
-        Kind::Text("a topic name with columns in braces"),
+        Kind::Text("a persistent topic's name with columns in braces"),
         "routing template: the topic of an event without one of its own",
     );
     PRODUCER_NAME = Setting::new(
         "WALPOST_PRODUCER_NAME", Described("walpost-<slot>"),
         Kind::Text("1 to 128 letters, digits, '.', '_' and '-', not beginning with pulsar.repl"),
-        "base of the producer names; two connectors must never share it",
+        "base of the producer names; two connectors must never share it, and another Pulsar cluster needs a new one",
     );
     LANES = Setting::new(
         "WALPOST_LANES", Value("16"), Kind::Count { min: 1, max: 1024 },

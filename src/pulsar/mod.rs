@@ -48,7 +48,7 @@ mod tls;
 mod verdict;
 mod wire;
 
-pub use admin::{Admin, Deduplication};
+pub use admin::{Admin, CaughtUpTopics, Deduplication};
 pub use auth::{Auth, ClientCredentials, OAuth2};
 pub use compression::Codec;
 pub use connection::DEFAULT_MAX_MESSAGE_BYTES;
