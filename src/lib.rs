@@ -94,6 +94,7 @@ pub mod feedback;
 pub mod gulp;
 pub mod http;
 pub mod inbox;
+pub mod lease;
 pub mod logging;
 pub mod lsn;
 pub mod meter;

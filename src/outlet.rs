@@ -132,6 +132,17 @@ impl Outlet {
         stragglers
     }
 
+    /// Puts a new publisher in the place of the one that there is, whose connections end. Nothing may be unfinished: it would be forgotten. What is
+    /// parked stays parked.
+    pub fn renew_publisher(&mut self, mut publisher: Publisher) {
+        assert!(
+            self.unfinished() == 0,
+            "a publisher ends with events that are neither published nor stored"
+        );
+        publisher.set_parked(self.publisher.take_parked());
+        self.publisher = publisher;
+    }
+
     /// The publisher, to wait on.
     pub fn publisher(&mut self) -> &mut Publisher {
         &mut self.publisher

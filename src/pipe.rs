@@ -296,6 +296,16 @@ impl Pipe {
         self.outlet.publisher()
     }
 
+    /// Puts a new publisher in the place of the one that there is: see [`Outlet::renew_publisher`]. Only between two transactions: their events are
+    /// numbered by the publisher.
+    pub fn renew_publisher(&mut self, publisher: Publisher) {
+        assert!(
+            self.is_whole(),
+            "a publisher ends in the middle of a transaction"
+        );
+        self.outlet.renew_publisher(publisher);
+    }
+
     /// True while another frame may be taken.
     pub fn has_room(&self) -> bool {
         let streamed = self.streamed.as_ref();

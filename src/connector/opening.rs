@@ -1,7 +1,7 @@
 //! Opening: from the settings to a replication stream and a pipe that belong together.
 //!
 //! In this order, and each step is a reason why: Postgres is asked who it is and the lock is taken ([`recovery`]); a pipe of
-//! another cluster, timeline or owner is dropped; what the stream will not bring is published ([`gap`]), and only then is there
+//! another owner is dropped, and only then may this process write to brokers ([`crate::lease`]); a pipe of another cluster or timeline is dropped; what the stream will not bring is published ([`gap`]), and only then is there
 //! a pipe; the stream begins, and only then is the end of the log asked for and the stragglers of others known.
 
 use std::future::Future;
@@ -15,6 +15,7 @@ use tracing::{info, warn};
 use super::publishing::{diversion, publisher_config, routing, subscription};
 use super::{Connector, Shutdown, TICK_INTERVAL};
 use crate::config::{Config, SlotLost};
+use crate::lease::{self, Hold};
 use crate::meter::Phase;
 use crate::outbox::Extractor;
 use crate::pipe::{Pipe, ScannedRow};
@@ -51,7 +52,10 @@ impl Connector {
         mut shutdown: Shutdown<'_, F>,
     ) -> Result<Option<ReplicationStream>> {
         let config = self.config.clone();
-        let held = self.scanner.take();
+        // From here on nothing is written to a broker.
+        let held = self.hold.take();
+        let was_lost = self.lease.lost_since().is_some();
+        let held = held.map(Hold::into_client);
         self.claimed = None;
         // Another instance may have had the slot meanwhile, and this one's next claim has the name of its last one.
         self.set_right(Right::Suspended);
@@ -59,7 +63,7 @@ impl Connector {
         let checking = async {
             // Waited for: were it held a moment longer, we would take ourselves for another instance.
             if let Some(client) = held {
-                recovery::unlock(client).await;
+                recovery::unlock(&client).await;
             }
             check(&config, &session).await
         };
@@ -82,6 +86,15 @@ impl Connector {
             }
         })?;
         self.claimed = prepared.as_ref().map(|prepared| prepared.claim.clone());
+        if self.may_be_others(prepared.as_ref(), was_lost) {
+            self.drop_pipe();
+        }
+        let holding = self.lease.clone().hold(client);
+        let Some(hold) = self.attend(holding, shutdown.as_mut()).await? else {
+            return Ok(None);
+        };
+        let hold = hold?;
+        let client = hold.client();
         if prepared.as_ref().is_some_and(|it| it.out_of_date) {
             let was_ours = prepared.as_ref().is_some_and(|it| it.was_ours);
             let dropped = self.drop_out_of_date(was_ours, shutdown.as_mut()).await?;
@@ -96,6 +109,14 @@ impl Connector {
         self.modes.know(&tables);
         if self.has_pipe_of(&identity)? {
             self.set_right(self.claimed.clone().into());
+            if self.is_closed {
+                tokio::select! {
+                    biased;
+                    () = shutdown.as_mut() => return Ok(None),
+                    connected = self.pipe().publisher().connect() => connected?,
+                }
+                self.is_closed = false;
+            }
         } else {
             if self.pipe.is_some() {
                 warn!(
@@ -108,19 +129,22 @@ impl Connector {
             settings.rows = self.modes.queue();
             // The old ones end first: two tasks would answer for one table.
             self.drop_pipe();
-            let right = self.claimed.clone().into();
+            let right: Right = self.claimed.clone().into();
+            self.modes.set_right(right.clone());
             let started = Stragglers::start(&config, &settings, (&identity).into(), right);
             let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
                 return Ok(None);
             };
             let stragglers = started?;
             settings.diversion = diversion(&config, stragglers.as_ref());
-            let closing = self.close_gap(&client, &settings, prepared.as_mut(), stragglers);
+            let closing = self.close_gap(client, &settings, prepared.as_mut(), stragglers);
             let (scanned, stragglers) = tokio::select! {
                 biased;
                 () = shutdown.as_mut() => return Ok(None),
+                () = self.lease.lost() => return Err(lease::lost()),
                 closed = closing => closed?,
             };
+            self.publishing = Some(settings.clone());
             let mut publisher = Publisher::new(settings);
             tokio::select! {
                 biased;
@@ -133,11 +157,11 @@ impl Connector {
             self.pipe = Some((identity, pipe));
         }
         if let Some(prepared) = &mut prepared {
-            self.declare(&client, prepared).await?;
-            self.keep(&client, prepared, carried).await?;
+            self.declare(client, prepared).await?;
+            self.keep(client, prepared, carried).await?;
         }
         let stream = self
-            .begin_stream(&client, connection, known, relations)
+            .begin_stream(client, connection, known, relations)
             .await?;
         let refreshed = self.pipe().refresh();
         if self.attend(refreshed, shutdown).await?.is_none() {
@@ -147,13 +171,23 @@ impl Connector {
         self.meter.set_phase(Phase::Streaming);
         let from = self.pipe().flush_lsn();
         info!(slot = self.config.slot, %from, "streaming");
-        self.scanner = Some(client);
+        self.hold = Some(hold);
         self.left = None;
         Ok(Some(stream))
     }
 
-    /// Tells the pipe, if there is one, under which claim it stores stragglers.
+    /// Whether another instance may have published what this one has in the air.
+    fn may_be_others(&self, prepared: Option<&Prepared>, was_lost: bool) -> bool {
+        match prepared {
+            Some(prepared) => prepared.out_of_date && !prepared.was_ours,
+            // Nobody notes who had the slot.
+            None => was_lost,
+        }
+    }
+
+    /// Tells under which claim stragglers are stored, and rows are marked or deleted.
     fn set_right(&self, right: Right) {
+        self.modes.set_right(right.clone());
         if let Some((_, pipe)) = &self.pipe {
             pipe.set_right(right);
         }
@@ -209,6 +243,7 @@ impl Connector {
             tokio::select! {
                 biased;
                 () = shutdown.as_mut() => return Ok(None),
+                () = self.lease.lost() => return Err(lease::lost()),
                 event = pipe.next_event() => pipe.event(event)?,
                 () = sleep_until(by.min(now + TICK_INTERVAL)) => pipe.publisher().tick(Instant::now()),
             }
@@ -420,7 +455,7 @@ impl Connector {
     fn publishing_for(&self, identity: &SystemIdentity) -> PublisherConfig {
         publisher_config(
             &self.config,
-            &self.meter,
+            (&self.meter, &self.lease),
             &identity.system_id.to_string(),
             identity.timeline,
         )

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::{AfterPublish, Config};
+use crate::lease::Lease;
 use crate::meter::Meter;
 use crate::outbox::Role;
 use crate::pipe::Routing;
@@ -40,10 +41,10 @@ pub(crate) fn subscription(config: &Config) -> Subscription {
     }
 }
 
-/// How events of this cluster and timeline are published.
+/// How events of this cluster and timeline are published, under this lease.
 pub(crate) fn publisher_config(
     config: &Config,
-    meter: &Arc<Meter>,
+    (meter, lease): (&Arc<Meter>, &Lease),
     system_id: &str,
     timeline: u32,
 ) -> PublisherConfig {
@@ -71,6 +72,7 @@ pub(crate) fn publisher_config(
         max_in_flight_bytes: usize::try_from(config.max_in_flight_bytes).unwrap_or(usize::MAX),
         send_timeout: config.send_timeout,
         meter: Arc::clone(meter),
+        lease: lease.clone(),
         reconnect: (config.reconnect_initial, config.reconnect_max),
     }
 }

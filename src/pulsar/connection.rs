@@ -7,13 +7,20 @@
 //! Manners (Pulsar documentation, "Binary protocol"): CONNECT with feature flags and credentials, the broker's
 //! `max_message_size` honoured, PING answered at once, PING sent when the broker is silent, `AUTH_CHALLENGE` answered
 //! with fresh credentials, while receipts go on.
+//!
+//! # The lease
+//!
+//! Whatever the task writes behind CONNECT, it asks the [`Lease`] in the same poll. While that is not held nothing goes out, not even the answer to
+//! a PING: a broker that asks because another instance wants the producers' names may close this connection. What comes in is taken. When the last handle is gone
+//! the task ends without writing what is queued.
 
 use std::collections::{HashMap, VecDeque};
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -30,6 +37,7 @@ use super::socket::{self, CONNECT_TIMEOUT, Reader, Writer, drop_written};
 use super::tls::TlsFiles;
 use super::verdict::one_line;
 use super::wire::{Incoming, NextBroker, decode_command, decode_frame, encode_command};
+use crate::lease::Lease;
 use crate::retry::Backoff;
 use crate::{Error, Result};
 
@@ -143,6 +151,8 @@ pub(super) struct Manner {
     pub(super) tls: Option<TlsFiles>,
     /// Silence for one interval → PING, for two → dead.
     pub(super) keepalive_interval: Duration,
+    /// Behind CONNECT nothing is written while it is not held.
+    pub(super) lease: Lease,
 }
 
 impl Connection {
@@ -173,6 +183,7 @@ impl Connection {
             credentials,
             answering: None,
             max_frame_bytes: 0,
+            lease: manner.lease.clone(),
         };
         let identified = manner.tls.as_ref().is_some_and(|tls| tls.client.is_some());
         let handshake = Box::pin(driver.handshake(endpoint, identified));
@@ -282,6 +293,7 @@ struct Driver {
     answering: Option<Answering>,
     /// A message of the largest size, and what stands around it.
     max_frame_bytes: usize,
+    lease: Lease,
 }
 
 impl Driver {
@@ -374,20 +386,28 @@ impl Driver {
         keepalive.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut silent_intervals = 0;
         loop {
+            // Of what is still queued nobody would hear the receipt.
+            if self.commands.is_closed() {
+                return "no longer needed".to_owned();
+            }
+            let has_output = !self.outbox.is_empty() || self.unflushed;
+            let may_write = self.lease.holds();
             tokio::select! {
                 biased;
                 // 1. What is queued goes out first: it is what receipts wait for.
-                written = self.writer.write_some(&self.outbox), if !self.outbox.is_empty() || self.unflushed => {
+                written = held(&self.lease, self.writer.write_some(&self.outbox)), if has_output && may_write => {
                     match written {
-                        Ok(None) => self.unflushed = false,
-                        Ok(Some(0)) => return "the broker takes no more bytes".to_owned(),
-                        Ok(Some(bytes)) => {
+                        None => {}
+                        Some(Ok(None)) => self.unflushed = false,
+                        Some(Ok(Some(0))) => return "the broker takes no more bytes".to_owned(),
+                        Some(Ok(Some(bytes))) => {
                             drop_written(&mut self.outbox, bytes);
                             self.unflushed = self.writer.is_tls();
                         }
-                        Err(error) => return format!("write failed: {error}"),
+                        Some(Err(error)) => return format!("write failed: {error}"),
                     }
                 }
+                () = self.lease.held(), if has_output && !may_write => {}
                 // 2. Receipts free memory and move the confirmed LSN.
                 read = self.reader.read_buf(&mut self.inbox) => {
                     silent_intervals = 0;
@@ -536,6 +556,19 @@ impl Driver {
     }
 }
 
+/// Polls `writing` only while the lease is held; `None` when it is not. A process that was stopped in between looks at the clock first.
+async fn held<T>(lease: &Lease, writing: impl Future<Output = T>) -> Option<T> {
+    let mut writing = pin!(writing);
+    poll_fn(|context| {
+        if lease.holds() {
+            writing.as_mut().poll(context).map(Some)
+        } else {
+            Poll::Ready(None)
+        }
+    })
+    .await
+}
+
 async fn answered(answering: &mut Option<Answering>) -> Result<Credentials> {
     match answering {
         Some(answer) => answer.await,
@@ -562,3 +595,7 @@ async fn answer(auth: Auth, stale: Credentials) -> Result<Credentials> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "connection_tests.rs"]
+mod tests;

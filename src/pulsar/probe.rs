@@ -13,6 +13,7 @@ use super::opener::{self, Directory, Wanted};
 use super::reader::ReaderConfig;
 use super::schema::SchemaConfig;
 use super::tls::TlsFiles;
+use crate::lease::Lease;
 use crate::{Error, Result};
 
 /// What a broker said when it was connected to.
@@ -40,6 +41,7 @@ pub async fn probe(
         auth,
         tls,
         keepalive_interval,
+        lease: Lease::default(),
     };
     // What the connection says on its own concerns nobody here; dropping the receiver only silences it.
     let (events, _) = mpsc::channel(1);
@@ -81,6 +83,7 @@ pub async fn produce_to(
         auth: config.auth,
         tls: config.tls,
         keepalive_interval: config.keepalive_interval,
+        lease: Lease::default(),
     };
     // Nobody listens: see above.
     let (events, _) = mpsc::channel(1);

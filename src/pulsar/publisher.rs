@@ -59,6 +59,7 @@ use super::schema::SchemaConfig;
 use super::tls::TlsFiles;
 use super::wire::NextBroker;
 use crate::ack::TxnNo;
+use crate::lease::Lease;
 use crate::meter::Meter;
 use crate::retry::Backoff;
 use crate::{Error, Lsn, Result};
@@ -112,6 +113,8 @@ pub struct PublisherConfig {
     pub rows: Option<RowQueue>,
     /// Told of receipts and of lost connections.
     pub meter: Arc<Meter>,
+    /// Nothing is written to a broker while it is not held.
+    pub lease: Lease,
     /// First and longest pause between attempts to reach a broker.
     pub reconnect: (Duration, Duration),
 }
@@ -229,6 +232,7 @@ impl Publisher {
                 auth: config.auth.clone(),
                 tls: config.tls.clone(),
                 keepalive_interval: config.keepalive_interval,
+                lease: config.lease.clone(),
             },
             config.schema.clone(),
             config.reconnect,

@@ -34,6 +34,7 @@ use super::opener::Directory;
 use super::tls::TlsFiles;
 use super::{verdict, wire};
 use crate::config::Config;
+use crate::lease::Lease;
 use crate::retry::Backoff;
 use crate::{Error, Result};
 
@@ -149,6 +150,7 @@ impl Reader {
             auth: config.auth,
             tls: config.tls,
             keepalive_interval: config.keepalive_interval,
+            lease: Lease::default(),
         };
         let reconnect = config.reconnect;
         Self {

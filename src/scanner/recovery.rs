@@ -606,7 +606,7 @@ pub async fn lock_holder(client: &Client, slot: &str) -> Result<Option<String>> 
 }
 
 /// Gives the lock back, and returns when the server has done so, or does not answer.
-pub async fn unlock(client: Client) {
+pub async fn unlock(client: &Client) {
     let unlocking = client.batch_execute("SELECT pg_advisory_unlock_all()");
     // A session that is gone has no lock; one that hangs holds it until the server finds out.
     let _gone = timeout(UNLOCK, unlocking).await;

@@ -26,6 +26,7 @@
 //! stream's deduplication nor that of an earlier start takes a retry for something old, and one bad message fails alone. A process killed between
 //! receipt and deletion publishes the message again: stragglers are at least once.
 //!
+//! Nothing is sent while the lease is not held ([`crate::lease`]), and the publisher is closed where Postgres stays away.
 //! Nothing is stored or sent under a claim that another process has taken over ([`super::straggler_fence`]).
 //! Retries are made only while the replication stream is open (the slot lets in one instance only), or while a scan runs (the
 //! lock on the slot does).
@@ -54,6 +55,7 @@ use super::straggler_retry::Sent;
 use super::straggler_store::{Failure, Key, Store};
 use crate::ack::TxnNo;
 use crate::config::Config;
+use crate::lease::{CLOSE_BY, Lease};
 use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig};
 use crate::retry::Backoff;
 use crate::upkeep::News;
@@ -79,6 +81,10 @@ enum Page {
 pub(super) struct Task {
     pub(super) store: Store,
     pub(super) publisher: Publisher,
+    /// What it was made of.
+    publishing: PublisherConfig,
+    /// It may have producers.
+    is_open: bool,
     pub(super) reports: mpsc::UnboundedSender<Report>,
     pub(super) reconnect: Backoff,
     pub(super) retry: (Duration, Duration),
@@ -117,6 +123,7 @@ async fn run_task(
     mut inbox: mpsc::UnboundedReceiver<Item>,
     mut may_retry: watch::Receiver<bool>,
 ) {
+    let lease = task.publishing.lease.clone();
     let mut scan_at = Instant::now();
     let mut tick_at = Instant::now();
     loop {
@@ -154,7 +161,9 @@ async fn run_task(
                     Err(error) => task.reconnect(&error).await,
                 }
             }
-            // 4. What was refused may be allowed.
+            // 4. Postgres is away, and whoever has the slot may want to retry.
+            () = lost_for_good(&lease), if task.is_open => task.let_go(),
+            // 5. What was refused may be allowed.
             is_told = task.store.fence.changed() => if !is_told { return },
             changed = may_retry.changed() => if changed.is_err() { return },
             () = sleep_until(tick_at) => {
@@ -197,17 +206,19 @@ pub(super) fn run(
             .collect(),
         None => Vec::new(),
     };
-    let publisher = Publisher::new(PublisherConfig {
+    let publishing = PublisherConfig {
         producer_name,
         batch_max_messages: 1,
         diversion: Some(now),
         ..publisher.clone()
-    });
+    };
     let task = Task {
         store,
         outboxes,
         all_outboxes,
-        publisher,
+        publisher: Publisher::new(publishing.clone()),
+        publishing,
+        is_open: false,
         reports,
         reconnect: Backoff::new(config.reconnect_initial, config.reconnect_max),
         retry: (config.retry_initial, config.retry_max),
@@ -229,7 +240,34 @@ pub(super) fn run(
     run_task(task, inbox, may_retry)
 }
 
+/// Waits until the lease has been lost for as long as any publisher may stay open. Cancel safe.
+async fn lost_for_good(lease: &Lease) {
+    loop {
+        lease.lost().await;
+        let close_at = lease.lost_since().map(|since| since + CLOSE_BY);
+        match close_at {
+            Some(at) if at <= Instant::now() => return,
+            // It may be held again meanwhile.
+            Some(at) => sleep_until(at).await,
+            None => {}
+        }
+    }
+}
+
 impl Task {
+    /// Closes the publisher. What has no receipt is found in the table again.
+    fn let_go(&mut self) {
+        let numbers: Vec<i64> = self.sent.keys().copied().collect();
+        for number in numbers {
+            // Of those that wait to be deleted more is to be known.
+            if !self.done.contains(&number) {
+                self.take_sent(number);
+            }
+        }
+        self.publisher = Publisher::new(self.publishing.clone());
+        self.is_open = false;
+    }
+
     fn report(&self, report: Report) {
         let _pipe_is_gone = self.reports.send(report);
     }
@@ -448,6 +486,7 @@ impl Task {
         if due.is_empty() {
             return Ok(Page::Last);
         }
+        self.is_open = true;
         // Learns the message limit, which may have been raised.
         let why = match timeout(BROKER_PATIENCE, self.publisher.connect()).await {
             Ok(Ok(())) => None,

@@ -56,7 +56,7 @@ const RECEIPTS: Duration = Duration::from_secs(60);
 const TICK: Duration = Duration::from_secs(1);
 
 /// What the task works with.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Unmarked {
     /// Where the tables are.
     pub postgres: PostgresConfig,
