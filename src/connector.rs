@@ -357,12 +357,11 @@ impl Connector {
             }
             Ok(Stopped::Missing) => self.end_for_missing(stream, feedback, shutdown).await,
             Ok(Stopped::NeedsText) => {
-                // The server may close on us meanwhile, which changes nothing.
-                let _lost = stream.close().await;
+                self.close_lost(stream, shutdown).await?;
                 Ok(Ended::NeedsText)
             }
             Ok(Stopped::AskCatalog) => {
-                let _lost = stream.close().await;
+                self.close_lost(stream, shutdown).await?;
                 Ok(Ended::AskCatalog)
             }
             Err(error) if error.is_temporary() => {
@@ -375,7 +374,7 @@ impl Connector {
                     "starting the stream again with values as text: {}",
                     error.told().0
                 );
-                let _lost = stream.close().await;
+                self.close_lost(stream, shutdown).await?;
                 Ok(Ended::NeedsText)
             }
             Err(error) => {
@@ -387,7 +386,7 @@ impl Connector {
                         if let Remedy::RemakeSlot(why) = remedy {
                             self.session.unreadable = Some(why);
                         }
-                        let _lost = stream.close().await;
+                        self.close_lost(stream, shutdown).await?;
                         return Ok(Ended::AskCatalog);
                     }
                 }
@@ -455,7 +454,8 @@ impl Connector {
                 () = sleep_until(feedback.next) => {
                     feedback.tell(pipe, &mut stream);
                     pipe.publisher().tick(Instant::now());
-                    if let Err(error) = stream.flush().await {
+                    // What it does not take now it takes with the next.
+                    if let Ok(Err(error)) = timeout(GOODBYE, stream.flush()).await {
                         self.session.told = feedback.told().or(self.session.told);
                         return Ok(Ended::Lost(error));
                     }

@@ -86,6 +86,7 @@
 
 pub mod ack;
 pub mod admin;
+mod aside;
 pub mod cli;
 pub mod config;
 pub mod connector;

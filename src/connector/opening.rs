@@ -21,7 +21,7 @@ use crate::outbox::Extractor;
 use crate::pipe::{Pipe, ScannedRow};
 use crate::postgres::{
     self, OutboxRelations, ReplicationConnection, ReplicationStream, StreamOptions, SystemIdentity,
-    published, slot,
+    answered, published, slot,
 };
 use crate::pulsar::{Flush, Publisher, PublisherConfig};
 use crate::scanner::cluster;
@@ -32,7 +32,7 @@ use crate::scanner::keeper::Keeper;
 use crate::scanner::modes;
 use crate::scanner::outbox::OutboxTable;
 use crate::scanner::overlap::Overlap;
-use crate::scanner::progress;
+use crate::scanner::progress::{self, Claim};
 use crate::scanner::reconcile;
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
@@ -131,7 +131,8 @@ impl Connector {
             self.drop_pipe();
             let right: Right = self.claimed.clone().into();
             self.modes.set_right(right.clone());
-            let started = Stragglers::start(&config, &settings, (&identity).into(), right);
+            let starting = Stragglers::start(&config, &settings, (&identity).into(), right);
+            let started = answered("read the stragglers", starting);
             let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
                 return Ok(None);
             };
@@ -156,16 +157,36 @@ impl Connector {
             pipe.skip_scanned(scanned);
             self.pipe = Some((identity, pipe));
         }
-        if let Some(prepared) = &mut prepared {
-            self.declare(client, prepared).await?;
-            self.keep(client, prepared, carried).await?;
+        if let Some(prepared) = &mut prepared
+            && self.keeper.is_none()
+        {
+            // (One that there is has the same settings, and tells the rest.)
+            let facts = keeper_facts(client, &config, prepared, carried.as_ref());
+            let asked = answered("look at what is to be noted", facts);
+            let Some(facts) = self.attend(asked, shutdown.as_mut()).await? else {
+                return Ok(None);
+            };
+            self.keep(prepared, carried, facts?)?;
         }
-        let stream = self
-            .begin_stream(client, connection, known, relations)
-            .await?;
-        let refreshed = self.pipe().refresh();
-        if self.attend(refreshed, shutdown).await?.is_none() {
+        let binary = self.binary;
+        self.pipe().begin_stream(binary, relations);
+        let from = self.pipe().flush_lsn();
+        let (slot, claim) = ((&*config.slot, known), self.claimed.clone());
+        let publication = (&*config.publication, binary);
+        let beginning = begin_stream(client, connection, slot, claim.as_ref(), publication, from);
+        let Some(begun) = self.attend(beginning, shutdown.as_mut()).await? else {
             return Ok(None);
+        };
+        let (stream, log_end) = begun?;
+        self.pipe().publisher().set_log_end(log_end);
+        let refreshed = self.pipe().refresh();
+        let refreshed = answered("read the stragglers", async {
+            refreshed.await;
+            Ok(())
+        });
+        match self.attend(refreshed, shutdown).await? {
+            None => return Ok(None),
+            Some(refreshed) => refreshed?,
         }
         self.pipe().streaming(true);
         self.meter.set_phase(Phase::Streaming);
@@ -290,72 +311,18 @@ impl Connector {
         Carried::from_json(progress.streamed.as_ref()?, tables, confirmed)
     }
 
-    /// Stores which leaf tables belong to the outbox, before the stream passes over rows of those that do not: see [`crate::scanner::coverage`].
-    async fn declare(&self, client: &Client, prepared: &mut Prepared) -> Result<()> {
-        if self.keeper.is_some() {
-            // Of the same settings; it tells the rest.
-            return Ok(());
-        }
-        let Prepared {
-            progress, claim, ..
-        } = prepared;
-        let tables = &self.config.outbox_tables;
-        reconcile::declare(client, claim, tables, progress).await
-    }
-
-    /// Refuses a table whose rows were counted and that cannot be compared any more: what the stream left out of it would not be found.
-    async fn check_counted(
-        &self,
-        client: &Client,
-        carried: Option<&Carried>,
-        scannable: &[bool],
-    ) -> Result<()> {
-        if !self.config.reconcile || self.config.slot_lost == SlotLost::Restart {
-            return Ok(());
-        }
-        let counted = carried.filter(|carried| carried.streamed.is_some());
-        let counted = counted.map_or(&[][..], |carried| &carried.counted);
-        for (place, table) in self.config.outbox_tables.iter().enumerate() {
-            if scannable.get(place) == Some(&true) {
-                continue;
-            }
-            // (Those that a scan leaves out do not count as counted.)
-            if counted.get(place) == Some(&true) {
-                if table::describe(client, table).await?.is_none() {
-                    return Err(Error::temporary(format!(
-                        "table {table} does not exist at the moment"
-                    )));
-                }
-                return Err(Error::refused(format!(
-                    "table {table} has no columns txid and seq any more: its rows since the last note cannot be compared with the stream"
-                ))
-                .hint("give it the columns back; if it is to be without them: WALPOST_SLOT_LOST=restart walpost run"));
-            }
-            info!(%table, "the table has no columns txid and seq: it is not compared with what the stream brings");
-        }
-        Ok(())
-    }
-
-    /// Starts the task that notes what is delivered, beside the pipe, unless there is one.
-    async fn keep(
+    /// Starts the task that notes what is delivered, beside the pipe.
+    fn keep(
         &mut self,
-        client: &Client,
         prepared: &Prepared,
         carried: Option<Carried>,
+        facts: KeeperFacts,
     ) -> Result<()> {
-        if self.keeper.is_some() {
-            return Ok(());
-        }
-        let mut scannable = Vec::with_capacity(self.config.outbox_tables.len());
-        for table in &self.config.outbox_tables {
-            scannable.push(ScanTable::describe(client, table).await?.is_some());
-        }
-        self.check_counted(client, carried.as_ref(), &scannable)
-            .await?;
-        let began = progress::snapshot(client).await?;
-        // Behind the snapshot: see `reconcile`.
-        let tables = &self.config.outbox_tables;
-        let catalog = published::version(client, &self.config.publication, tables).await?;
+        let KeeperFacts {
+            scannable,
+            began,
+            catalog,
+        } = facts;
         let was_changed = prepared.progress.catalog != catalog;
         let Some((log, _)) = &self.pipe else {
             return Err(Error::bug("there is no pipe to note anything of"));
@@ -399,40 +366,6 @@ impl Connector {
             self.pipe().count_streamed();
         }
         Ok(())
-    }
-
-    /// Starts the stream at what the pipe has confirmed. The slot must stand where it was found (`known`).
-    async fn begin_stream(
-        &mut self,
-        client: &Client,
-        connection: ReplicationConnection,
-        known: Lsn,
-        relations: OutboxRelations,
-    ) -> Result<ReplicationStream> {
-        let (slot, publication) = (&self.config.slot.clone(), &self.config.publication.clone());
-        let (binary, claimed) = (self.binary, self.claimed.clone());
-        let pipe = self.pipe();
-        pipe.begin_stream(binary, relations);
-        let options = StreamOptions {
-            binary,
-            messages: true,
-            ..StreamOptions::default()
-        };
-        // Only now: of a start that comes no further the next one must still know where the slot was left.
-        if let Some(claim) = &claimed {
-            progress::streaming(client, claim).await?;
-        }
-        let started = connection.start_replication(slot, pipe.flush_lsn(), publication, options);
-        let stream = match started.await {
-            Ok(stream) => stream,
-            Err(error) => return Err(recovery::refused_start(client, slot, known, error).await),
-        };
-        // Only now that our walsender has it can nobody replace it.
-        recovery::check_unchanged(client, slot, known).await?;
-        // Asked only now: while another instance still had the slot, it may have published what came after any earlier answer.
-        let log_end = slot::log_end(client).await?;
-        pipe.publisher().set_log_end(log_end);
-        Ok(stream)
     }
 
     /// Whether there is a pipe, and it is of this server's log.
@@ -543,6 +476,106 @@ impl Connector {
     }
 }
 
+/// What is asked before the task that notes what is delivered begins.
+struct KeeperFacts {
+    scannable: Vec<bool>,
+    /// A snapshot.
+    began: String,
+    catalog: Option<String>,
+}
+
+/// Stores which leaf tables belong to the outbox, before the stream passes over rows of those that do not (see [`crate::scanner::coverage`]),
+/// and asks for these facts.
+async fn keeper_facts(
+    client: &Client,
+    config: &Config,
+    prepared: &mut Prepared,
+    carried: Option<&Carried>,
+) -> Result<KeeperFacts> {
+    let tables = &config.outbox_tables;
+    reconcile::declare(client, &prepared.claim, tables, &mut prepared.progress).await?;
+    let mut scannable = Vec::with_capacity(tables.len());
+    for table in tables {
+        scannable.push(ScanTable::describe(client, table).await?.is_some());
+    }
+    check_counted(client, config, carried, &scannable).await?;
+    let began = progress::snapshot(client).await?;
+    // Behind the snapshot: see `reconcile`.
+    let catalog = published::version(client, &config.publication, tables).await?;
+    Ok(KeeperFacts {
+        scannable,
+        began,
+        catalog,
+    })
+}
+
+/// Refuses a table whose rows were counted and that cannot be compared any more: what the stream left out of it would not be found.
+async fn check_counted(
+    client: &Client,
+    config: &Config,
+    carried: Option<&Carried>,
+    scannable: &[bool],
+) -> Result<()> {
+    if !config.reconcile || config.slot_lost == SlotLost::Restart {
+        return Ok(());
+    }
+    let counted = carried.filter(|carried| carried.streamed.is_some());
+    let counted = counted.map_or(&[][..], |carried| &carried.counted);
+    for (place, table) in config.outbox_tables.iter().enumerate() {
+        if scannable.get(place) == Some(&true) {
+            continue;
+        }
+        // (Those that a scan leaves out do not count as counted.)
+        if counted.get(place) == Some(&true) {
+            if table::describe(client, table).await?.is_none() {
+                return Err(Error::temporary(format!(
+                    "table {table} does not exist at the moment"
+                )));
+            }
+            return Err(Error::refused(format!(
+                "table {table} has no columns txid and seq any more: its rows since the last note cannot be compared with the stream"
+            ))
+            .hint("give it the columns back; if it is to be without them: WALPOST_SLOT_LOST=restart walpost run"));
+        }
+        info!(%table, "the table has no columns txid and seq: it is not compared with what the stream brings");
+    }
+    Ok(())
+}
+
+/// Starts the stream of a slot at `from`, and asks where the log ends. The slot must stand where it was found (`known`).
+async fn begin_stream(
+    client: &Client,
+    connection: ReplicationConnection,
+    (slot, known): (&str, Lsn),
+    claim: Option<&Claim>,
+    (publication, binary): (&str, bool),
+    from: Lsn,
+) -> Result<(ReplicationStream, Lsn)> {
+    let options = StreamOptions {
+        binary,
+        messages: true,
+        ..StreamOptions::default()
+    };
+    // Only now: of a start that comes no further the next one must still know where the slot was left.
+    if let Some(claim) = claim {
+        answered("note the stream", progress::streaming(client, claim)).await?;
+    }
+    let starting = connection.start_replication(slot, from, publication, options);
+    let started = answered(&format!("stream slot {slot}"), starting).await;
+    let following = async {
+        let stream = match started {
+            Ok(stream) => stream,
+            Err(error) => return Err(recovery::refused_start(client, slot, known, error).await),
+        };
+        // Only now that our walsender has it can nobody replace it.
+        recovery::check_unchanged(client, slot, known).await?;
+        // Asked only now: while another instance still had the slot, it may have published what came after any earlier answer.
+        let log_end = slot::log_end(client).await?;
+        Ok((stream, log_end))
+    };
+    answered("ask for the end of the log", following).await
+}
+
 /// Whether positions of the one mean the same on the other.
 fn same_log(one: &SystemIdentity, other: &SystemIdentity) -> bool {
     (one.system_id, one.timeline) == (other.system_id, other.timeline)
@@ -571,6 +604,7 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
     let prepared = recovery::prepare(&client, config, session).await;
     let subscription = subscription(config);
     let preflight = postgres::preflight(&client, &config.slot, &subscription);
+    let preflight = answered("look at publication and tables", preflight);
     let (prepared, relations) = match prepared {
         Err(error) if recovery::is_nothing_set_up(&error) => {
             preflight.await?;
@@ -579,15 +613,23 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
         }
         prepared => (prepared?, preflight.await?),
     };
-    check_definitions(&client, config).await?;
-    let tables = modes::prepare(&client, config).await?;
-    let state = slot::slot_state(&client, &config.slot).await?;
+    let looking = async {
+        check_definitions(&client, config).await?;
+        let tables = modes::prepare(&client, config).await?;
+        let state = slot::slot_state(&client, &config.slot).await?;
+        Ok((tables, state))
+    };
+    let (tables, state) = answered("look at the tables", looking).await?;
     let confirmed = state
         .and_then(|state| state.confirmed_flush)
         .unwrap_or(Lsn::ZERO);
     let mut connection = ReplicationConnection::connect(&config.postgres, APPLICATION_NAME).await?;
-    let identity = connection.identify_system().await?;
-    same_server(&client, &mut connection).await?;
+    let identifying = async {
+        let identity = connection.identify_system().await?;
+        same_server(&client, &mut connection).await?;
+        Ok(identity)
+    };
+    let identity = answered("ask the walsender who it is", identifying).await?;
     Ok(Checked {
         client,
         connection,

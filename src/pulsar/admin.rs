@@ -9,6 +9,7 @@ use hyper::{Method, StatusCode};
 
 use super::auth::Auth;
 use super::tls::TlsFiles;
+use crate::aside::read_aside;
 use crate::http::{self, HttpUrl, Request, Response};
 use crate::{Error, Result};
 
@@ -81,12 +82,14 @@ impl Admin {
     async fn send(&self, method: Method, path: &str, body: Option<&str>) -> Result<Response> {
         let url = self.url.join(path);
         let authorization = self.auth.authorization().await?;
+        let tls = self.tls.clone();
+        let tls = read_aside(TlsFiles::WHAT, move || tls.client_config()).await?;
         http::send(Request {
             method,
             url: &url,
             authorization: authorization.as_ref(),
             body: body.map(|body| ("application/json", body.to_owned())),
-            tls: Some(self.tls.client_config()?),
+            tls: Some(tls),
             peer: "Pulsar's admin interface",
         })
         .await

@@ -459,7 +459,10 @@ async fn attempt(
         }
     }
     let schema = directory.schema.as_ref();
-    let schema = schema.map(|schema| schema.of_topic(topic)).transpose()?;
+    let schema = match schema {
+        Some(schema) => Some(schema.read_for(topic).await?),
+        None => None,
+    };
     let connection = match next_broker {
         None => directory.broker_of(topic).await?,
         Some(next) => match directory.next_broker(&next).await {

@@ -105,7 +105,10 @@ async fn produce(
     topic: &str,
     producer_id: u64,
 ) -> Result<()> {
-    let schema = schema.map(|schema| schema.of_topic(topic)).transpose()?;
+    let schema = match schema {
+        Some(schema) => Some(schema.read_for(topic).await?),
+        None => None,
+    };
     let part = match directory.partitions_of(topic).await? {
         0 => topic.to_owned(),
         _ => format!("{topic}-partition-0"),

@@ -17,6 +17,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::tls::TlsFiles;
+use crate::aside::read_aside;
 use crate::{Error, Result, tls};
 
 /// For TCP, for the TLS handshake and for CONNECT, each.
@@ -64,7 +65,10 @@ pub(super) async fn connect(
         Error::temporary(format!("cannot reach the Pulsar broker at {endpoint}")).caused_by(error)
     };
     // Before the network: a file that cannot be used is told even when the broker is away.
-    let config = tls.map(TlsFiles::client_config).transpose()?;
+    let config = match tls.cloned() {
+        Some(tls) => Some(read_aside(TlsFiles::WHAT, move || tls.client_config()).await?),
+        None => None,
+    };
     let connecting = TcpStream::connect((endpoint.host.as_str(), endpoint.port));
     let stream = timeout(CONNECT_TIMEOUT, connecting)
         .await

@@ -55,7 +55,9 @@ use crate::connector::{GOODBYE, diversion, phase_after, publisher_config, routin
 use crate::lease::{self, Hold, Lease};
 use crate::meter::{Meter, Phase, Side};
 use crate::postgres::slot::slot_state;
-use crate::postgres::{TableName, connect_sql, is_about_rows, quote_literal, refuse_row_security};
+use crate::postgres::{
+    TableName, answered, connect_sql, is_about_rows, quote_literal, refuse_row_security,
+};
 use crate::pulsar::PublisherConfig;
 use crate::retry::Backoff;
 use crate::{Error, Result};
@@ -171,9 +173,14 @@ impl<'a> Poller<'a> {
     ) -> Result<Self> {
         let client = connect_sql(&config.postgres, APPLICATION_NAME).await?;
         let rows = connect_sql(&config.postgres, APPLICATION_NAME).await?;
-        cluster::check_same_server(&client, &rows).await?;
-        let (progress, claim, timeline) = prepare(&client, config, session).await?;
-        let tables = modes::prepare(&client, config).await?;
+        let preparing = async {
+            cluster::check_same_server(&client, &rows).await?;
+            let prepared = prepare(&client, config, session).await?;
+            let tables = modes::prepare(&client, config).await?;
+            Ok((prepared, tables))
+        };
+        let prepared = answered("look at the tables", preparing).await?;
+        let ((progress, claim, timeline), tables) = prepared;
         let hold = lease.clone().hold(client).await?;
         let client = hold.client();
         let right = Right::Under(claim.clone());
@@ -183,10 +190,11 @@ impl<'a> Poller<'a> {
         let looks = watch::Sender::default();
         let routes = (routing(config), publisher.clone());
         let way = Way::Looks(looks.subscribe());
-        let log = Log::of(client).await?;
+        let log = answered("ask for the server's log", Log::of(client)).await?;
         modes.start(config, &tables, &log, routes, way);
         publisher.rows = modes.queue();
-        let stragglers = Stragglers::start(config, &publisher, log, right).await?;
+        let starting = Stragglers::start(config, &publisher, log, right);
+        let stragglers = answered("read the stragglers", starting).await?;
         publisher.diversion = diversion(config, stragglers.as_ref());
         if let Some(stragglers) = &stragglers {
             stragglers.retry(true);
