@@ -185,6 +185,18 @@ impl Lease {
         drop(state.wait_for(is_lost).await);
     }
 
+    /// Waits for `work`, as long as the session lasts.
+    ///
+    /// # Errors
+    /// Those of `work`; temporary when the lease is lost first.
+    pub async fn during<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.lost() => Err(lost()),
+            done = work => done,
+        }
+    }
+
     /// Since when it is lost; `None` while the session lasts.
     pub fn lost_since(&self) -> Option<Instant> {
         match *self.0.as_ref()?.borrow() {

@@ -132,7 +132,8 @@ impl Connector {
             let right: Right = self.claimed.clone().into();
             self.modes.set_right(right.clone());
             let starting = Stragglers::start(&config, &settings, (&identity).into(), right);
-            let started = answered("read the stragglers", starting);
+            let lease = self.lease.clone();
+            let started = lease.during(starting);
             let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
                 return Ok(None);
             };
@@ -142,8 +143,7 @@ impl Connector {
             let (scanned, stragglers) = tokio::select! {
                 biased;
                 () = shutdown.as_mut() => return Ok(None),
-                () = self.lease.lost() => return Err(lease::lost()),
-                closed = closing => closed?,
+                closed = self.lease.during(closing) => closed?,
             };
             self.publishing = Some(settings.clone());
             let mut publisher = Publisher::new(settings);
@@ -180,7 +180,8 @@ impl Connector {
         let (stream, log_end) = begun?;
         self.pipe().publisher().set_log_end(log_end);
         let refreshed = self.pipe().refresh();
-        let refreshed = answered("read the stragglers", async {
+        let lease = self.lease.clone();
+        let refreshed = lease.during(async {
             refreshed.await;
             Ok(())
         });

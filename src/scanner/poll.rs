@@ -194,7 +194,7 @@ impl<'a> Poller<'a> {
         modes.start(config, &tables, &log, routes, way);
         publisher.rows = modes.queue();
         let starting = Stragglers::start(config, &publisher, log, right);
-        let stragglers = answered("read the stragglers", starting).await?;
+        let stragglers = lease.during(starting).await?;
         publisher.diversion = diversion(config, stragglers.as_ref());
         if let Some(stragglers) = &stragglers {
             stragglers.retry(true);

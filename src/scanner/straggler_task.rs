@@ -63,7 +63,7 @@ use crate::{Error, Result};
 
 /// How often the table is looked at.
 const SCAN_INTERVAL: Duration = Duration::from_secs(1);
-/// Of that many scans one counts the table again, for what commands and people have changed in it.
+/// Of that many scans one begins to count the table again, page by page, for what commands and people have changed in it.
 const RELOAD_EVERY: u32 = 3;
 /// What one INSERT holds.
 const BATCH_EVENTS: usize = 1000;
@@ -335,7 +335,14 @@ impl Task {
     }
 
     async fn reload(&mut self) -> Result<()> {
-        let (changes, rows) = self.store.reload().await?;
+        let counted = self.store.reload().await?;
+        self.tell_counted(counted).await
+    }
+
+    async fn tell_counted(
+        &mut self,
+        (changes, rows): (Vec<(String, String, i64)>, u64),
+    ) -> Result<()> {
         // Told first: a key is let go only by somebody who knows what is not to come of it.
         if let Some(discarded) = self.store.discarded(&self.all_outboxes).await? {
             self.report(Report::Discarded(discarded));
@@ -400,13 +407,8 @@ impl Task {
             return Ok(());
         }
         let changes = self.store.fail(&self.failed).await?;
-        let any_dead = self.failed.iter().any(|failure| failure.dead);
         self.failed.clear();
         self.parked(changes);
-        if any_dead {
-            // Lets their successors go, or not.
-            self.reload().await?;
-        }
         Ok(())
     }
 
@@ -475,8 +477,10 @@ impl Task {
             self.connect().await?;
         }
         self.scans = self.scans.wrapping_add(1);
-        if self.scans.is_multiple_of(RELOAD_EVERY) {
-            self.reload().await?;
+        if (self.store.is_walking() || self.scans.is_multiple_of(RELOAD_EVERY))
+            && let Some(counted) = self.store.walk_on().await?
+        {
+            self.tell_counted(counted).await?;
         }
         if self.store.rows() == 0 || !self.publisher.has_room() {
             return Ok(Page::Last);
