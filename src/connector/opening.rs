@@ -424,10 +424,16 @@ impl Connector {
                 None => progress.scan_before.as_ref(),
             };
             let mut overlap = Overlap::beyond(before)?;
-            overlap.delivered(client, &routing, progress).await?;
-            if progress.gap().is_some() {
-                let scan = self.scan(client, publisher, prepared, stragglers, &mut overlap);
-                stragglers = scan.await?;
+            if progress.scan_upto.is_some() {
+                // What takes long has a session of its own: that of the lock is asked whether it is there.
+                let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
+                cluster::check_same_server(client, &rows).await?;
+                overlap.delivered(&rows, &routing, progress).await?;
+                if progress.gap().is_some() {
+                    let sessions = (client, &rows);
+                    let scan = self.scan(sessions, publisher, prepared, stragglers, &mut overlap);
+                    stragglers = scan.await?;
+                }
             }
             scanned.extend(overlap.into_rows());
             if prepared.unknown.is_none() {
@@ -440,7 +446,7 @@ impl Connector {
     /// Publishes or stores the rows of the gap.
     async fn scan(
         &self,
-        client: &Client,
+        (client, rows): (&Client, &Client),
         publisher: &PublisherConfig,
         prepared: &mut Prepared,
         mut stragglers: Option<Stragglers>,
@@ -448,11 +454,9 @@ impl Connector {
     ) -> Result<Option<Stragglers>> {
         let routing = routing(&self.config);
         self.meter.set_phase(Phase::Scanning);
-        let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
-        cluster::check_same_server(client, &rows).await?;
         let gap = Gap {
             client,
-            rows: &rows,
+            rows,
             claim: &prepared.claim,
             routing: &routing,
             publisher,

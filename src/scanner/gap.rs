@@ -52,7 +52,7 @@ use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
 use super::coverage::{Seen, Uncovered};
-use super::cursor::{Rows, abandon};
+use super::cursor::{Rows, Taker, abandon};
 use super::numbering::SEQ_END;
 use super::overlap::Overlap;
 use super::progress::{self, Claim, Progress, Snapshot, Stretch};
@@ -546,22 +546,11 @@ impl<'a> Scan<'a> {
         loop {
             // An error of ours is not the table's.
             let mut failed = None;
-            let next = rows.next(async |row| {
-                let last = held.as_ref().map_or(self.last, |held| held.seq);
-                if row.seq <= last {
-                    return Err(self.table.told_twice(row.seq));
-                }
-                let Some(before) = held.replace(row) else {
-                    return Ok(());
-                };
-                let taken = match self.take(&before) {
-                    Ok(()) => self.serve(gap, progress).await,
-                    Err(error) => Err(error),
-                };
-                taken.map_err(|error| {
-                    failed = Some(error);
-                    Error::bug("another error is looked at")
-                })
+            let next = rows.next_for(Taking {
+                scan: self,
+                at: (gap, progress),
+                held: &mut held,
+                failed: &mut failed,
             });
             let next = next.await;
             if let Some(error) = failed {
@@ -664,6 +653,60 @@ impl<'a> Scan<'a> {
         self.overlap.take(table, &self.extractor, row, &tuple);
         self.outlet
             .take_read(&mut self.extractor, &tuple, tag, position)
+    }
+}
+
+/// A scan that takes rows.
+struct Taking<'s, 'a, 'g> {
+    scan: &'s mut Scan<'a>,
+    at: (&'s Gap<'g>, &'s mut Progress),
+    /// The last row that came, and is not taken yet.
+    held: &'s mut Option<ScanRow>,
+    /// An error that is not the table's.
+    failed: &'s mut Option<Error>,
+}
+
+impl Taking<'_, '_, '_> {
+    fn fail(&mut self, error: Error) -> Error {
+        *self.failed = Some(error);
+        Error::bug("another error is looked at")
+    }
+}
+
+impl Taker for Taking<'_, '_, '_> {
+    async fn take(&mut self, row: ScanRow) -> Result<()> {
+        let last = self.held.as_ref().map_or(self.scan.last, |held| held.seq);
+        if row.seq <= last {
+            return Err(self.scan.table.told_twice(row.seq));
+        }
+        let Some(before) = self.held.replace(row) else {
+            return Ok(());
+        };
+        let (gap, progress) = (self.at.0, &mut *self.at.1);
+        let taken = match self.scan.take(&before) {
+            Ok(()) => self.scan.serve(gap, progress).await,
+            Err(error) => Err(error),
+        };
+        taken.map_err(|error| self.fail(error))
+    }
+
+    /// Receipts, while the server makes up its mind. (What is done with the session of the lock waits until the row is there: it would be
+    /// cut short by it.)
+    async fn serve(&mut self) -> Error {
+        loop {
+            let tick = Instant::now() + TICK;
+            let outlet = &mut self.scan.outlet;
+            tokio::select! {
+                biased;
+                event = outlet.next_event() => if let Err(error) = outlet.event(event) {
+                    return self.fail(error);
+                },
+                () = sleep_until(tick) => {
+                    outlet.publisher().flush(Flush::Due);
+                    outlet.publisher().tick(Instant::now());
+                }
+            }
+        }
     }
 }
 
