@@ -92,7 +92,7 @@ pub async fn run(
         is_behind: Arc::default(),
     };
     if config.mode == Mode::Poll {
-        return poll::run(config, session, meter, shutdown).await;
+        return Box::pin(poll::run(config, session, meter, shutdown)).await;
     }
     let mut connector = Connector {
         config,
@@ -117,7 +117,7 @@ pub async fn run(
         connector.config.reconnect_max,
     );
     loop {
-        let opened = connector.open(shutdown.as_mut()).await;
+        let opened = Box::pin(connector.open(shutdown.as_mut())).await;
         let error = match opened {
             Ok(None) => return connector.stopped_without_stream().await,
             Ok(Some(stream)) => {
@@ -264,7 +264,7 @@ impl Connector {
             info!(
                 "Postgres is away: the producers are closed, so that another instance can open them"
             );
-            pipe.renew_publisher(Publisher::new(config));
+            pipe.renew_publisher(Publisher::under(config, &self.lease));
             self.is_closed = true;
         } else {
             warn!(

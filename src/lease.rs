@@ -37,7 +37,7 @@
 //!    counts as holder, until it has read the end of the session: normally a matter of the network's delay.
 //! 4. What protects there are the producers' names. The broker has one producer of a name on a topic. The successor publishes only once its own
 //!    producer is open, and by then the broker has closed the old one: what arrives for that afterwards is refused, and what arrived before lies in front
-//!    of all that the successor publishes. A successor finds an open producer of a stopped process with ProducerBusy; a broker of Pulsar 4.0 then pings
+//!    of all that the successor publishes. A successor finds an open producer of a stopped process with `ProducerBusy`; a broker of Pulsar 4.0 then pings
 //!    the other connection, and closes it where nothing answers.
 //! 5. Names do not protect where they differ: another number of lanes or partitions, another routing (see `pulsar::publisher`), stragglers
 //!    and unmarked rows, whose producers have names of their own. There 1. to 3. are all there is: the exposure is one write, or what the kernel holds.

@@ -35,6 +35,8 @@
 //! | Postgres 14 to 18 do the same | what is newer is used where it is ([`postgres::slot`]) | `tests/majors.rs` for the oldest and the newest |
 //! | a row shown as sent is in its topic | the delivered snapshot is stored behind the confirmed LSN ([`scanner`]) | `tests/delivered.rs` |
 //! | one instance at a time, another takes over | the slot, and an advisory lock around it ([`scanner::recovery`]); stragglers are stored and retried under the claim of the lock's holder ([`scanner::straggler_fence`]) | `tests/ha.rs`, `tests/stragglers/fence.rs` |
+//! | an instance without Postgres publishes, marks and deletes nothing behind its successor's back, and is out of its way within 10 s | the session of the lock is asked, and each write to a broker looks at its answer ([`lease`]); statements name the claim ([`scanner::after_publish`]) | `tests/ha/takeover.rs`, `tests/ha/marks.rs` |
+//! | nothing stops the thread that moves data | files are read beside it (`aside`), questions to Postgres have a deadline ([`postgres::answer`]), large tables are counted in pages (`scanner::straggler_walk`) | `tests/walsender/answers.rs`, `tests/stragglers/walk.rs` |
 //! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]); in the stream, in a scan, and in poll mode | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs` |
 //! | the confirmed LSN passes no unacknowledged event | one function decides it ([`ack`]) | `tests/confirmed_lsn.rs` |
 //! | memory is bounded | in-flight limits in messages and bytes pause the intake ([`pulsar`], [`pipe`]) | `tests/memory.rs` |
@@ -72,7 +74,7 @@
 //! 7. [`scanner`]: what comes from the table, and what happens to rows once they are published.
 //! 8. [`inbox`]: the other end, System B.
 //! 9. [`meter`], [`admin`]: what people, probes and Prometheus are told.
-//! 10. [`config`], [`cli`]: settings and commands. [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
+//! 10. [`config`], [`cli`]: settings and commands. [`lease`], [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
 
 // A test that unwraps fails, which is what it is for; its casts are of numbers it chose.
 #![cfg_attr(

@@ -51,18 +51,61 @@ impl Connector {
         &mut self,
         mut shutdown: Shutdown<'_, F>,
     ) -> Result<Option<ReplicationStream>> {
+        let Some((hold, mut found)) = self.take_slot(shutdown.as_mut()).await? else {
+            return Ok(None);
+        };
+        if found.prepared.as_ref().is_some_and(|it| it.out_of_date) {
+            let was_ours = found.prepared.as_ref().is_some_and(|it| it.was_ours);
+            let dropped = self.drop_out_of_date(was_ours, shutdown.as_mut()).await?;
+            if dropped.is_none() {
+                return Ok(None);
+            }
+        }
+        let prepared = found.prepared.as_ref();
+        let (carried, confirmed) = self.carried_on(&found.identity, found.confirmed, prepared);
+        // The highest position that the slot may have been told so far.
+        let known = self.session.told.unwrap_or(found.stands).max(found.stands);
+        self.session.told = Some(known);
+        self.modes.know(&found.tables);
+        let client = hold.client();
+        let ready = if self.has_pipe_of(&found.identity)? {
+            self.keep_pipe(shutdown.as_mut()).await?
+        } else {
+            let making = Box::pin(self.make_pipe(client, &mut found, confirmed, shutdown.as_mut()));
+            making.await?
+        };
+        if ready.is_none() {
+            return Ok(None);
+        }
+        let beginning = Box::pin(self.begin(client, found, carried, known, shutdown));
+        let Some(stream) = beginning.await? else {
+            return Ok(None);
+        };
+        self.pipe().streaming(true);
+        self.meter.set_phase(Phase::Streaming);
+        let from = self.pipe().flush_lsn();
+        info!(slot = self.config.slot, %from, "streaming");
+        self.hold = Some(hold);
+        self.left = None;
+        Ok(Some(stream))
+    }
+
+    /// Gives back the lock of the last stream, looks at Postgres, and takes the lock and the lease. `None`: shutdown came first.
+    async fn take_slot<F: Future<Output = ()>>(
+        &mut self,
+        mut shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<(Hold, Found)>> {
         let config = self.config.clone();
-        // From here on nothing is written to a broker.
-        let held = self.hold.take();
         let was_lost = self.lease.lost_since().is_some();
-        let held = held.map(Hold::into_client);
+        // From here on nothing is written to a broker.
+        let locked = self.hold.take().map(Hold::into_client);
         self.claimed = None;
         // Another instance may have had the slot meanwhile, and this one's next claim has the name of its last one.
         self.set_right(Right::Suspended);
         let session = self.session.clone();
         let checking = async {
             // Waited for: were it held a moment longer, we would take ourselves for another instance.
-            if let Some(client) = held {
+            if let Some(client) = locked {
                 recovery::unlock(&client).await;
             }
             check(&config, &session).await
@@ -70,94 +113,107 @@ impl Connector {
         let Some(checked) = self.attend(checking, shutdown.as_mut()).await? else {
             return Ok(None);
         };
-        let Checked {
-            client,
-            connection,
-            identity,
-            confirmed,
-            stands,
-            mut prepared,
-            relations,
-            tables,
-        } = checked.inspect_err(|error| {
+        let (client, found) = checked.inspect_err(|error| {
             if recovery::is_busy(error) {
                 // The other one needs the producers' names, and publishes what is in the air here.
                 self.drop_pipe();
             }
         })?;
-        self.claimed = prepared.as_ref().map(|prepared| prepared.claim.clone());
-        if self.may_be_others(prepared.as_ref(), was_lost) {
+        let prepared = found.prepared.as_ref();
+        self.claimed = prepared.map(|prepared| prepared.claim.clone());
+        if may_be_others(prepared, was_lost) {
             self.drop_pipe();
         }
         let holding = self.lease.clone().hold(client);
-        let Some(hold) = self.attend(holding, shutdown.as_mut()).await? else {
+        let Some(hold) = self.attend(holding, shutdown).await? else {
             return Ok(None);
         };
-        let hold = hold?;
-        let client = hold.client();
-        if prepared.as_ref().is_some_and(|it| it.out_of_date) {
-            let was_ours = prepared.as_ref().is_some_and(|it| it.was_ours);
-            let dropped = self.drop_out_of_date(was_ours, shutdown.as_mut()).await?;
-            if dropped.is_none() {
-                return Ok(None);
-            }
-        }
-        let (carried, confirmed) = self.carried_on(&identity, confirmed, prepared.as_ref());
-        // The highest position that the slot may have been told so far.
-        let known = self.session.told.unwrap_or(stands).max(stands);
-        self.session.told = Some(known);
-        self.modes.know(&tables);
-        if self.has_pipe_of(&identity)? {
-            self.set_right(self.claimed.clone().into());
-            if self.is_closed {
-                tokio::select! {
-                    biased;
-                    () = shutdown.as_mut() => return Ok(None),
-                    connected = self.pipe().publisher().connect() => connected?,
-                }
-                self.is_closed = false;
-            }
-        } else {
-            if self.pipe.is_some() {
-                warn!(
-                    timeline = identity.timeline,
-                    "another cluster or timeline answers: starting with new producer names"
-                );
-            }
-            let mut settings = self.publishing_for(&identity);
-            self.start_modes(&tables, &identity);
-            settings.rows = self.modes.queue();
-            // The old ones end first: two tasks would answer for one table.
-            self.drop_pipe();
-            let right: Right = self.claimed.clone().into();
-            self.modes.set_right(right.clone());
-            let starting = Stragglers::start(&config, &settings, (&identity).into(), right);
-            let lease = self.lease.clone();
-            let started = lease.during(starting);
-            let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
-                return Ok(None);
-            };
-            let stragglers = started?;
-            settings.diversion = diversion(&config, stragglers.as_ref());
-            let closing = self.close_gap(client, &settings, prepared.as_mut(), stragglers);
-            let (scanned, stragglers) = tokio::select! {
-                biased;
-                () = shutdown.as_mut() => return Ok(None),
-                closed = self.lease.during(closing) => closed?,
-            };
-            self.publishing = Some(settings.clone());
-            let mut publisher = Publisher::new(settings);
+        Ok(Some((hold?, found)))
+    }
+
+    /// Goes on with the pipe that there is. `None`: shutdown came first.
+    async fn keep_pipe<F: Future<Output = ()>>(
+        &mut self,
+        mut shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<()>> {
+        self.set_right(self.claimed.clone().into());
+        if self.is_closed {
             tokio::select! {
                 biased;
                 () = shutdown.as_mut() => return Ok(None),
-                connected = publisher.connect() => connected?,
+                connected = self.pipe().publisher().connect() => connected?,
             }
-            // Only now: without a pipe the next try closes what is left of the gap.
-            let mut pipe = Pipe::new(routing(&self.config), publisher, stragglers, confirmed);
-            pipe.skip_scanned(scanned);
-            self.pipe = Some((identity, pipe));
+            self.is_closed = false;
         }
-        if let Some(prepared) = &mut prepared
+        Ok(Some(()))
+    }
+
+    /// Publishes what the stream will not bring, and makes a pipe. `None`: shutdown came first.
+    async fn make_pipe<F: Future<Output = ()>>(
+        &mut self,
+        client: &Client,
+        found: &mut Found,
+        confirmed: Lsn,
+        mut shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<()>> {
+        let identity = &found.identity;
+        if self.pipe.is_some() {
+            warn!(
+                timeline = identity.timeline,
+                "another cluster or timeline answers: starting with new producer names"
+            );
+        }
+        let mut settings = self.publishing_for(identity);
+        self.start_modes(&found.tables, identity);
+        settings.rows = self.modes.queue();
+        // The old ones end first: two tasks would answer for one table.
+        self.drop_pipe();
+        let right: Right = self.claimed.clone().into();
+        self.modes.set_right(right.clone());
+        let (config, lease) = (self.config.clone(), self.lease.clone());
+        let starting = Box::pin(Stragglers::start(
+            &config,
+            (&settings, &lease),
+            identity.into(),
+            right,
+        ));
+        let started = lease.during(starting);
+        let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
+            return Ok(None);
+        };
+        let stragglers = started?;
+        settings.diversion = diversion(&config, stragglers.as_ref());
+        let closing = self.close_gap(client, &settings, found.prepared.as_mut(), stragglers);
+        let (scanned, stragglers) = tokio::select! {
+            biased;
+            () = shutdown.as_mut() => return Ok(None),
+            closed = self.lease.during(closing) => closed?,
+        };
+        self.publishing = Some(settings.clone());
+        let mut publisher = Publisher::under(settings, &self.lease);
+        tokio::select! {
+            biased;
+            () = shutdown.as_mut() => return Ok(None),
+            connected = publisher.connect() => connected?,
+        }
+        // Only now: without a pipe the next try closes what is left of the gap.
+        let mut pipe = Pipe::new(routing(&self.config), publisher, stragglers, confirmed);
+        pipe.skip_scanned(scanned);
+        self.pipe = Some((found.identity.clone(), pipe));
+        Ok(Some(()))
+    }
+
+    /// Starts the task that notes what is delivered, if there is none, and the stream. `None`: shutdown came first.
+    async fn begin<F: Future<Output = ()>>(
+        &mut self,
+        client: &Client,
+        mut found: Found,
+        carried: Option<Carried>,
+        known: Lsn,
+        mut shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<ReplicationStream>> {
+        let config = self.config.clone();
+        if let Some(prepared) = &mut found.prepared
             && self.keeper.is_none()
         {
             // (One that there is has the same settings, and tells the rest.)
@@ -168,12 +224,16 @@ impl Connector {
             };
             self.keep(prepared, carried, facts?)?;
         }
-        let binary = self.binary;
-        self.pipe().begin_stream(binary, relations);
-        let from = self.pipe().flush_lsn();
-        let (slot, claim) = ((&*config.slot, known), self.claimed.clone());
-        let publication = (&*config.publication, binary);
-        let beginning = begin_stream(client, connection, slot, claim.as_ref(), publication, from);
+        let (binary, claim) = (self.binary, self.claimed.clone());
+        self.pipe().begin_stream(binary, found.relations);
+        let beginning = begin_stream(
+            client,
+            found.connection,
+            (&config.slot, known),
+            claim.as_ref(),
+            (&config.publication, binary),
+            self.pipe().flush_lsn(),
+        );
         let Some(begun) = self.attend(beginning, shutdown.as_mut()).await? else {
             return Ok(None);
         };
@@ -186,24 +246,8 @@ impl Connector {
             Ok(())
         });
         match self.attend(refreshed, shutdown).await? {
-            None => return Ok(None),
-            Some(refreshed) => refreshed?,
-        }
-        self.pipe().streaming(true);
-        self.meter.set_phase(Phase::Streaming);
-        let from = self.pipe().flush_lsn();
-        info!(slot = self.config.slot, %from, "streaming");
-        self.hold = Some(hold);
-        self.left = None;
-        Ok(Some(stream))
-    }
-
-    /// Whether another instance may have published what this one has in the air.
-    fn may_be_others(&self, prepared: Option<&Prepared>, was_lost: bool) -> bool {
-        match prepared {
-            Some(prepared) => prepared.out_of_date && !prepared.was_ours,
-            // Nobody notes who had the slot.
-            None => was_lost,
+            None => Ok(None),
+            Some(refreshed) => refreshed.map(|()| Some(stream)),
         }
     }
 
@@ -389,7 +433,7 @@ impl Connector {
     fn publishing_for(&self, identity: &SystemIdentity) -> PublisherConfig {
         publisher_config(
             &self.config,
-            (&self.meter, &self.lease),
+            &self.meter,
             &identity.system_id.to_string(),
             identity.timeline,
         )
@@ -397,7 +441,7 @@ impl Connector {
 
     fn start_modes(&mut self, tables: &[OutboxTable], identity: &SystemIdentity) {
         let publisher = self.publishing_for(identity);
-        let routes = (routing(&self.config), publisher);
+        let routes = (routing(&self.config), publisher, self.lease.clone());
         let way = Way::Stream(self.progress.subscribe());
         self.modes
             .start(&self.config, tables, &identity.into(), routes, way);
@@ -460,6 +504,7 @@ impl Connector {
             claim: &prepared.claim,
             routing: &routing,
             publisher,
+            lease: &self.lease,
             left_out: &prepared.left_out,
         };
         let retry = |stragglers: &Option<Stragglers>, may_retry| {
@@ -586,10 +631,17 @@ fn same_log(one: &SystemIdentity, other: &SystemIdentity) -> bool {
     (one.system_id, one.timeline) == (other.system_id, other.timeline)
 }
 
+/// Whether another instance may have published what this one has in the air.
+fn may_be_others(prepared: Option<&Prepared>, was_lost: bool) -> bool {
+    match prepared {
+        Some(prepared) => prepared.out_of_date && !prepared.was_ours,
+        // Nobody notes who had the slot.
+        None => was_lost,
+    }
+}
+
 /// What a look at Postgres gave.
-struct Checked {
-    /// Holds the lock on the slot.
-    client: Client,
+struct Found {
     connection: ReplicationConnection,
     identity: SystemIdentity,
     confirmed: Lsn,
@@ -603,8 +655,9 @@ struct Checked {
     tables: Vec<OutboxTable>,
 }
 
-/// Connects, asks who the server is, sees to a lost slot, and checks that everything the stream needs is there.
-async fn check(config: &Config, session: &Session) -> Result<Checked> {
+/// Connects, asks who the server is, sees to a lost slot, and checks that everything the stream needs is there. Gives the session that holds the
+/// lock on the slot, too.
+async fn check(config: &Config, session: &Session) -> Result<(Client, Found)> {
     let client = postgres::connect_sql(&config.postgres, APPLICATION_NAME).await?;
     let prepared = recovery::prepare(&client, config, session).await;
     let subscription = subscription(config);
@@ -635,8 +688,7 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
         Ok(identity)
     };
     let identity = answered("ask the walsender who it is", identifying).await?;
-    Ok(Checked {
-        client,
+    let found = Found {
         connection,
         identity,
         confirmed,
@@ -646,7 +698,8 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
         prepared,
         relations,
         tables,
-    })
+    };
+    Ok((client, found))
 }
 
 /// Refuses a table whose rows could not be events, before the first of them comes.

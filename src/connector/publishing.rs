@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::{AfterPublish, Config};
-use crate::lease::Lease;
 use crate::meter::Meter;
 use crate::outbox::Role;
 use crate::pipe::Routing;
@@ -41,10 +40,10 @@ pub(crate) fn subscription(config: &Config) -> Subscription {
     }
 }
 
-/// How events of this cluster and timeline are published, under this lease.
+/// How events of this cluster and timeline are published.
 pub(crate) fn publisher_config(
     config: &Config,
-    (meter, lease): (&Arc<Meter>, &Lease),
+    meter: &Arc<Meter>,
     system_id: &str,
     timeline: u32,
 ) -> PublisherConfig {
@@ -72,7 +71,6 @@ pub(crate) fn publisher_config(
         max_in_flight_bytes: usize::try_from(config.max_in_flight_bytes).unwrap_or(usize::MAX),
         send_timeout: config.send_timeout,
         meter: Arc::clone(meter),
-        lease: lease.clone(),
         reconnect: (config.reconnect_initial, config.reconnect_max),
     }
 }

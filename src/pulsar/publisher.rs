@@ -113,8 +113,6 @@ pub struct PublisherConfig {
     pub rows: Option<RowQueue>,
     /// Told of receipts and of lost connections.
     pub meter: Arc<Meter>,
-    /// Nothing is written to a broker while it is not held.
-    pub lease: Lease,
     /// First and longest pause between attempts to reach a broker.
     pub reconnect: (Duration, Duration),
 }
@@ -225,6 +223,11 @@ pub struct Publisher {
 impl Publisher {
     /// Makes a publisher; nothing is connected yet.
     pub fn new(config: PublisherConfig) -> Self {
+        Self::under(config, &Lease::default())
+    }
+
+    /// The same for one that writes nothing to a broker while this lease is not held.
+    pub fn under(config: PublisherConfig, lease: &Lease) -> Self {
         let (sender, events) = mpsc::channel(EVENT_QUEUE);
         let directory = Directory::new(
             config.service.clone(),
@@ -232,7 +235,7 @@ impl Publisher {
                 auth: config.auth.clone(),
                 tls: config.tls.clone(),
                 keepalive_interval: config.keepalive_interval,
-                lease: config.lease.clone(),
+                lease: lease.clone(),
             },
             config.schema.clone(),
             config.reconnect,

@@ -18,7 +18,6 @@ fn publisher() -> Publisher {
         tls: None,
         rows: None,
         meter: Arc::default(),
-        lease: Lease::default(),
         keepalive_interval: pause,
         producer_name: "unit".to_owned(),
         routing: String::new(),

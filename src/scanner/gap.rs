@@ -59,6 +59,7 @@ use super::progress::{self, Claim, Progress, Snapshot, Stretch};
 use super::reconcile::{self, gap_condition};
 use super::straggler::Stragglers;
 use super::table::{self, ScanRow, ScanTable};
+use crate::lease::Lease;
 use crate::outbox::Extractor;
 use crate::outlet::{Outlet, Source};
 use crate::pipe::Routing;
@@ -86,6 +87,8 @@ pub struct Gap<'a> {
     pub routing: &'a Routing,
     /// The stream's publisher settings; the producers' names are changed.
     pub publisher: &'a PublisherConfig,
+    /// Under which it is published.
+    pub lease: &'a Lease,
     /// Tables that have no columns `txid` and `seq`, and that the operator lets be left out.
     pub left_out: &'a [TableName],
 }
@@ -434,14 +437,15 @@ impl<'a> Scan<'a> {
         let name = table.name.to_string();
         let after = progress.position.tables.get(&name).copied().unwrap_or(0);
         let scan = crc32c::crc32c(format!("{upto} {name}").as_bytes());
-        let mut publisher = Publisher::new(PublisherConfig {
+        let settings = PublisherConfig {
             producer_name: format!("{}-scan-{scan:08x}", gap.publisher.producer_name),
             diversion: gap.publisher.diversion.map(|diversion| Diversion {
                 age: diversion.age.min(PATIENCE),
                 ..diversion
             }),
             ..gap.publisher.clone()
-        });
+        };
+        let mut publisher = Publisher::under(settings, gap.lease);
         publisher.connect().await?;
         let report_rows = gap.routing.report_rows;
         let now = Instant::now();

@@ -173,12 +173,12 @@ impl Modes {
         config: &Config,
         tables: &[OutboxTable],
         log: &Log,
-        (routing, publisher): (Routing, PublisherConfig),
+        (routing, publisher, lease): (Routing, PublisherConfig, Lease),
         way: Way,
     ) {
         self.stop_lookers();
         self.know(tables);
-        let (meter, lease) = (Arc::clone(&publisher.meter), publisher.lease.clone());
+        let meter = Arc::clone(&publisher.meter);
         let partitioned = tables.iter().filter(|table| table.partitioned);
         let partitioned: Vec<_> = partitioned.map(|table| table.name.clone()).collect();
         if !partitioned.is_empty() {
@@ -209,6 +209,7 @@ impl Modes {
                 log: log.clone(),
                 routing,
                 publisher,
+                lease: lease.clone(),
                 interval: config.scan_interval,
                 age: config.straggler_age,
                 queue: queue.clone(),

@@ -186,14 +186,14 @@ impl<'a> Poller<'a> {
         let right = Right::Under(claim.clone());
         modes.set_right(right.clone());
         let system_id = &progress.system_id;
-        let mut publisher = publisher_config(config, (meter, lease), system_id, timeline);
+        let mut publisher = publisher_config(config, meter, system_id, timeline);
         let looks = watch::Sender::default();
-        let routes = (routing(config), publisher.clone());
+        let routes = (routing(config), publisher.clone(), lease.clone());
         let way = Way::Looks(looks.subscribe());
         let log = answered("ask for the server's log", Log::of(client)).await?;
         modes.start(config, &tables, &log, routes, way);
         publisher.rows = modes.queue();
-        let starting = Stragglers::start(config, &publisher, log, right);
+        let starting = Stragglers::start(config, (&publisher, lease), log, right);
         let stragglers = lease.during(starting).await?;
         publisher.diversion = diversion(config, stragglers.as_ref());
         if let Some(stragglers) = &stragglers {
@@ -345,6 +345,7 @@ impl<'a> Poller<'a> {
             claim: &self.claim,
             routing: &routing(self.config),
             publisher: &self.publisher,
+            lease: self.lease,
             left_out: &[],
         };
         let stragglers = self.stragglers.take();

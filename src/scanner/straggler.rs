@@ -41,6 +41,7 @@ use super::straggler_store::Store;
 use super::straggler_task;
 use crate::ack::TxnNo;
 use crate::config::Config;
+use crate::lease::Lease;
 use crate::outbox::{ENVELOPE_TABLE, RowNumber, Salvaged};
 use crate::pulsar::{Diverted, Parked, PublisherConfig, RowTag};
 use crate::{Error, Lsn, Result};
@@ -154,7 +155,7 @@ impl Stragglers {
     /// Refused where there is a table that walpost may not use.
     pub async fn start(
         config: &Config,
-        publisher: &PublisherConfig,
+        publisher: (&PublisherConfig, &Lease),
         log: Log,
         right: Right,
     ) -> Result<Option<Self>> {

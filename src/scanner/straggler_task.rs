@@ -83,6 +83,7 @@ pub(super) struct Task {
     pub(super) publisher: Publisher,
     /// What it was made of.
     publishing: PublisherConfig,
+    lease: Lease,
     /// It may have producers.
     is_open: bool,
     pub(super) reports: mpsc::UnboundedSender<Report>,
@@ -123,7 +124,7 @@ async fn run_task(
     mut inbox: mpsc::UnboundedReceiver<Item>,
     mut may_retry: watch::Receiver<bool>,
 ) {
-    let lease = task.publishing.lease.clone();
+    let lease = task.lease.clone();
     let mut scan_at = Instant::now();
     let mut tick_at = Instant::now();
     loop {
@@ -177,7 +178,7 @@ async fn run_task(
 /// See the module's documentation.
 pub(super) fn run(
     config: &Config,
-    publisher: &PublisherConfig,
+    (publisher, lease): (&PublisherConfig, &Lease),
     (store, all_outboxes): (Store, Vec<String>),
     inbox: mpsc::UnboundedReceiver<Item>,
     reports: mpsc::UnboundedSender<Report>,
@@ -216,7 +217,8 @@ pub(super) fn run(
         store,
         outboxes,
         all_outboxes,
-        publisher: Publisher::new(publishing.clone()),
+        publisher: Publisher::under(publishing.clone(), lease),
+        lease: lease.clone(),
         publishing,
         is_open: false,
         reports,
@@ -264,7 +266,7 @@ impl Task {
                 self.take_sent(number);
             }
         }
-        self.publisher = Publisher::new(self.publishing.clone());
+        self.publisher = Publisher::under(self.publishing.clone(), &self.lease);
         self.is_open = false;
     }
 

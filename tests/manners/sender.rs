@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use tracing::subscriber::DefaultGuard;
 use walpost::ack::AckTracker;
-use walpost::lease::Lease;
 use walpost::outbox::key_hash;
 use walpost::pulsar::{
     Auth, Codec, Flush, HashingScheme, Outgoing, Publisher, PublisherConfig, RowTag,
@@ -33,7 +32,6 @@ pub(crate) fn config(service: Vec<(String, u16)>) -> PublisherConfig {
         tls: None,
         rows: None,
         meter: Arc::default(),
-        lease: Lease::default(),
         keepalive_interval: Duration::from_secs(30),
         producer_name: "manners".to_owned(),
         routing: String::new(),

@@ -11,7 +11,6 @@ use super::MARK;
 use crate::ack::{AckTracker, TxnNo};
 use crate::config::Config;
 use crate::connector::publisher_config;
-use crate::lease::Lease;
 use crate::outbox::{OutboxEvent, key_hash};
 use crate::postgres::sql_error;
 use crate::pulsar::{BrokerEvent, Flush, Outgoing, Publisher, PublisherConfig, RowTag};
@@ -40,8 +39,7 @@ impl Sender {
             .await
             .map_err(|error| sql_error("ask for the timeline", error))?;
         let timeline: i32 = row.get(0);
-        let unbound = (&Arc::default(), &Lease::default());
-        let stream = publisher_config(config, unbound, &system_id, timeline.unsigned_abs());
+        let stream = publisher_config(config, &Arc::default(), &system_id, timeline.unsigned_abs());
         let unique = RandomState::new().hash_one(std::process::id());
         let mut publisher = Publisher::new(PublisherConfig {
             producer_name: format!("{}{MARK}{unique:016x}", stream.producer_name),
