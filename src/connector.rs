@@ -309,6 +309,13 @@ impl Connector {
         }
     }
 
+    /// The same for work that has a deadline, and that a stop may not cut short: the next start would take the stream for one that ended badly.
+    async fn attend_on<T>(&mut self, work: impl Future<Output = T>) -> Result<T> {
+        let never = pin!(std::future::pending::<()>());
+        let done = self.attend(work, never).await?;
+        done.ok_or_else(|| Error::bug("what never comes has come"))
+    }
+
     /// Stops while Postgres is away: it resends everything after the confirmed LSN.
     async fn stopped_without_stream(&mut self) -> Result<()> {
         // A gap scan that was cut short has published rows, too.

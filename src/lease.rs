@@ -45,7 +45,7 @@
 //! # What is written to Postgres
 //!
 //! Needs no clock: the server judges it. Stragglers are stored under the claim ([`crate::scanner::straggler_fence`]); marks and deletions name the claim
-//! in their statement ([`crate::scanner::marking`]); notes of progress are compare-and-set ([`crate::scanner::progress`]). What looks through the tables ends with
+//! in their statement ([`crate::scanner::after_publish`]); notes of progress are compare-and-set ([`crate::scanner::progress`]). What looks through the tables ends with
 //! the lease ([`crate::scanner::modes`]).
 //!
 //! `tests/ha.rs` and `tests/ha/` try to break this.
@@ -69,7 +69,7 @@ use crate::{Error, Result};
 pub const TERM: Duration = Duration::from_secs(5);
 /// How often the session is asked.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// A session that takes longer than this to answer counts as ended. With [`INTERVAL`] it is below [`CLOSE_BY`].
+/// A session that takes longer than this to answer counts as ended. With the pause between questions it is below [`CLOSE_BY`].
 pub const ANSWER: Duration = Duration::from_secs(8);
 /// How long after the loss a publisher without unfinished events stays open.
 pub const PATIENCE: Duration = Duration::from_secs(5);

@@ -210,7 +210,7 @@ impl Connector {
         mut found: Found,
         carried: Option<Carried>,
         known: Lsn,
-        mut shutdown: Shutdown<'_, F>,
+        shutdown: Shutdown<'_, F>,
     ) -> Result<Option<ReplicationStream>> {
         let config = self.config.clone();
         if let Some(prepared) = &mut found.prepared
@@ -219,10 +219,8 @@ impl Connector {
             // (One that there is has the same settings, and tells the rest.)
             let facts = keeper_facts(client, &config, prepared, carried.as_ref());
             let asked = answered("look at what is to be noted", facts);
-            let Some(facts) = self.attend(asked, shutdown.as_mut()).await? else {
-                return Ok(None);
-            };
-            self.keep(prepared, carried, facts?)?;
+            let facts = self.attend_on(asked).await??;
+            self.keep(prepared, carried, facts)?;
         }
         let (binary, claim) = (self.binary, self.claimed.clone());
         self.pipe().begin_stream(binary, found.relations);
@@ -234,10 +232,7 @@ impl Connector {
             (&config.publication, binary),
             self.pipe().flush_lsn(),
         );
-        let Some(begun) = self.attend(beginning, shutdown.as_mut()).await? else {
-            return Ok(None);
-        };
-        let (stream, log_end) = begun?;
+        let (stream, log_end) = self.attend_on(beginning).await??;
         self.pipe().publisher().set_log_end(log_end);
         let refreshed = self.pipe().refresh();
         let lease = self.lease.clone();
