@@ -158,8 +158,8 @@ impl Publisher {
         let mut was_refused = route.refused.take().is_some();
         if route.state == State::Unknown && route.resolver.is_none() {
             let hurry = Arc::clone(&route.hurry);
-            let directory = self.directory.clone();
-            let work = opener::count_partitions(directory, index, topic.to_owned(), hurry);
+            let shared = self.shared.clone();
+            let work = opener::count_partitions(shared, index, topic.to_owned(), hurry);
             route.resolver = Some(tokio::spawn(work));
         }
         for topic in self.routes[index].topics.clone() {

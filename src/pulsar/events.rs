@@ -361,7 +361,7 @@ impl Publisher {
         let remaining = wanted.len();
         let hurry = Arc::<Notify>::default();
         let work = opener::open(
-            self.directory.clone(),
+            self.shared.clone(),
             opener::Target {
                 index: topic_id,
                 name: topic.name.clone(),

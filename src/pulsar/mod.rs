@@ -6,7 +6,8 @@
 //! | `auth` | credentials |
 //! | `tls`, `socket` | whom to trust; a plain or encrypted socket |
 //! | `connection`, `command` | the task that owns one broker's socket; what it says and answers |
-//! | `opener` | lookup, connections, producer creation |
+//! | `directory` | which broker has a topic; one connection for each endpoint and shard |
+//! | `opener` | producer creation, tried until it succeeds |
 //! | `rows` | ids of the rows behind a batch, from its receipt to whoever marks or deletes them |
 //! | `batch`, `compression` | messages of one lane from the first to the receipt; the codecs |
 //! | `outgoing` | what the publisher is given |
@@ -29,6 +30,7 @@ mod batch;
 mod command;
 mod compression;
 mod connection;
+mod directory;
 mod divert;
 mod events;
 mod flushing;

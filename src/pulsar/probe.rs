@@ -9,7 +9,8 @@ use tokio::sync::mpsc;
 
 use super::auth::Auth;
 use super::connection::{Connection, Endpoint, Manner};
-use super::opener::{self, Directory, Wanted};
+use super::directory::{Directory, SHARED};
+use super::opener::{self, Wanted};
 use super::reader::ReaderConfig;
 use super::schema::SchemaConfig;
 use super::tls::TlsFiles;
@@ -84,7 +85,7 @@ pub async fn produce_to(
     };
     // Nobody listens: see above.
     let (events, _) = mpsc::channel(1);
-    let directory = Directory::new(config.service, manner, None, config.reconnect, None, events);
+    let directory = Directory::new(config.service, manner, events);
     let (service, _) = directory.service().await?;
     let mut refusals = Vec::new();
     for (topic, number) in topics.iter().zip(0..) {
@@ -107,7 +108,7 @@ async fn produce(
         0 => topic.to_owned(),
         _ => format!("{topic}-partition-0"),
     };
-    let connection = directory.broker_of(&part).await?;
+    let connection = directory.broker_of(&part, SHARED).await?;
     let wanted = Wanted {
         producer_id,
         producer_name: format!("walpost-check-{:x}-{producer_id}", std::process::id()),

@@ -46,11 +46,12 @@ use tracing::{debug, info};
 use super::auth::Auth;
 use super::compression::Codec;
 use super::connection::{Event, Manner};
+use super::directory::Directory;
 use super::divert::{Diversion, Diverted, Parked};
 use super::flushing::Flush;
 use super::lane::{Appended, Heard, Lane, Limits, Link, MAX_ORDINALS, epoch};
 use super::memory::Memory;
-use super::opener::Directory;
+use super::opener::Shared;
 use super::outgoing::Outgoing;
 use super::partition::HashingScheme;
 use super::route::{Held, Naming, Route};
@@ -173,7 +174,7 @@ pub(super) struct Opener {
 #[derive(Debug)]
 pub struct Publisher {
     pub(super) config: PublisherConfig,
-    pub(super) directory: Arc<Directory>,
+    pub(super) shared: Arc<Shared>,
     pub(super) events: mpsc::Receiver<Event>,
     pub(super) routes: Vec<Route>,
     pub(super) route_index: HashMap<String, usize>,
@@ -230,11 +231,15 @@ impl Publisher {
                 tls: config.tls.clone(),
                 keepalive_interval: config.keepalive_interval,
             },
-            config.schema.clone(),
-            config.reconnect,
-            config.diversion,
-            sender,
+            sender.clone(),
         );
+        let shared = Shared {
+            directory,
+            schema: config.schema.clone(),
+            reconnect: config.reconnect,
+            diversion: config.diversion,
+            events: sender,
+        };
         let limits = Limits {
             batch_max_messages: config.batch_max_messages,
             batch_max_bytes: config.batch_max_bytes,
@@ -246,7 +251,7 @@ impl Publisher {
             backlog: false,
             rows: config.rows.clone(),
             config,
-            directory: Arc::new(directory),
+            shared: Arc::new(shared),
             events,
             routes: Vec::new(),
             route_index: HashMap::new(),
@@ -276,7 +281,7 @@ impl Publisher {
     /// Connects to the service URL once: learns the broker's message limit, and finds wrong credentials before the first
     /// event is read.
     pub async fn connect(&mut self) -> Result<()> {
-        let (connection, endpoint) = self.directory.service().await?;
+        let (connection, endpoint) = self.shared.directory.service().await?;
         self.limits.max_message_bytes = connection.max_message_bytes();
         debug!(broker = %endpoint, max_message_bytes = self.limits.max_message_bytes, "broker reached");
         Ok(())

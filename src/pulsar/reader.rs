@@ -30,7 +30,7 @@ use tracing::warn;
 use super::auth::Auth;
 use super::compression::Codec;
 use super::connection::{Connection, Event, Manner};
-use super::opener::Directory;
+use super::directory::{Directory, SHARED};
 use super::tls::TlsFiles;
 use super::{verdict, wire};
 use crate::config::Config;
@@ -152,7 +152,7 @@ impl Reader {
         };
         let reconnect = config.reconnect;
         Self {
-            directory: Directory::new(config.service, manner, None, reconnect, None, sender),
+            directory: Directory::new(config.service, manner, sender),
             events,
             reconnect,
             next_consumer: 0,
@@ -215,7 +215,7 @@ impl Reader {
         reach: &mut Reach,
         take: &mut impl FnMut(&Message<'_>) -> Result<()>,
     ) -> Result<Result<()>> {
-        let connection = self.directory.broker_of(topic).await?;
+        let connection = self.directory.broker_of(topic, SHARED).await?;
         self.next_consumer += 1;
         let consumer = self.next_consumer;
         self.ask(topic, &connection, |request| {

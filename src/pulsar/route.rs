@@ -150,8 +150,8 @@ impl Publisher {
             self.routes.push(Route::new(name.to_owned(), metered));
             self.route_index.insert(name.to_owned(), index);
             let hurry = Arc::clone(&self.routes[index].hurry);
-            let directory = self.directory.clone();
-            let work = opener::count_partitions(directory, index, name.to_owned(), hurry);
+            let shared = self.shared.clone();
+            let work = opener::count_partitions(shared, index, name.to_owned(), hurry);
             self.routes[index].resolver = Some(tokio::spawn(work));
             index
         };
@@ -162,8 +162,8 @@ impl Publisher {
     pub(super) fn refresh_partitions(&mut self, now: Instant) {
         for (index, route) in self.routes.iter_mut().enumerate() {
             if route.partitions > 0 && route.resolver.is_none() && route.refresh_at <= now {
-                let (directory, name) = (self.directory.clone(), route.name.clone());
-                let work = opener::recount_partitions(directory, index, name);
+                let (shared, name) = (self.shared.clone(), route.name.clone());
+                let work = opener::recount_partitions(shared, index, name);
                 route.resolver = Some(tokio::spawn(work));
             }
         }
