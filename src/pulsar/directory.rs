@@ -9,7 +9,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use pulsar::message::proto::{
     BaseCommand, CommandLookupTopic, CommandLookupTopicResponse, CommandPartitionedTopicMetadata,
@@ -18,7 +19,7 @@ use pulsar::message::proto::{
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::Instant;
 
-use super::connection::{Connection, Endpoint, Event, Manner};
+use super::connection::{Connection, Endpoint, Event, Manner, REQUEST_TIMEOUT};
 use super::verdict;
 use super::wire::NextBroker;
 use crate::{Error, Result};
@@ -34,11 +35,14 @@ pub(super) const SHARED: u32 = 0;
 pub(super) struct Directory {
     service: Vec<(String, u16)>,
     manner: Manner,
+    request_timeout: Duration,
     events: mpsc::Sender<Event>,
     /// One connection per endpoint and shard. Locks, but not on the data's path: they are taken when a topic is opened. A connection's own
     /// is held while connecting, so that sixteen openers make one connection, and one that does not answer holds up no other.
     connections: std::sync::Mutex<HashMap<(Endpoint, u32), Arc<Mutex<Slot>>>>,
     next_connection: AtomicU64,
+    /// How many hosts of the service URL were passed over; tells which one is asked.
+    turn: AtomicUsize,
     /// The last lookup said that brokers are reached through the service URL's proxy.
     behind_proxy: AtomicBool,
 }
@@ -71,9 +75,11 @@ impl Directory {
         Self {
             service,
             manner,
+            request_timeout: REQUEST_TIMEOUT,
             events,
             connections: std::sync::Mutex::default(),
             next_connection: AtomicU64::new(1),
+            turn: AtomicUsize::new(0),
             behind_proxy: AtomicBool::new(false),
         }
     }
@@ -96,7 +102,9 @@ impl Directory {
             )));
         }
         let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
-        let opened = Connection::open(endpoint, id, &self.manner, self.events.clone()).await;
+        let (manner, events) = (&self.manner, self.events.clone());
+        let opened =
+            Connection::open_within(self.request_timeout, endpoint, id, manner, events).await;
         match &opened {
             Ok(opened) => place.connection = Some(opened.clone()),
             Err(_) => place.failed_at = Some(Instant::now()),
@@ -115,38 +123,103 @@ impl Directory {
         Arc::clone(slots.entry((endpoint.clone(), shard)).or_default())
     }
 
-    /// A connection to a host of the service URL: one that is open already, else the first that answers.
+    /// A connection to a host of the service URL: the one that was asked last, or the next that can be connected to.
     pub(super) async fn service(&self) -> Result<(Connection, Endpoint)> {
-        let hosts = self.service.iter().map(|(host, port)| Endpoint {
-            host: host.clone(),
-            port: *port,
-            via_proxy_to: None,
-        });
-        for endpoint in hosts.clone() {
-            if let Some(open) = open_in(&self.slot(&endpoint, SHARED)) {
-                return Ok((open, endpoint));
-            }
-        }
+        let (connection, host) = self.host().await?;
+        Ok((connection, host.endpoint))
+    }
+
+    async fn host(&self) -> Result<(Connection, Host)> {
         let mut failure = Error::config("the Pulsar service URL names no host");
-        for endpoint in hosts {
-            match self.connect(&endpoint, SHARED).await {
-                Ok(connection) => return Ok((connection, endpoint)),
-                Err(error) => failure = error,
+        for _ in &self.service {
+            let host = self.next_host();
+            match self.connect(&host.endpoint, SHARED).await {
+                Ok(connection) => return Ok((connection, host)),
+                Err(error) => {
+                    self.pass_over(&host);
+                    failure = error;
+                }
             }
         }
         Err(failure)
     }
 
+    /// The host that is to be asked. Call only where there is one.
+    fn next_host(&self) -> Host {
+        let turn = self.turn.load(Ordering::Relaxed);
+        let (host, port) = &self.service[turn % self.service.len()];
+        Host {
+            turn,
+            endpoint: Endpoint {
+                host: host.clone(),
+                port: *port,
+                via_proxy_to: None,
+            },
+        }
+    }
+
+    /// The next one is to be asked from now on. Of many who were let down by the same host only the first moves on.
+    fn pass_over(&self, host: &Host) {
+        let next = host.turn.wrapping_add(1);
+        let _another_did =
+            self.turn
+                .compare_exchange(host.turn, next, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Asks over a connection that lookups share. Who gives no answer is asked over another connection the next time: behind one
+    /// address there may be many brokers or proxies. The old connection stays for those whose producers are on it.
+    async fn ask(
+        &self,
+        connection: &Connection,
+        endpoint: &Endpoint,
+        build: impl FnOnce(u64) -> BaseCommand,
+    ) -> Result<BaseCommand> {
+        let answer = connection.request(build).await;
+        if answer.is_err() {
+            let mut place = self.slot(endpoint, SHARED).lock_owned().await;
+            if place
+                .connection
+                .as_ref()
+                .is_some_and(|kept| kept.id() == connection.id())
+            {
+                place.connection = None;
+            }
+        }
+        answer
+    }
+
     /// Asks which broker serves the topic, following redirects over shared connections, and connects to it.
     pub(super) async fn broker_of(&self, topic: &str, shard: u32) -> Result<Connection> {
-        let (mut connection, service) = self.service().await?;
+        let (connection, host) = self.host().await?;
+        let found = self.find(connection, &host.endpoint, topic, shard).await;
+        self.judge(&host, found)
+    }
+
+    /// A host that does not answer, or cannot say, is passed over: another may know more.
+    fn judge<T>(&self, host: &Host, result: Result<T>) -> Result<T> {
+        if result.as_ref().is_err_and(Error::is_temporary) {
+            self.pass_over(host);
+        }
+        result
+    }
+
+    async fn find(
+        &self,
+        mut connection: Connection,
+        service: &Endpoint,
+        topic: &str,
+        shard: u32,
+    ) -> Result<Connection> {
+        let mut endpoint = service.clone();
         let mut authoritative = false;
         for _ in 0..MAX_REDIRECTS {
-            let answer = lookup(&connection, topic, authoritative).await?;
+            let lookup = |request_id| lookup(topic, authoritative, request_id);
+            let answer = self.ask(&connection, &endpoint, lookup).await?;
+            let answer = found(topic, answer)?;
             let through_service = answer.proxy_through_service_url();
             self.behind_proxy.store(through_service, Ordering::Relaxed);
             let tls = self.manner.tls.is_some();
-            let target = |url: &str| endpoint_of(url, tls, through_service, &service);
+            let target = |url: &str| endpoint_of(url, tls, through_service, service);
             let url = if tls {
                 answer.broker_service_url_tls.as_deref()
             } else {
@@ -165,7 +238,8 @@ impl Directory {
                 }
                 (LookupType::Redirect, Some(url)) => {
                     authoritative = answer.authoritative();
-                    connection = self.connect(&target(url)?, SHARED).await?;
+                    endpoint = target(url)?;
+                    connection = self.connect(&endpoint, SHARED).await?;
                 }
                 _ => {
                     return Err(verdict::of_open(
@@ -183,66 +257,83 @@ impl Directory {
 
     /// How many partitions a topic has; 0 for a topic without. Where the broker makes topics on first use, it decides now.
     pub(super) async fn partitions_of(&self, topic: &str) -> Result<u32> {
-        let (connection, _) = self.service().await?;
-        let answer = connection
-            .request(|request_id| BaseCommand {
-                r#type: Type::PartitionedMetadata as i32,
-                partition_metadata: Some(CommandPartitionedTopicMetadata {
-                    topic: topic.to_owned(),
-                    request_id,
-                    ..CommandPartitionedTopicMetadata::default()
-                }),
-                ..BaseCommand::default()
-            })
-            .await?;
-        let failed = |code, message: Option<&str>| Err(verdict::of_open(topic, code, message));
-        if let Some(error) = answer.error {
-            return failed(Some(error.error), Some(&error.message));
-        }
-        match answer.partition_metadata_response {
-            None => Err(Error::temporary(format!(
-                "the question for the partitions of {topic} got another answer"
-            ))),
-            Some(answer) if answer.error.is_some() => {
-                failed(answer.error, answer.message.as_deref())
-            }
-            Some(answer) => Ok(answer.partitions()),
-        }
+        let (connection, host) = self.host().await?;
+        let question = |request_id| BaseCommand {
+            r#type: Type::PartitionedMetadata as i32,
+            partition_metadata: Some(CommandPartitionedTopicMetadata {
+                topic: topic.to_owned(),
+                request_id,
+                ..CommandPartitionedTopicMetadata::default()
+            }),
+            ..BaseCommand::default()
+        };
+        let answer = self.ask(&connection, &host.endpoint, question).await;
+        self.judge(&host, answer.and_then(|answer| counted(topic, answer)))
     }
 
-    /// The broker that a closing one named as the topic's next.
-    pub(super) async fn next_broker(&self, next: &NextBroker, shard: u32) -> Result<Connection> {
-        let (_, service) = self.service().await?;
+    /// The topic's broker: the one that a closing broker named, if that can be had, else by a lookup.
+    pub(super) async fn broker(
+        &self,
+        topic: &str,
+        next: Option<NextBroker>,
+        shard: u32,
+    ) -> Result<Connection> {
+        if let Some(next) = next
+            && let Ok(connection) = self.next_broker(topic, &next, shard).await
+        {
+            return Ok(connection);
+        }
+        self.broker_of(topic, shard).await
+    }
+
+    /// Where a closing broker says that the topic is next: that broker, or the one that the other cluster names.
+    pub(super) async fn next_broker(
+        &self,
+        topic: &str,
+        next: &NextBroker,
+        shard: u32,
+    ) -> Result<Connection> {
         let tls = self.manner.tls.is_some();
-        let url = if tls {
-            &next.assigned_broker_service_url_tls
-        } else {
-            &next.assigned_broker_service_url
-        };
+        let url = if tls { &next.url_tls } else { &next.url };
         let url = url.as_deref().unwrap_or_default();
-        let through_service = self.behind_proxy.load(Ordering::Relaxed);
-        self.connect(&endpoint_of(url, tls, through_service, &service)?, shard)
-            .await
+        if next.is_cluster {
+            let service = direct_endpoint(url, tls)?;
+            let connection = self.connect(&service, SHARED).await?;
+            return self.find(connection, &service, topic, shard).await;
+        }
+        let endpoint = if self.behind_proxy.load(Ordering::Relaxed) {
+            let (_, service) = self.service().await?;
+            endpoint_of(url, tls, true, &service)?
+        } else {
+            direct_endpoint(url, tls)?
+        };
+        self.connect(&endpoint, shard).await
     }
 }
 
-async fn lookup(
-    connection: &Connection,
-    topic: &str,
-    authoritative: bool,
-) -> Result<CommandLookupTopicResponse> {
-    let answer = connection
-        .request(|request_id| BaseCommand {
-            r#type: Type::Lookup as i32,
-            lookup_topic: Some(CommandLookupTopic {
-                topic: topic.to_owned(),
-                request_id,
-                authoritative: Some(authoritative),
-                ..CommandLookupTopic::default()
-            }),
-            ..BaseCommand::default()
-        })
-        .await?;
+/// A host of the service URL.
+#[derive(Debug)]
+struct Host {
+    /// How many were passed over before it.
+    turn: usize,
+    endpoint: Endpoint,
+}
+
+fn lookup(topic: &str, authoritative: bool, request_id: u64) -> BaseCommand {
+    BaseCommand {
+        r#type: Type::Lookup as i32,
+        lookup_topic: Some(CommandLookupTopic {
+            topic: topic.to_owned(),
+            request_id,
+            authoritative: Some(authoritative),
+            ..CommandLookupTopic::default()
+        }),
+        ..BaseCommand::default()
+    }
+}
+
+/// The answer to a lookup.
+fn found(topic: &str, answer: BaseCommand) -> Result<CommandLookupTopicResponse> {
     if let Some(error) = answer.error {
         return Err(verdict::of_open(
             topic,
@@ -255,6 +346,21 @@ async fn lookup(
         .ok_or_else(|| Error::temporary(format!("the lookup of {topic} got another answer")))
 }
 
+/// The answer to a question for partitions.
+fn counted(topic: &str, answer: BaseCommand) -> Result<u32> {
+    let failed = |code, message: Option<&str>| Err(verdict::of_open(topic, code, message));
+    if let Some(error) = answer.error {
+        return failed(Some(error.error), Some(&error.message));
+    }
+    match answer.partition_metadata_response {
+        None => Err(Error::temporary(format!(
+            "the question for the partitions of {topic} got another answer"
+        ))),
+        Some(answer) if answer.error.is_some() => failed(answer.error, answer.message.as_deref()),
+        Some(answer) => Ok(answer.partitions()),
+    }
+}
+
 /// `pulsar://host:port` (`pulsar+ssl://` with TLS) of a lookup answer → where to connect; through a proxy the service
 /// address stays.
 fn endpoint_of(
@@ -263,9 +369,21 @@ fn endpoint_of(
     through_service: bool,
     service: &Endpoint,
 ) -> Result<Endpoint> {
+    let direct = direct_endpoint(url, tls)?;
+    if !through_service {
+        return Ok(direct);
+    }
+    let (_, broker) = url.split_once("://").unwrap_or_default();
+    Ok(Endpoint {
+        via_proxy_to: Some(broker.trim_end_matches('/').to_owned()),
+        ..service.clone()
+    })
+}
+
+fn direct_endpoint(url: &str, tls: bool) -> Result<Endpoint> {
     let odd = || {
         Error::temporary(format!(
-            "the lookup names a broker address that cannot be used: {url}"
+            "the broker names an address that cannot be used: {url}"
         ))
     };
     let broker = url
@@ -274,60 +392,17 @@ fn endpoint_of(
         .trim_end_matches('/');
     let (host, port) = broker.rsplit_once(':').ok_or_else(odd)?;
     let port = port.parse().map_err(|_| odd())?;
-    Ok(if through_service {
-        Endpoint {
-            via_proxy_to: Some(broker.to_owned()),
-            ..service.clone()
-        }
-    } else {
-        let host = host
-            .trim_start_matches('[')
-            .trim_end_matches(']')
-            .to_owned();
-        Endpoint {
-            host,
-            port,
-            via_proxy_to: None,
-        }
+    let host = host
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .to_owned();
+    Ok(Endpoint {
+        host,
+        port,
+        via_proxy_to: None,
     })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lookup_answers_name_an_endpoint() {
-        let service = Endpoint {
-            host: "proxy".into(),
-            port: 1,
-            via_proxy_to: None,
-        };
-        let direct = endpoint_of("pulsar://10.0.0.1:6650", false, false, &service).unwrap();
-        assert_eq!(
-            direct,
-            Endpoint {
-                host: "10.0.0.1".into(),
-                port: 6650,
-                via_proxy_to: None
-            }
-        );
-        let six = endpoint_of("pulsar://[::1]:6650", false, false, &service).unwrap();
-        assert_eq!(six.host, "::1");
-        let proxied = endpoint_of("pulsar://broker-3:6650", false, true, &service).unwrap();
-        assert_eq!(
-            proxied,
-            Endpoint {
-                via_proxy_to: Some("broker-3:6650".into()),
-                ..service.clone()
-            }
-        );
-        for odd in ["", "http://x:1", "pulsar://x", "pulsar://x:y"] {
-            assert!(endpoint_of(odd, false, false, &service).is_err(), "{odd}");
-        }
-        let encrypted = endpoint_of("pulsar+ssl://broker-3:6651", true, false, &service).unwrap();
-        assert_eq!((&*encrypted.host, encrypted.port), ("broker-3", 6651));
-        assert!(endpoint_of("pulsar://broker-3:6650", true, false, &service).is_err());
-        assert!(endpoint_of("pulsar+ssl://broker-3:6651", false, false, &service).is_err());
-    }
-}
+#[path = "directory_tests.rs"]
+mod tests;

@@ -405,7 +405,7 @@ impl Lane {
             if probing.is_some_and(|pushed| batch.first_sequence_id > pushed) {
                 return;
             }
-            connection.send(batch.send(&self.producer, now, memory));
+            connection.send_data(self.producer.id, batch.send(&self.producer, now, memory));
             self.written += 1;
             self.highest_written = self.highest_written.max(Some(batch.last_sequence_id));
         }

@@ -6,6 +6,7 @@
 //! | `auth` | credentials |
 //! | `tls`, `socket` | whom to trust; a plain or encrypted socket |
 //! | `connection`, `command` | the task that owns one broker's socket; what it says and answers |
+//! | `unwritten`, `requests` | frames that a socket has not taken yet; requests that have no answer yet |
 //! | `directory` | which broker has a topic; one connection for each endpoint and shard |
 //! | `opener` | producer creation, tried until it succeeds |
 //! | `rows` | ids of the rows behind a batch, from its receipt to whoever marks or deletes them |
@@ -39,14 +40,18 @@ mod memory;
 mod opener;
 mod outgoing;
 mod partition;
+#[cfg(test)]
+mod peer;
 mod probe;
 mod publisher;
 mod reader;
+mod requests;
 mod route;
 pub mod rows;
 pub mod schema;
 mod socket;
 mod tls;
+mod unwritten;
 mod verdict;
 mod wire;
 

@@ -168,6 +168,7 @@ pub(super) async fn open(
     let topic = &target.name;
     let mut patience = Patience::new(&shared, topic, &target.hurry, target.refused);
     while let Err(error) = attempt(&shared, topic, &mut wanted, next_broker.take()).await {
+        next_broker = verdict::next_broker(&error).cloned();
         // A failed attempt has first closed all that was open before, and what it left half made; nothing that is still wanted
         // is open.
         if patience.ends_after(&error).await {
@@ -196,13 +197,7 @@ async fn attempt(
     }
     let (directory, schema) = (&shared.directory, shared.schema.as_ref());
     let schema = schema.map(|schema| schema.of_topic(topic)).transpose()?;
-    let connection = match next_broker {
-        None => directory.broker_of(topic, SHARED).await?,
-        Some(next) => match directory.next_broker(&next, SHARED).await {
-            Ok(connection) => connection,
-            Err(_) => directory.broker_of(topic, SHARED).await?,
-        },
-    };
+    let connection = directory.broker(topic, next_broker, SHARED).await?;
     let results = join_all(
         wanted
             .iter()

@@ -32,6 +32,7 @@ use super::compression::Codec;
 use super::connection::{Connection, Event, Manner};
 use super::directory::{Directory, SHARED};
 use super::tls::TlsFiles;
+use super::wire::NextBroker;
 use super::{verdict, wire};
 use crate::config::Config;
 use crate::retry::Backoff;
@@ -129,6 +130,8 @@ struct Reach {
     end: End,
     /// The last entry that was taken.
     taken: Option<Place>,
+    /// Where the broker that closed the consumer says that the topic is.
+    next_broker: Option<NextBroker>,
 }
 
 impl Reach {
@@ -193,6 +196,9 @@ impl Reader {
             if verdict::is_missing(&failure) {
                 return Ok(());
             }
+            if let Some(next) = verdict::next_broker(&failure) {
+                reach.next_broker = Some(next.clone());
+            }
             if reach.taken != before {
                 attempts = 0;
                 backoff.reset();
@@ -215,7 +221,8 @@ impl Reader {
         reach: &mut Reach,
         take: &mut impl FnMut(&Message<'_>) -> Result<()>,
     ) -> Result<Result<()>> {
-        let connection = self.directory.broker_of(topic, SHARED).await?;
+        let next = reach.next_broker.take();
+        let connection = self.directory.broker(topic, next, SHARED).await?;
         self.next_consumer += 1;
         let consumer = self.next_consumer;
         self.ask(topic, &connection, |request| {
@@ -248,7 +255,7 @@ impl Reader {
         let mut permits = 0;
         while !reach.is_done() {
             if permits <= PERMITS / 2 {
-                connection.send(wire::encode_command(&flow(consumer, PERMITS - permits)));
+                connection.send(&flow(consumer, PERMITS - permits));
                 permits = PERMITS;
             }
             let silent = || {
@@ -284,7 +291,9 @@ impl Reader {
                 Some(Event::ConsumerClosed {
                     connection: id,
                     consumer_id,
+                    next_broker,
                 }) if (id, consumer_id) == (connection.id(), consumer) => {
+                    reach.next_broker = next_broker;
                     return Err(Error::temporary(format!(
                         "topic {topic} moves to another broker"
                     )));

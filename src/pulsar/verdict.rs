@@ -14,9 +14,12 @@
 //! | `AuthorizationError`, `AuthenticationError`, `TopicTerminatedError`, `IncompatibleSchema`, `ProducerFenced`, `InvalidTopicName`, `UnsupportedVersionError`, `NotAllowedError` | somebody must mend it: the same, as an error with what to do; the topic's events become stragglers, or wait; other topics go on | `tests/manners`, `tests/stragglers.rs` |
 //! | a redirect, a proxy, TLS addresses | followed | `tests/manners` |
 //! | "not ready" (`producer_ready = false`) | waits for the second answer | `tests/manners` |
-//! | nothing, for 30 s, to a creation | closes the producer that may be half made, then again | `tests/manners` |
+//! | nothing, for 30 s after it was written, to a creation | closes the producer that may be half made, then again | `tests/manners` |
+//! | nothing to a lookup or a question for partitions | the next host of the service URL, and a new connection | `tests/manners` |
+//! | `CLOSE_PRODUCER`, in place of the answer to a creation | as when the producer was open | `tests/manners` |
 //! | **on its own** | | |
 //! | `CLOSE_PRODUCER` (unload, bundle split, load shedding) | to the broker it names, else a lookup; all again in order | `tests/manners`, `tests/topic_moves.rs` |
+//! | `TOPIC_MIGRATED` | lookup at the cluster that it names | `tests/manners` |
 //! | `PING`, `AUTH_CHALLENGE` | answered, the latter with credentials read afresh | `tests/manners`, `tests/security.rs` |
 //! | `CONNECTED` with `max_message_size` | the limit of a message and of a batch | `tests/manners`, `tests/unpublishable.rs` |
 //! | silence for two keepalive intervals, a half-open connection, bytes that are no frame, the end | new connection, with backoff | `tests/manners` |
@@ -29,6 +32,7 @@
 
 use pulsar::message::proto::ServerError;
 
+use super::wire::NextBroker;
 use crate::Error;
 
 /// What a refused send leads to.
@@ -119,6 +123,50 @@ pub(super) fn trouble(error: &Error) -> Trouble {
         source = cause.source();
     }
     Trouble::Broker
+}
+
+/// Marks the end of a creation by CLOSE in place of an answer.
+#[derive(Debug)]
+struct ClosedAtOpen {
+    next_broker: Option<NextBroker>,
+    of_topic: OfTopic,
+}
+
+impl std::fmt::Display for ClosedAtOpen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.of_topic.fmt(f)
+    }
+}
+
+impl std::error::Error for ClosedAtOpen {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.of_topic)
+    }
+}
+
+/// The error for a producer or consumer that the broker closes instead of saying that it is open. The topic moves (an unload,
+/// another broker, another cluster); `next_broker` says where to, if the broker does.
+pub(super) fn closed_at_open(topic: &str, next_broker: Option<NextBroker>) -> Error {
+    let moves = next_broker
+        .as_ref()
+        .and_then(|next| next.url.as_ref().or(next.url_tls.as_ref()));
+    let reason = match moves {
+        Some(url) => format!("it has moved to {}", one_line(url)),
+        None => "it moves to another broker".to_owned(),
+    };
+    Error::temporary(format!(
+        "the broker closes topic {topic} while it is being opened"
+    ))
+    .caused_by(ClosedAtOpen {
+        next_broker,
+        of_topic: OfTopic(reason),
+    })
+}
+
+/// Where the topic is that this error of an opening is about, if the broker said so.
+pub(super) fn next_broker(error: &Error) -> Option<&NextBroker> {
+    let source = std::error::Error::source(error)?;
+    source.downcast_ref::<ClosedAtOpen>()?.next_broker.as_ref()
 }
 
 /// The error for a lookup or creation that the broker refused; temporary where time alone may heal it.
