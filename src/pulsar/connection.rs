@@ -495,8 +495,8 @@ impl Driver {
                         Err(error) => return error.report(),
                     }
                 }
-                // 6. A request has waited for too long, or the socket takes nothing.
-                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                // 6. A request has waited for too long, or the socket takes nothing. (What is not read may be the answer.)
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if reads && deadline.is_some() => {
                     if let Err(reason) = self.requests.expire(Instant::now()) { return reason; }
                 }
                 // 7. Silence, unless it is ours.
@@ -561,21 +561,22 @@ impl Driver {
     /// form in which it refuses what is larger than a topic's limit.
     fn refuse(&mut self, producer_id: u64, frame: &[u8]) {
         let (bytes, limit) = (frame.len(), self.max_frame_bytes);
-        match wire::sequence_id(frame) {
-            Some(sequence_id) => self.tell(Event::SendError {
-                connection: self.id,
-                producer_id,
-                sequence_id,
-                code: ServerError::NotAllowedError.into(),
-                message: format!(
-                    "a frame of {bytes} bytes is larger than the {limit} that this broker reads"
-                ),
-            }),
-            None => warn!(
+        let Some(sequence_id) = wire::sequence_id(frame) else {
+            warn!(
                 connection = self.id,
                 producer_id, bytes, "not a batch: not sent"
+            );
+            return;
+        };
+        self.tell(Event::SendError {
+            connection: self.id,
+            producer_id,
+            sequence_id,
+            code: ServerError::NotAllowedError.into(),
+            message: format!(
+                "a frame of {bytes} bytes is larger than the {limit} that this broker reads"
             ),
-        }
+        });
     }
 
     /// Handles every complete command in the inbox.

@@ -29,6 +29,10 @@ struct Side {
 }
 
 async fn open(request_timeout: Duration, events: usize) -> Side {
+    open_as(&manner(), request_timeout, events).await
+}
+
+async fn open_as(manner: &Manner, request_timeout: Duration, events: usize) -> Side {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = Endpoint {
         host: "127.0.0.1".to_owned(),
@@ -36,8 +40,7 @@ async fn open(request_timeout: Duration, events: usize) -> Side {
         via_proxy_to: None,
     };
     let (sender, events) = mpsc::channel(events);
-    let manner = manner();
-    let connecting = Connection::open_within(request_timeout, &endpoint, 1, &manner, sender);
+    let connecting = Connection::open_within(request_timeout, &endpoint, 1, manner, sender);
     let accepting = async {
         let (mut stream, _) = listener.accept().await.unwrap();
         let mut inbox = BytesMut::new();
@@ -212,7 +215,8 @@ async fn a_request_that_cannot_be_written_ends_with_its_connection() {
             .send_data(1, batch(1, sequence_id, FRAME_BYTES));
     }
     // WHEN a request waits for it: to be behind data, it is about that producer
-    let asked = side.connection.request(|id| close_producer(1, id)).await;
+    let asked = side.connection.request(|id| close_producer(1, id));
+    let asked = timeout(DEADLINE, asked).await.expect("an end in time");
 
     // THEN it ends
     let error = asked.unwrap_err().to_string();
@@ -271,6 +275,24 @@ async fn a_connection_whose_events_nobody_takes_stops_reading() {
 
     // THEN it takes no more at some time
     assert!(said < FAR_TOO_MANY);
+}
+
+#[tokio::test]
+async fn a_broker_that_is_not_read_is_not_taken_for_silent() {
+    // GIVEN a connection that reads no more, because nobody takes its events
+    let impatient = Manner {
+        keepalive_interval: Duration::from_millis(20),
+        ..manner()
+    };
+    let mut side = open_as(&impatient, REQUEST_TIMEOUT, 1).await;
+    for sequence_id in 0..MANY_RECEIPTS {
+        side.say(&receipt(sequence_id)).await;
+    }
+
+    // WHEN many intervals pass, THEN it stays
+    sleep(impatient.keepalive_interval * 20).await;
+    assert!(!side.connection.is_closed());
+    // (And a broker that is read and says nothing is left: `tests/manners/connections.rs`.)
 }
 
 #[tokio::test]

@@ -30,6 +30,9 @@ const MAX_REDIRECTS: usize = 20;
 /// The shard of lookups, and of topics that have no connection of their own.
 pub(super) const SHARED: u32 = 0;
 
+/// What a connection is known by: its endpoint and its shard.
+type Key = (Endpoint, u32);
+
 /// How brokers are found and greeted: shared by all who open producers or consumers.
 #[derive(Debug)]
 pub(super) struct Directory {
@@ -39,7 +42,7 @@ pub(super) struct Directory {
     events: mpsc::Sender<Event>,
     /// One connection per endpoint and shard. Locks, but not on the data's path: they are taken when a topic is opened. A connection's own
     /// is held while connecting, so that sixteen openers make one connection, and one that does not answer holds up no other.
-    connections: std::sync::Mutex<HashMap<(Endpoint, u32), Arc<Mutex<Slot>>>>,
+    connections: std::sync::Mutex<HashMap<Key, Arc<Mutex<Slot>>>>,
     next_connection: AtomicU64,
     /// How many hosts of the service URL were passed over; tells which one is asked.
     turn: AtomicUsize,

@@ -213,6 +213,7 @@ mod tests {
 
     const TIMEOUT: Duration = Duration::from_secs(30);
     const SECOND: Duration = Duration::from_secs(1);
+    const ALMOST: Duration = Duration::from_secs(29);
 
     type Answer = oneshot::Receiver<Result<BaseCommand>>;
 
@@ -239,7 +240,7 @@ mod tests {
         let mut answer = add(&mut requests, 1, begin);
         let mut now = begin;
         for _ in 0..5 {
-            now += TIMEOUT - SECOND;
+            now += ALMOST;
             requests.expire(now).unwrap();
             requests.socket_took_bytes(now);
         }
@@ -250,7 +251,7 @@ mod tests {
 
         // THEN it has its whole time
         assert_eq!(requests.next_deadline(), Some(now + TIMEOUT));
-        requests.expire(now + TIMEOUT - SECOND).unwrap();
+        requests.expire(now + ALMOST).unwrap();
         assert!(answer.try_recv().is_err(), "has not ended");
         requests.expire(now + TIMEOUT).unwrap();
         let error = answer.try_recv().unwrap().unwrap_err();
@@ -269,7 +270,7 @@ mod tests {
         let _answer = add(&mut requests, 1, asked);
         let later = add(&mut requests, 2, asked + SECOND);
         assert_eq!(requests.next_deadline(), Some(asked + TIMEOUT));
-        requests.expire(asked + TIMEOUT - SECOND).unwrap();
+        requests.expire(asked + ALMOST).unwrap();
         let reason = requests.expire(asked + TIMEOUT).unwrap_err();
         assert!(reason.contains("no byte"), "{reason}");
         drop(later);

@@ -30,9 +30,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::eventually;
+pub(crate) use commands::{close_producer, reason, topic_migrated};
 use state::{State, kind, lock};
 use storage::Storage;
-pub(crate) use {commands::reason, storage::StoredEvent};
+pub(crate) use storage::StoredEvent;
 
 /// A kind of command that a client sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -295,6 +296,17 @@ impl FakeBroker {
             state.closed.insert((connection, producer_id));
             state.say(connection, commands::close_producer(producer_id, next));
         }
+    }
+
+    /// Closes every producer, after saying that its topic has moved to the cluster with this service URL.
+    pub(crate) fn migrate(&self, cluster: &str) {
+        {
+            let state = self.state();
+            for &(connection, producer_id) in state.producers.keys() {
+                state.say(connection, commands::topic_migrated(producer_id, cluster));
+            }
+        }
+        self.close_producers(None);
     }
 
     /// Ends every connection.

@@ -196,7 +196,7 @@ pub(crate) fn reason(error: ServerError) -> String {
 
 /// The broker closes a producer. Newer brokers name the next one (`CommandCloseProducer` of the present
 /// `PulsarApi.proto`), which the crate's older commands cannot say.
-pub(super) fn close_producer(producer_id: u64, next: Option<&str>) -> Vec<u8> {
+pub(crate) fn close_producer(producer_id: u64, next: Option<&str>) -> Vec<u8> {
     command_frame(&CloseProducerCommand {
         r#type: Type::CloseProducer.into(),
         close_producer: CloseProducer {
@@ -206,6 +206,36 @@ pub(super) fn close_producer(producer_id: u64, next: Option<&str>) -> Vec<u8> {
             assigned_broker_service_url_tls: None,
         },
     })
+}
+
+/// The topic of a producer has moved to another cluster, whose service URL this is (`CommandTopicMigrated`).
+pub(crate) fn topic_migrated(producer_id: u64, url: &str) -> Vec<u8> {
+    command_frame(&TopicMigratedCommand {
+        r#type: 68,
+        topic_migrated: TopicMigrated {
+            resource_id: producer_id,
+            resource_type: 0,
+            broker_service_url: Some(url.to_owned()),
+        },
+    })
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct TopicMigratedCommand {
+    #[prost(int32, required, tag = "1")]
+    r#type: i32,
+    #[prost(message, required, tag = "68")]
+    topic_migrated: TopicMigrated,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct TopicMigrated {
+    #[prost(uint64, required, tag = "1")]
+    resource_id: u64,
+    #[prost(int32, required, tag = "2")]
+    resource_type: i32,
+    #[prost(string, optional, tag = "3")]
+    broker_service_url: Option<String>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
