@@ -35,12 +35,11 @@ fn misbehave(random: &mut Random, asked: Asked) -> Reaction {
     let close = [Reaction::Close, Reaction::ObeyAndClose, Reaction::CutShort];
     let mut choice: Vec<Reaction> = match asked {
         Asked::Send => vec![
-            Reaction::Fail(ServerError::PersistenceError),
+            Reaction::FailWrite,
             Reaction::Hold,
             Reaction::Hold,
             Reaction::Lose,
             Reaction::Pend,
-            fail,
         ],
         Asked::Partitions | Asked::Lookup => vec![fail],
         Asked::Producer => vec![fail, Reaction::NotReady, Reaction::Hold],

@@ -44,7 +44,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 pub(crate) use admin::{admin, admin_as, try_admin};
 pub(crate) use consume::{Received, consume, consume_as};
 pub(crate) use database::Database;
-pub(crate) use fake_broker::{Asked, FakeBroker, Reaction, StoredEvent, Target, reason};
+pub(crate) use fake_broker::{
+    Asked, FakeBroker, PublishRate, Reaction, Settings, StoredEvent, Target, partition_name, reason,
+};
 pub(crate) use java::java_partitions;
 pub(crate) use load::{Committed, Load, insert_many};
 pub(crate) use process::{Command, Walpost};
