@@ -17,7 +17,7 @@ use super::super::wire::sized;
 use super::answers::{Alarm, Answers, Asking, ConnectionId, Output, Then};
 use super::producers::{Creation, Slot, Stall};
 use super::script::{Asked, Reaction, Script, Target};
-use super::topics::Topics;
+use super::topics::{Topics, wrong_name};
 use super::{commands, sends};
 
 /// Pulsar's default `maxMessageSize`.
@@ -187,14 +187,13 @@ impl Cluster {
                 let found = commands::found(told.request_id(), &target);
                 return self.answers.say(connection, found);
             }
-            Reaction::Fail(error) => match &told.command.send {
-                Some(_) => (told.to(Then::Say), Some(Special::Refuse(error))),
-                None => {
-                    let reason = commands::reason(error);
-                    let to = told.to(Then::Say);
-                    return self.refuse(told.asked, to, error, &reason);
-                }
-            },
+            Reaction::Fail(error) if told.asked == Asked::Send => {
+                (told.to(Then::Say), Some(Special::Refuse(error)))
+            }
+            Reaction::Fail(error) => {
+                let to = told.to(Then::Say);
+                return self.refuse(told.asked, to, error, &commands::reason(error));
+            }
             Reaction::Obey => obeyed(Then::Say),
             Reaction::NotReady => obeyed(Then::NotReady),
             Reaction::Hold => obeyed(Then::Hold),
@@ -268,29 +267,23 @@ impl Cluster {
     fn partitions(&mut self, told: &Told<'_>, to: Asking) {
         let asked = told.command.partition_metadata.as_ref();
         let topic = asked.map(|asked| asked.topic.as_str()).unwrap_or_default();
-        if let Some(text) = super::topics::wrong_name(topic) {
-            let error = ServerError::InvalidTopicName;
-            return self.refuse(told.asked, to, error, &text);
+        if let Some(text) = wrong_name(topic) {
+            return self.refuse(told.asked, to, ServerError::InvalidTopicName, &text);
         }
-        match self.topics.count_partitions(topic, told.may_create) {
-            Some(count) => {
-                let answer = commands::partitions(to.request_id, count);
-                self.answers.answer(to, answer);
-            }
-            None => {
-                let error = ServerError::TopicNotFound;
-                self.refuse(told.asked, to, error, "");
-            }
-        }
+        let count = self.topics.count_partitions(topic, told.may_create);
+        let Some(count) = count else {
+            return self.refuse(told.asked, to, ServerError::TopicNotFound, "");
+        };
+        let answer = commands::partitions(to.request_id, count);
+        self.answers.answer(to, answer);
     }
 
     /// `ServerCnx.handleLookup`: nobody asks whether the topic exists.
     fn lookup(&mut self, command: &BaseCommand, to: Asking) {
         let asked = command.lookup_topic.as_ref();
         let topic = asked.map(|asked| asked.topic.as_str()).unwrap_or_default();
-        if let Some(text) = super::topics::wrong_name(topic) {
-            let error = ServerError::InvalidTopicName;
-            return self.refuse(Asked::Lookup, to, error, &text);
+        if let Some(text) = wrong_name(topic) {
+            return self.refuse(Asked::Lookup, to, ServerError::InvalidTopicName, &text);
         }
         let here = Target {
             url: self.brokers[self.connections[&to.connection].broker]

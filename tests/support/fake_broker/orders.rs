@@ -1,6 +1,5 @@
 //! What a test may do to topics, as operators, other clients and storage do it to a real broker's.
 
-use super::commands;
 use super::model::Cluster;
 use super::topics::Settings;
 
@@ -108,18 +107,6 @@ impl Cluster {
             self.gone(id);
         }
         self.finish_closes();
-    }
-
-    /// A receipt for one of the batches that a producer of some connection sent, whether it is due or not.
-    pub(super) fn say_receipt(
-        &mut self,
-        broker: usize,
-        producer_id: u64,
-        ids: (u64, u64),
-        stored: bool,
-    ) {
-        let receipt = commands::receipt(producer_id, ids, stored.then_some(0));
-        self.say(broker, &receipt);
     }
 }
 

@@ -47,9 +47,9 @@ impl Cluster {
                 return;
             }
             if !connection.fenced_out.contains(&id) {
-                let send = sent.send;
+                let command = sent.send;
                 self.faults
-                    .push(format!("a send to a producer that never was: {send:?}"));
+                    .push(format!("a send to a producer that never was: {command:?}"));
             }
             return self.gone(to.connection);
         };
@@ -101,9 +101,9 @@ impl Cluster {
         let lowest = metadata.sequence_id;
         let ids = (lowest, metadata.highest_sequence_id.unwrap_or(lowest));
         if ids != sent.ids() || metadata.producer_name != name {
-            let send = sent.send;
+            let command = sent.send;
             self.faults.push(format!(
-                "command and metadata differ: {send:?}, {metadata:?}"
+                "command and metadata differ: {command:?}, {metadata:?}"
             ));
         }
     }
@@ -204,19 +204,17 @@ impl Cluster {
         let Some(ledger) = self.topics.ledger(topic) else {
             return;
         };
-        let left = match ledger.rate_left {
-            Some(left) => left,
-            None => {
-                let alarm = Alarm::Period(topic.to_owned());
-                self.answers.push(Output::Alarm(rate.period, alarm));
-                rate.messages
-            }
-        } - i64::from(messages);
+        let before = ledger.rate_left;
+        let left = before.unwrap_or(rate.messages) - i64::from(messages);
         ledger.rate_left = Some(left);
+        if before.is_none() {
+            let alarm = Alarm::Period(topic.to_owned());
+            self.answers.push(Output::Alarm(rate.period, alarm));
+        }
         if left <= 0
-            && let Some(connection_state) = self.connections.get_mut(&connection)
+            && let Some(publishing) = self.connections.get_mut(&connection)
         {
-            connection_state.throttled_by.insert(topic.to_owned());
+            publishing.throttled_by.insert(topic.to_owned());
         }
     }
 

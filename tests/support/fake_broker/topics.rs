@@ -39,6 +39,10 @@ pub(crate) struct PublishRate {
 
 /// What is set on a topic, or on all partitions of one.
 #[derive(Clone, Debug, Default)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "any of them may be set beside any other, as on a real topic"
+)]
 pub(crate) struct Settings {
     /// The topic policy `maxMessageSize`.
     pub(crate) max_message_bytes: Option<usize>,
@@ -258,6 +262,16 @@ impl Topics {
     /// Finds a producer's topic, or makes it (`BrokerService.getOrCreateTopic`).
     pub(super) fn get_or_create(&mut self, topic: &str) -> Result<(), (ServerError, String)> {
         let known = self.ledgers.contains_key(topic);
+        let whole = partition_of(topic);
+        let count = whole.and_then(|(whole, _)| Some(self.partitioned.get(whole)?.count));
+        if let (Some((_, index)), Some(count)) = (whole, count)
+            && known
+            && index >= count
+        {
+            let text =
+                format!("Illegal topic partition name {topic} with max allowed {count} partitions");
+            return Err((ServerError::NotAllowedError, text));
+        }
         if !known && !self.may_create(topic) {
             let text = format!("Topic not found {topic}");
             return Err((ServerError::TopicNotFound, text));
