@@ -189,6 +189,16 @@ impl FakeBroker {
         self.topics(|topics| topics.names())
     }
 
+    /// Topics that no consumer of the whole finds: partitions without metadata, and plain ones beside partitions.
+    pub(crate) fn misshapen(&self) -> Vec<String> {
+        self.topics(|topics| topics.misshapen())
+    }
+
+    /// What clients did that no client may do; from now on it is forgiven.
+    pub(crate) fn forgive(&self) -> Vec<String> {
+        self.cluster(|cluster| std::mem::take(&mut cluster.faults))
+    }
+
     /// Every command of this kind that came so far, in order.
     pub(crate) fn seen(&self, asked: Asked) -> Vec<BaseCommand> {
         self.own_script(|script| {
@@ -351,7 +361,7 @@ impl Drop for FakeBroker {
             accepting.abort();
         }
         self.disconnect();
-        let faults = self.cluster(|cluster| std::mem::take(&mut cluster.faults));
+        let faults = self.forgive();
         // Not a second panic while the test's own one is on its way.
         if std::thread::panicking() {
             eprintln!("what the fake broker saw: {faults:?}");

@@ -20,7 +20,7 @@ impl Cluster {
         if let Some(url) = now.migrated_to.filter(|_| before.migrated_to.is_none()) {
             for &(at, id) in &producers {
                 self.tell_migrated(at, id, &url);
-                self.forget_producer(at, id);
+                self.remove(at, id);
             }
         }
         if now.exclusive.is_some() && before.exclusive.is_none() {
@@ -28,7 +28,7 @@ impl Cluster {
                 if let Some(connection) = self.connections.get_mut(&at) {
                     connection.fenced_out.insert(id);
                 }
-                self.forget_producer(at, id);
+                self.remove(at, id);
             }
         }
         if now.publish_rate.is_none() && before.publish_rate.is_some() {
@@ -37,12 +37,6 @@ impl Cluster {
                     self.period_is_over(&name);
                 }
             }
-        }
-    }
-
-    fn forget_producer(&mut self, at: u64, id: u64) {
-        if let Some(connection) = self.connections.get_mut(&at) {
-            connection.producers.remove(&id);
         }
     }
 

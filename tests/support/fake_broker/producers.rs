@@ -292,7 +292,7 @@ impl Cluster {
     pub(super) fn finish_closes(&mut self) {
         for (at, id) in std::mem::take(&mut self.closing) {
             let Some(producer) = self.open_producer(at, id) else {
-                // It was closed in another way; its client's request dies with the connection, or is answered by CLOSE_PRODUCER.
+                // Its connection has ended, or it was closed in another way, which has answered.
                 continue;
             };
             let incarnation = producer.incarnation;
@@ -300,12 +300,17 @@ impl Cluster {
                 self.closing.push((at, id));
                 continue;
             }
-            let connection = self.connections.get_mut(&at);
-            let slot = connection.and_then(|connection| connection.producers.remove(&id));
-            if let Some(Slot::Open(producer)) = slot {
-                for to in producer.closing {
-                    self.answers.answer(to, commands::success(to.request_id));
-                }
+            self.remove(at, id);
+        }
+    }
+
+    /// Forgets an open producer, and answers who waits for that (`Producer.closeNow`).
+    pub(super) fn remove(&mut self, at: ConnectionId, id: u64) {
+        let connection = self.connections.get_mut(&at);
+        let slot = connection.and_then(|connection| connection.producers.remove(&id));
+        if let Some(Slot::Open(producer)) = slot {
+            for to in producer.closing {
+                self.answers.answer(to, commands::success(to.request_id));
             }
         }
     }
@@ -315,9 +320,9 @@ impl Cluster {
     pub(super) fn disconnect(&mut self, producers: &[(ConnectionId, u64)], next: Option<&str>) {
         for &(at, id) in producers {
             if let Some(connection) = self.connections.get_mut(&at) {
-                connection.producers.remove(&id);
                 connection.closed.insert(id);
                 self.answers.say(at, commands::close_producer(id, next));
+                self.remove(at, id);
             }
         }
     }

@@ -391,6 +391,18 @@ impl Topics {
         found.map(|(_, event)| event.clone()).collect()
     }
 
+    /// Partitions that no metadata counts, and topics without partitions where metadata counts some.
+    pub(super) fn misshapen(&self) -> Vec<String> {
+        let is_odd = |name: &&String| match partition_of(name) {
+            Some((whole, index)) => {
+                let metadata = self.partitioned.get(whole);
+                metadata.is_none_or(|metadata| index >= metadata.count)
+            }
+            None => self.partitioned.contains_key(name.as_str()),
+        };
+        self.ledgers.keys().filter(is_odd).cloned().collect()
+    }
+
     /// Forgets everything that was stored, for whoever runs for long.
     pub(super) fn forget(&mut self) {
         self.stored.clear();
