@@ -29,6 +29,8 @@ mod sending;
 #[path = "manners/shape.rs"]
 mod shape;
 mod support;
+#[path = "manners/truth.rs"]
+mod truth;
 
 /// A topic of the tests; the brokers take any.
 const TOPIC: &str = "persistent://public/default/manners";
