@@ -108,8 +108,8 @@ struct Kinds(Vec<Kind>);
 impl Kinds {
     /// Those that are switched on or named by the environment; only the strict ones of them for a strict verdict.
     fn chosen(verdict: Verdict) -> Self {
-        let named = std::env::var("WALPOST_RANDOM_KINDS").ok();
-        let is_on = |kind: Kind, on: bool| match named.as_deref() {
+        let asked = std::env::var("WALPOST_RANDOM_KINDS").ok();
+        let is_on = |kind: Kind, on: bool| match asked.as_deref() {
             None => on,
             Some("all") => true,
             Some(names) => names.split(',').any(|name| name == format!("{kind:?}")),
@@ -185,10 +185,10 @@ fn misbehave(random: &mut Random, kinds: &Kinds, asked: Asked) -> Reaction {
         Asked::Connect => vec![Reaction::Challenge, fail],
         _ => return Reaction::Obey,
     };
-    if !kinds.have(Kind::Answers) {
-        choice.clear();
-    } else {
+    if kinds.have(Kind::Answers) {
         choice.extend(close);
+    } else {
+        choice.clear();
     }
     let mut of = |kind: Kind, at: Asked, reaction: Reaction| {
         if kinds.have(kind) && asked == at {
@@ -414,9 +414,12 @@ async fn runs(deduplicates: bool, verdict: Verdict) -> (u64, usize) {
         return (0, 0);
     }
     for seed in seeds() {
-        let start = async || match deduplicates {
-            true => FakeBroker::start_deduplicating().await,
-            false => FakeBroker::start().await,
+        let start = async || {
+            if deduplicates {
+                FakeBroker::start_deduplicating().await
+            } else {
+                FakeBroker::start().await
+            }
         };
         let (broker, other) = (start().await, start().await);
         let mut run = Run::new(&broker, &other, seed, kinds.clone());

@@ -1,5 +1,10 @@
 //! The scripted broker itself, asked by a client that says exactly what the test wants: it does what the real one's sources say.
 
+#![allow(
+    clippy::large_futures,
+    reason = "a command of the protocol is a large value; a test has the stack for it"
+)]
+
 use std::time::Duration;
 
 use prost::Message as _;
