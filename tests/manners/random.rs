@@ -256,10 +256,14 @@ impl<'a> Run<'a> {
     }
 
     fn publish(&mut self) {
-        let topic = self.some_topic();
-        let key = format!("key-{}", self.random.below(KEYS));
         let large = self.kinds.have(Kind::Size) && self.random.below(LARGE_ONE_OF) == 0;
         let far = self.kinds.have(Kind::Delay) && self.random.below(FAR_ONE_OF) == 0;
+        self.publish_one(large, far);
+    }
+
+    fn publish_one(&mut self, large: bool, far: bool) {
+        let topic = self.some_topic();
+        let key = format!("key-{}", self.random.below(KEYS));
         let bytes = if large {
             LIMIT_BYTES * 2
         } else {
@@ -357,6 +361,7 @@ impl<'a> Run<'a> {
             self.strike();
         }
         self.broker.heal();
+        self.broker.stall(false);
         self.broker.limit(5 * 1024 * 1024);
         for topic in 0..TOPICS {
             let topic = format!("{TOPIC}-{topic}");
@@ -367,6 +372,17 @@ impl<'a> Run<'a> {
         self.broker.settle(self.random.below(2) == 0);
         self.broker.release(|_| {});
         self.sender.delivered().await;
+        // What comes when all is well again lies where a consumer finds it.
+        let before = self.topics.len();
+        for _ in 0..TOPICS * KEYS {
+            self.publish_one(false, false);
+        }
+        self.sender.delivered().await;
+        for (number, topic) in self.topics.iter().enumerate().skip(before) {
+            let id = format!("row-{number}");
+            let found = [self.broker.readable(topic), self.other.readable(topic)].concat();
+            assert!(found.iter().any(|event| event.id == id), "{id} is nowhere");
+        }
     }
 
     /// Nothing is lost, and nothing was set aside for no reason: only what may be refused, and what comes behind that.
