@@ -2,8 +2,8 @@
 //!
 //! Each run has a seed of its own, new each time, that stands in the output. To replay one:
 //! `WALPOST_RANDOM_SEED=… WALPOST_RANDOM_KINDS=…` as printed. `WALPOST_RANDOM_KINDS` alone (names of [`Kind`]s, with commas, or
-//! `all`) takes other kinds of trouble than those that are switched on here. A replay takes the same decisions at the same
-//! commands; the sockets between have their own time.
+//! `all`) takes other kinds of trouble than those that are switched on here. A replay takes the same decisions, one after the
+//! other; as the sockets have their own time, they may meet other commands, and so the run is repeated.
 
 use std::collections::HashSet;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -138,10 +138,11 @@ enum Verdict {
     Strict,
 }
 
-/// The seeds of a test: new ones, or the one that is to be replayed.
+/// The seeds of a test: new ones, or again and again the one that is to be replayed.
 fn seeds() -> Vec<u64> {
     if let Ok(seed) = std::env::var("WALPOST_RANDOM_SEED") {
-        return vec![seed.parse().expect("WALPOST_RANDOM_SEED is a number")];
+        let seed = seed.parse().expect("WALPOST_RANDOM_SEED is a number");
+        return vec![seed; usize::try_from(RUNS).expect("a few")];
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let now_ms = now.map_or(0, |now| now.as_millis());
