@@ -133,9 +133,39 @@ async fn after_a_restart_a_batch_that_is_too_large_for_its_topic_is_stored_altho
     assert_nothing_is_lost(&sender, &broker.stored());
 }
 
+/// A time beyond any delivery delay.
+const FAR_MS: i64 = 4_000_000_000_000;
+
+#[tokio::test]
+#[ignore = "issue 15: class B"]
+async fn a_refusal_that_comes_late_of_a_batch_that_was_refused_again_ends_nothing() {
+    // GIVEN a batch whose refusal is on its way as its producer is closed
+    let broker = FakeBroker::start().await;
+    let mut sender = opened(diverting(&broker)).await;
+    broker.set(TOPIC, |topic| topic.max_delivery_delay_ms = Some(1000));
+    broker.script(Asked::Send, [Reaction::Hold]);
+    let taken = sender.try_publish_at(TOPIC, "key", b"later", Some(FAR_MS));
+    taken.expect("an event that fits");
+    let sent = || broker.count(Asked::Send) == 2;
+    sender.until("the batch to be sent", sent).await;
+    broker.close_producers(None);
+
+    // WHEN it comes after the batch was sent to the next producer, refused, and set aside
+    sender.delivered().await;
+    assert_eq!(
+        sender.elsewhere.as_deref(),
+        Some(["row-1".to_owned()].as_slice())
+    );
+    broker.release(|_| {});
+
+    // THEN what comes next is published
+    sender.publish(TOPIC, "key");
+    sender.delivered().await;
+    assert_nothing_is_lost(&sender, &broker.stored());
+}
+
 #[tokio::test]
 async fn a_message_beyond_the_topics_delivery_delay_is_diverted_alone() {
-    const FAR_MS: i64 = 4_000_000_000_000;
     let broker = FakeBroker::start_deduplicating().await;
     let mut sender = opened(diverting(&broker)).await;
     broker.set(TOPIC, |topic| topic.max_delivery_delay_ms = Some(1000));

@@ -85,7 +85,7 @@ const SWITCHES: [(Kind, bool, bool); 18] = [
     (Kind::Refused,     false, false),
     (Kind::Skipped,     false, false),
     (Kind::Size,        false, false),
-    (Kind::Delay,       true,  false),
+    (Kind::Delay,       false, false),
     (Kind::Fence,       false, false),
     (Kind::Unload,      true,  true),
     (Kind::Stalls,      true,  true),
