@@ -8,8 +8,11 @@
 //! * **Pulsar** breaks: the lanes keep their frames, openers reconnect with backoff, and the same frames are sent again in
 //!   order. The replication connection stays; when the in-flight limits are reached nothing more is read from it, while
 //!   status updates go on by their timer. (Over TCP they may not arrive: see below.)
-//! * **Postgres** breaks: what was received goes on to the broker, and the stream starts again at the confirmed LSN. What
-//!   Postgres then repeats the pipe knows and skips (see [`crate::pipe`]).
+//! * **Postgres** breaks: the stream starts again at the confirmed LSN. What Postgres then repeats the pipe knows and skips (see
+//!   [`crate::pipe`]). As long as the session that holds the lock on the slot answers, what was received goes on to the broker; without it
+//!   nothing is written there, because another instance may have the slot ([`crate::lease`]). Where Postgres stays away the publisher is closed when
+//!   everything has its receipt, and the pipe with its knowledge stays; at the latest after [`CLOSE_BY`] the pipe is dropped, and what it
+//!   held comes again from the log. A successor finds its producers' names free.
 //!
 //! # Status updates over TCP while nothing is read
 //!
@@ -43,16 +46,16 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tokio_postgres::Client;
 use tracing::{info, warn};
 
 use crate::config::{Config, Mode};
 use crate::feedback::Feedback;
 pub use crate::feedback::Progress;
-use crate::meter::{Meter, Phase, Side};
+use crate::lease::{self, CLOSE_BY, Hold, Lease, PATIENCE};
+use crate::meter::{Meter, Phase, Side, Troubles};
 use crate::pipe::Pipe;
 use crate::postgres::{self, ReplicationStream, SystemIdentity};
-use crate::pulsar::Flush;
+use crate::pulsar::{Flush, Publisher, PublisherConfig};
 use crate::retry::Backoff;
 use crate::scanner::handover::{Carried, Handover};
 use crate::scanner::keeper::Keeper;
@@ -89,7 +92,7 @@ pub async fn run(
         is_behind: Arc::default(),
     };
     if config.mode == Mode::Poll {
-        return poll::run(config, session, meter, shutdown).await;
+        return Box::pin(poll::run(config, session, meter, shutdown)).await;
     }
     let mut connector = Connector {
         config,
@@ -98,7 +101,10 @@ pub async fn run(
         pipe: None,
         binary: true,
         session,
-        scanner: None,
+        lease: Lease::new(),
+        hold: None,
+        publishing: None,
+        is_closed: false,
         claimed: None,
         keeper: None,
         left: None,
@@ -111,7 +117,7 @@ pub async fn run(
         connector.config.reconnect_max,
     );
     loop {
-        let opened = connector.open(shutdown.as_mut()).await;
+        let opened = Box::pin(connector.open(shutdown.as_mut())).await;
         let error = match opened {
             Ok(None) => return connector.stopped_without_stream().await,
             Ok(Some(stream)) => {
@@ -204,8 +210,14 @@ struct Connector {
     pipe: Option<(SystemIdentity, Pipe)>,
     binary: bool,
     session: Session,
-    /// The session that holds the lock on the slot, while there is a stream and a `walpost.progress`.
-    scanner: Option<Client>,
+    /// Whether this process may write to brokers.
+    lease: Lease,
+    /// The session that holds the lock on the slot, while there is a stream.
+    hold: Option<Hold>,
+    /// What the pipe's publisher was made of.
+    publishing: Option<PublisherConfig>,
+    /// The pipe's publisher was closed, and the one in its place has not been connected.
+    is_closed: bool,
     /// The right to change the slot's row in `walpost.progress`.
     claimed: Option<Claim>,
     /// Notes what is delivered; beside a pipe, while there is a `walpost.progress`.
@@ -222,7 +234,9 @@ impl Connector {
     /// Drops the in-flight batches: another instance owns the slot now, or they come again.
     fn drop_pipe(&mut self) {
         (self.pipe, self.keeper) = (None, None);
+        self.is_closed = false;
         self.meter.set_in_flight((0, 0), 0);
+        self.meter.set_troubles(Troubles::default());
     }
 
     fn pipe(&mut self) -> &mut Pipe {
@@ -231,6 +245,35 @@ impl Connector {
             .as_mut()
             .expect("made by open, before anything streams");
         pipe
+    }
+
+    /// Closes the publisher when Postgres has been lost for so long that another instance may want its producers' names.
+    fn give_way(&mut self, now: Instant) {
+        let (Some(since), Some((_, pipe))) = (self.lease.lost_since(), &mut self.pipe) else {
+            return;
+        };
+        let unfinished = pipe.unfinished();
+        if self.is_closed || now < since + PATIENCE || unfinished > 0 && now < since + CLOSE_BY {
+            return;
+        }
+        // In the middle of a transaction a new publisher would count its events from the beginning.
+        if let Some(config) = self
+            .publishing
+            .clone()
+            .filter(|_| unfinished == 0 && pipe.is_whole())
+        {
+            info!(
+                "Postgres is away: the producers are closed, so that another instance can open them"
+            );
+            pipe.renew_publisher(Publisher::under(config, &self.lease));
+            self.is_closed = true;
+        } else {
+            warn!(
+                events = unfinished,
+                "Postgres is away: the producers are closed, so that another instance can open them; events without a receipt come again from the log"
+            );
+            self.drop_pipe();
+        }
     }
 
     /// Awaits `work` while broker events are served; `None` when shutdown came first.
@@ -242,6 +285,9 @@ impl Connector {
         let mut work = pin!(work);
         let mut tick_at = Instant::now() + TICK_INTERVAL;
         loop {
+            self.give_way(Instant::now());
+            let lost_since = self.lease.lost_since().filter(|_| !self.is_closed);
+            let close_at = lost_since.map_or(tick_at, |since| since + CLOSE_BY);
             let Some((_, pipe)) = &mut self.pipe else {
                 return Ok(tokio::select! {
                     biased;
@@ -255,13 +301,20 @@ impl Connector {
                 () = shutdown.as_mut() => return Ok(None),
                 done = work.as_mut() => return Ok(Some(done)),
                 event = pipe.next_event() => pipe.event(event)?,
-                () = sleep_until(tick_at) => {
-                    pipe.publisher().tick(Instant::now());
+                () = sleep_until(tick_at.min(close_at)) => {
+                    pipe.tick(Instant::now());
                     pipe.metering();
                     tick_at = Instant::now() + TICK_INTERVAL;
                 }
             }
         }
+    }
+
+    /// The same for work that has a deadline, and that a stop may not cut short: the next start would take the stream for one that ended badly.
+    async fn attend_on<T>(&mut self, work: impl Future<Output = T>) -> Result<T> {
+        let never = pin!(std::future::pending::<()>());
+        let done = self.attend(work, never).await?;
+        done.ok_or_else(|| Error::bug("what never comes has come"))
     }
 
     /// Stops while Postgres is away: it resends everything after the confirmed LSN.
@@ -283,11 +336,13 @@ impl Connector {
         let grace = self.config.shutdown_grace;
         let mut feedback = Feedback::new(self.config.status_interval, self.progress.clone());
         let mut keeper = self.keeper.take();
+        let lease = self.lease.clone();
         let ended = pump(
             self.pipe(),
             &mut stream,
             &mut feedback,
             keeper.as_mut(),
+            &lease,
             grace / 2,
             shutdown.as_mut(),
         )
@@ -310,22 +365,24 @@ impl Connector {
             }
             Ok(Stopped::Missing) => self.end_for_missing(stream, feedback, shutdown).await,
             Ok(Stopped::NeedsText) => {
-                // The server may close on us meanwhile, which changes nothing.
-                let _lost = stream.close().await;
+                self.close_lost(stream, shutdown).await?;
                 Ok(Ended::NeedsText)
             }
             Ok(Stopped::AskCatalog) => {
-                let _lost = stream.close().await;
+                self.close_lost(stream, shutdown).await?;
                 Ok(Ended::AskCatalog)
             }
-            Err(error) if error.is_temporary() => Ok(Ended::Lost(error)),
+            Err(error) if error.is_temporary() => {
+                self.close_lost(stream, shutdown).await?;
+                Ok(Ended::Lost(error))
+            }
             // pgoutput sends every column of every table in the publication, and knows one format for all of them.
             Err(error) if self.binary && postgres::is_without_binary_form(&error) => {
                 info!(
                     "starting the stream again with values as text: {}",
                     error.told().0
                 );
-                let _lost = stream.close().await;
+                self.close_lost(stream, shutdown).await?;
                 Ok(Ended::NeedsText)
             }
             Err(error) => {
@@ -337,7 +394,7 @@ impl Connector {
                         if let Remedy::RemakeSlot(why) = remedy {
                             self.session.unreadable = Some(why);
                         }
-                        let _lost = stream.close().await;
+                        self.close_lost(stream, shutdown).await?;
                         return Ok(Ended::AskCatalog);
                     }
                 }
@@ -356,6 +413,19 @@ impl Connector {
         }
     }
 
+    /// Ends what there may be of a stream that is lost: where only the lock's session is gone the walsender is still there.
+    async fn close_lost<F: Future<Output = ()>>(
+        &mut self,
+        stream: ReplicationStream,
+        shutdown: Shutdown<'_, F>,
+    ) -> Result<()> {
+        match self.attend(stream.close(), shutdown).await {
+            Err(error) if !error.is_temporary() => Err(error),
+            // Opening tells the rest.
+            _ => Ok(()),
+        }
+    }
+
     /// Rows that the stream left out were found. It ends when everything that it brought has its receipt and is confirmed, so that it
     /// brings nothing twice; opening again publishes them.
     async fn end_for_missing<F: Future<Output = ()>>(
@@ -366,6 +436,7 @@ impl Connector {
     ) -> Result<Ended> {
         info!("the stream ends, so that rows it left out can be published from the table");
         let grace = self.config.shutdown_grace;
+        let lease = self.lease.clone();
         let pipe = self.pipe();
         while pipe.unfinished() > 0 {
             pipe.publisher().flush(Flush::All);
@@ -376,6 +447,11 @@ impl Connector {
                     self.note_stop().await;
                     return Ok(Ended::Shutdown);
                 }
+                () = lease.lost() => {
+                    self.session.told = feedback.told().or(self.session.told);
+                    self.close_lost(stream, shutdown).await?;
+                    return Ok(Ended::Lost(lease::lost()));
+                }
                 event = pipe.next_event() => match pipe.event(event) {
                     Err(error) if error.is_temporary() => {
                         self.session.told = feedback.told().or(self.session.told);
@@ -385,8 +461,9 @@ impl Connector {
                 },
                 () = sleep_until(feedback.next) => {
                     feedback.tell(pipe, &mut stream);
-                    pipe.publisher().tick(Instant::now());
-                    if let Err(error) = stream.flush().await {
+                    pipe.tick(Instant::now());
+                    // What it does not take now it takes with the next.
+                    if let Ok(Err(error)) = timeout(GOODBYE, stream.flush()).await {
                         self.session.told = feedback.told().or(self.session.told);
                         return Ok(Ended::Lost(error));
                     }
@@ -424,14 +501,14 @@ impl Connector {
     async fn note_stop(&mut self) {
         let left = self.end_keeper().await;
         let confirmed = self.pipe().flush_lsn();
-        let (Some(client), Some(claim)) = (&self.scanner, self.claimed.take()) else {
+        let (Some(hold), Some(claim)) = (&self.hold, self.claimed.take()) else {
             return;
         };
         let tables = &self.config.outbox_tables;
         let streamed = left
             .as_ref()
             .and_then(|left| left.carried.to_json(tables, left.confirmed));
-        let noting = progress::stopped(client, &claim, confirmed, streamed.as_deref());
+        let noting = progress::stopped(hold.client(), &claim, confirmed, streamed.as_deref());
         if let Ok(Err(error)) = timeout(GOODBYE, noting).await {
             warn!("{}", error.report());
         }
@@ -445,6 +522,7 @@ impl Connector {
         mut feedback: Feedback,
         by: Instant,
     ) -> Result<()> {
+        let lease = self.lease.clone();
         let pipe = self.pipe();
         // Half of what is left, should that be less than the goodbye takes.
         let now = Instant::now();
@@ -452,6 +530,11 @@ impl Connector {
         let deadline = now + left.saturating_sub(GOODBYE).max(left / 2);
         let mut failure = None;
         while pipe.unfinished() > 0 && Instant::now() < deadline && failure.is_none() {
+            // Without the lease nothing more is sent, and others wait for the producers.
+            let lost_since = lease.lost_since();
+            if lost_since.is_some_and(|since| Instant::now() >= since + CLOSE_BY) {
+                break;
+            }
             // Again after each event: it may have let held events go into their lanes.
             pipe.publisher().flush(Flush::All);
             tokio::select! {
@@ -460,7 +543,7 @@ impl Connector {
                 () = sleep_until(feedback.next) => {
                     feedback.tell(pipe, &mut stream);
                     let _lost = timeout(GOODBYE, stream.flush()).await;
-                    pipe.publisher().tick(Instant::now());
+                    pipe.tick(Instant::now());
                 }
                 () = sleep_until(deadline) => {}
             }

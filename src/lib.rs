@@ -21,8 +21,8 @@
 //! | guarantee | why it holds | the test that tries to break it |
 //! |---|---|---|
 //! | every committed row reaches Pulsar, whatever dies | only acknowledged transactions are confirmed ([`ack`]); what is not comes again | `tests/crash.rs`, `tests/walsender.rs`, `tests/broker_restart.rs`, `tests/topic_moves.rs` |
-//! | a key's messages are in commit order | one key, one lane; a lane resends from the oldest ([`pulsar`]) | `tests/delivery.rs`, `tests/manners`, `tests/key_shared.rs` |
-//! | exactly once, where the broker deduplicates | sequence ids are a function of the log and of the routing, both in the producer's name with the epoch of the log; no batch holds old and new ([`pulsar`]) | `tests/effectively_once.rs`, `tests/deduplication.rs`, `tests/epochs.rs`, `tests/restored.rs`, `tests/manners/random.rs` |
+//! | a key's messages are in commit order | one key, one lane; a lane resends from the oldest, and sends nothing behind a message that may be refused ([`pulsar`]) | `tests/delivery.rs`, `tests/manners/order.rs`, `tests/key_shared.rs` |
+//! | exactly once, where the broker deduplicates | sequence ids are a function of the log and of the routing, both in the producer's name with the epoch of the log; no batch holds old and new, and a "stored before" that cannot be true is not believed ([`pulsar`]) | `tests/effectively_once.rs`, `tests/deduplication.rs`, `tests/epochs.rs`, `tests/restored.rs`, `tests/manners/doubt.rs`, `tests/manners/random.rs` |
 //! | what the log cannot bring comes from the table | snapshots around the slot's making and of what is delivered ([`scanner`]) | `tests/gap.rs`, `tests/failover.rs`, `tests/poll.rs` |
 //! | a row that the table holds and the stream did not bring is published, and counts as delivered only then | the rows of both are counted by `txid` and compared before a snapshot is noted ([`scanner::reconcile`]) | `tests/reconcile.rs` |
 //! | a leaf table is covered by what is delivered only if its rows were seen, and what is not covered is neither shown as sent nor removed | one function moves the coverage, and takes what a scan or a comparison has seen (`scanner::coverage`) | `tests/reconcile/coverage.rs` |
@@ -34,8 +34,12 @@
 //! | no clock decides what is delivered | transaction ids and log positions do; the time of day only delays ([`scanner`]) | `tests/clocks.rs` |
 //! | Postgres 14 to 18 do the same | what is newer is used where it is ([`postgres::slot`]) | `tests/majors.rs` for the oldest and the newest |
 //! | a row shown as sent is in its topic | the delivered snapshot is stored behind the confirmed LSN ([`scanner`]) | `tests/delivered.rs` |
+//! | a row's topic is the one of exactly that name to all of Pulsar's clients, and a stored one, or the row is a straggler | what they do not agree on is refused ([`outbox`]'s `topic.rs`, `sql/09_emit.sql`) | `tests/names.rs`, `tests/ends/emit.rs` |
 //! | one instance at a time, another takes over | the slot, and an advisory lock around it ([`scanner::recovery`]); stragglers are stored and retried under the claim of the lock's holder ([`scanner::straggler_fence`]) | `tests/ha.rs`, `tests/stragglers/fence.rs` |
-//! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]); in the stream, in a scan, and in poll mode | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs` |
+//! | an instance without Postgres publishes, marks and deletes nothing behind its successor's back, and is out of its way within 10 s | the session of the lock is asked, and each write to a broker looks at its answer ([`lease`]); statements name the claim ([`scanner::after_publish`]) | `tests/ha/takeover.rs`, `tests/ha/marks.rs` |
+//! | nothing stops the thread that moves data | files are read beside it (`aside`), questions to Postgres have a deadline ([`postgres::answer`]), large tables are counted in pages (`scanner::straggler_walk`) | `tests/walsender/answers.rs`, `tests/stragglers/walk.rs` |
+//! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]); in the stream, in a scan, and in poll mode | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs`, `tests/manners/apart.rs` |
+//! | a topic that is deleted or replaced is followed, and what is sent lies where its consumers find it | its partitions are counted before producers are opened, and before anything is sent ([`pulsar`]) | `tests/manners/shape.rs`, `tests/partitions.rs` |
 //! | the confirmed LSN passes no unacknowledged event | one function decides it ([`ack`]) | `tests/confirmed_lsn.rs` |
 //! | memory is bounded | in-flight limits in messages and bytes pause the intake ([`pulsar`], [`pipe`]) | `tests/memory.rs` |
 //! | an idle outbox pins no WAL | the keepalive's WAL end counts while nothing is in flight ([`ack`]) | `tests/idle_slot.rs` |
@@ -56,7 +60,7 @@
 //! | a replay changes nothing but the topic | dry first, names of its own, the row's message as it was ([`cli::replay`]) | `tests/replay.rs` |
 //! | nothing undelivered goes by retention | one condition for rows and partitions, looked at under a lock ([`scanner::retention`]) | `tests/retention.rs`, `tests/poll/modes.rs` |
 //! | what role, database, `public` and the URL hold changes neither what names mean, nor which rows are seen, nor what is durable | one list of settings in every session ([`postgres::session`]) | `tests/sessions.rs` |
-//! | readiness follows progress, and whoever watches costs the pipe nothing | judged by receipts, on a thread that shares only atomics ([`admin`], [`meter`]) | `tests/http.rs` |
+//! | readiness follows progress, and whoever watches costs the pipe nothing | judged by receipts, on a thread that shares atomics and short lists ([`admin`], [`meter`]) | `tests/http.rs` |
 //! | documents, alerts, dashboard and manifests name what there is | each name is looked up in the program, each alert is seen to fire | `tests/deploy.rs` |
 //! | no secret is printed, at any log level | secrets are of a type without `Display`, answers of servers are not repeated ([`config`], [`http`]) | `tests/security.rs` |
 //!
@@ -72,7 +76,7 @@
 //! 7. [`scanner`]: what comes from the table, and what happens to rows once they are published.
 //! 8. [`inbox`]: the other end, System B.
 //! 9. [`meter`], [`admin`]: what people, probes and Prometheus are told.
-//! 10. [`config`], [`cli`]: settings and commands. [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
+//! 10. [`config`], [`cli`]: settings and commands. [`lease`], [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
 
 // A test that unwraps fails, which is what it is for; its casts are of numbers it chose.
 #![cfg_attr(
@@ -86,6 +90,7 @@
 
 pub mod ack;
 pub mod admin;
+mod aside;
 pub mod cli;
 pub mod config;
 pub mod connector;
@@ -94,6 +99,7 @@ pub mod feedback;
 pub mod gulp;
 pub mod http;
 pub mod inbox;
+pub mod lease;
 pub mod logging;
 pub mod lsn;
 pub mod meter;

@@ -6,7 +6,7 @@
 //! is then on `/status`. Whoever logs never waits: where the queue is full, or nobody reads it, the line is only logged.
 
 use std::fmt::{self, Write as _};
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::time::SystemTime;
 
 use tokio::sync::mpsc;
@@ -45,7 +45,7 @@ pub fn init(config: &Config) -> Result<Warnings> {
     let filter = EnvFilter::builder()
         .parse(&config.log)
         .map_err(|error| Error::bug("the log filter was checked and is wrong").caused_by(error))?;
-    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let lines = tracing_subscriber::fmt::layer().with_writer(|| OneLine(io::stderr()));
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match config.log_format {
         LogFormat::Text => lines.with_ansi(colours()).with_filter(filter).boxed(),
         LogFormat::Json => lines.json().flatten_event(true).with_filter(filter).boxed(),
@@ -62,6 +62,37 @@ pub fn init(config: &Config) -> Result<Warnings> {
 /// Colours are for a terminal whose user has not switched them off (<https://no-color.org>).
 fn colours() -> bool {
     io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// Keeps an event on its line: it is written at once, and a value of a row in it (a topic's name) may have line breaks.
+struct OneLine<W>(W);
+
+impl<W: Write> Write for OneLine<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let (text, end) = match event.split_last() {
+            Some((b'\n', text)) => (text, &b"\n"[..]),
+            _ => (event, &b""[..]),
+        };
+        if !text.iter().any(|byte| matches!(byte, b'\n' | b'\r')) {
+            self.0.write_all(event)?;
+            return Ok(event.len());
+        }
+        let mut line = Vec::with_capacity(event.len() + 8);
+        for byte in text {
+            match byte {
+                b'\n' => line.extend_from_slice(b"\\n"),
+                b'\r' => line.extend_from_slice(b"\\r"),
+                byte => line.push(*byte),
+            }
+        }
+        line.extend_from_slice(end);
+        self.0.write_all(&line)?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
 
 /// Puts what is logged into the queue.
@@ -105,6 +136,20 @@ impl Visit for Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_event_is_one_line_whatever_its_values_hold() {
+        for (event, written) in [
+            ("topic a\nb\r refused\n", "topic a\\nb\\r refused\n"),
+            ("topic é refused\n", "topic é refused\n"),
+            ("no end", "no end"),
+            ("", ""),
+        ] {
+            let mut line = OneLine(Vec::new());
+            line.write_all(event.as_bytes()).unwrap();
+            assert_eq!(String::from_utf8(line.0).unwrap(), written);
+        }
+    }
 
     #[test]
     fn warnings_are_gathered_with_their_fields_and_cut_where_they_are_long() {

@@ -38,7 +38,7 @@ fn start(invocation: Invocation) -> Result<u8> {
         .enable_all()
         .build()
         .map_err(|error| Error::temporary("cannot start the runtime").caused_by(error))?;
-    runtime.block_on(async {
+    let code = runtime.block_on(async {
         // Before the first line is printed: whoever has read a line of `walpost run` may send SIGTERM, and it drains.
         let shutdown = cli::listen_for_signals(&invocation.command)?;
         let warnings = logging::init(&invocation.config)?;
@@ -47,7 +47,10 @@ fn start(invocation: Invocation) -> Result<u8> {
             tracing::warn!("the env var {name} means nothing to this version of walpost");
         }
         cli::dispatch(invocation, warnings, shutdown).await
-    })
+    });
+    // A thread may still wait for a file or a name that never comes.
+    runtime.shutdown_background();
+    code
 }
 
 /// Says what went wrong, a line for each of several wrong settings.

@@ -16,10 +16,17 @@
 //! events and the time of its oldest transaction: no event is ever shown faster than it was, and a batch costs the same
 //! however many transactions are in it. The two ends are two machines' clocks: a difference below zero counts as zero. Only
 //! the stream is measured; rows from the table and stragglers have no Begin, and are late on purpose.
+//!
+//! # Topics in trouble
+//!
+//! These come with the broker's words, so they are not numbers: the data's path replaces the list once a second, and only while a
+//! topic is in trouble or has just recovered. Its lock is held for as long as it takes to copy [`MAX_TROUBLES`] entries.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::watch;
 
 use crate::Lsn;
 use crate::pgoutput::PG_EPOCH_UNIX_S;
@@ -28,6 +35,8 @@ use crate::upkeep::Upkeep;
 
 /// Topics that are counted by name: as many lines in each scrape, and as many rows on the status page.
 pub const MAX_TOPICS: usize = 200;
+/// Topics in trouble that are listed; all of them are counted.
+pub const MAX_TROUBLES: usize = 10;
 /// Stands for all others; no topic's full name is like it.
 pub const OTHER_TOPICS: &str = "other";
 
@@ -141,6 +150,30 @@ pub struct TopicReading<'a> {
     pub quiet_for: Duration,
 }
 
+/// A topic that gets no receipts because of an answer that was about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicTrouble {
+    /// Full name, with the partition.
+    pub topic: String,
+    /// When the first such answer came after the last receipt.
+    pub since: Instant,
+    /// The last answer: one line, no control characters.
+    pub reason: String,
+    /// Its events wait; otherwise they become stragglers.
+    pub is_waiting: bool,
+}
+
+/// The topics in trouble.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Troubles {
+    /// How many there are.
+    pub count: u64,
+    /// At most [`MAX_TROUBLES`] of them; first the one that has been in trouble for longest.
+    pub listed: Vec<TopicTrouble>,
+    /// The first one whose events wait, listed or not.
+    pub first_waiting: Option<TopicTrouble>,
+}
+
 /// The histogram of latencies, as it is at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LatencyReading {
@@ -193,6 +226,8 @@ pub struct Meter {
     scan_table: AtomicU64,
     scan_published: AtomicU64,
     scan_position: AtomicU64,
+    topics_in_trouble: AtomicU64,
+    troubles: watch::Sender<Troubles>,
     upkeep: Upkeep,
 }
 
@@ -235,6 +270,8 @@ impl Meter {
             scan_table: zero(),
             scan_published: zero(),
             scan_position: zero(),
+            topics_in_trouble: zero(),
+            troubles: watch::Sender::default(),
             upkeep: Upkeep::default(),
         }
     }
@@ -323,6 +360,14 @@ impl Meter {
         self.in_flight_messages.store(messages as u64, Relaxed);
         self.in_flight_bytes.store(bytes as u64, Relaxed);
         self.unfinished.store(unfinished as u64, Relaxed);
+    }
+
+    /// Which topics are in trouble now.
+    pub fn set_troubles(&self, troubles: Troubles) {
+        let before = self.topics_in_trouble.swap(troubles.count, Relaxed);
+        if before > 0 || troubles.count > 0 {
+            self.troubles.send_replace(troubles);
+        }
     }
 
     /// A connection was lost, and is made again.
@@ -444,6 +489,16 @@ impl Meter {
     /// Events that have neither a receipt nor a place among the stragglers.
     pub fn unfinished(&self) -> u64 {
         self.unfinished.load(Relaxed)
+    }
+
+    /// Which topics are in trouble.
+    pub fn troubles(&self) -> Troubles {
+        self.troubles.borrow().clone()
+    }
+
+    /// How many topics are in trouble.
+    pub fn topics_in_trouble(&self) -> u64 {
+        self.topics_in_trouble.load(Relaxed)
     }
 
     /// How often a connection of this side was lost.

@@ -44,6 +44,32 @@ fn a_commit_in_the_future_of_this_clock_counts_as_no_delay() {
 }
 
 #[test]
+fn troubles_are_those_that_were_told_last() {
+    let meter = Meter::new();
+    let one = TopicTrouble {
+        topic: "t".to_owned(),
+        since: Instant::now(),
+        reason: "no".to_owned(),
+        is_waiting: false,
+    };
+    let troubles = Troubles {
+        count: 12,
+        listed: vec![one],
+        first_waiting: None,
+    };
+    meter.set_troubles(troubles.clone());
+    assert_eq!(
+        (meter.troubles(), meter.topics_in_trouble()),
+        (troubles, 12)
+    );
+    meter.set_troubles(Troubles::default());
+    assert_eq!(
+        (meter.troubles(), meter.topics_in_trouble()),
+        (Troubles::default(), 0)
+    );
+}
+
+#[test]
 fn every_phase_is_read_as_it_was_set_and_has_a_known_role() {
     let meter = Meter::new();
     for phase in Phase::ALL {

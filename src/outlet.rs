@@ -19,6 +19,7 @@
 //! A scan has producers, and so a publisher, of its own. When nothing is unfinished the stragglers are taken out of one
 //! outlet and go into the next: the same task goes on, and what is parked stays parked.
 
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::ack::{AckTracker, TxnNo};
@@ -132,6 +133,17 @@ impl Outlet {
         stragglers
     }
 
+    /// Puts a new publisher in the place of the one that there is, whose connections end. Nothing may be unfinished: it would be forgotten. What is
+    /// parked stays parked.
+    pub fn renew_publisher(&mut self, mut publisher: Publisher) {
+        assert!(
+            self.unfinished() == 0,
+            "a publisher ends with events that are neither published nor stored"
+        );
+        publisher.set_parked(self.publisher.take_parked());
+        self.publisher = publisher;
+    }
+
     /// The publisher, to wait on.
     pub fn publisher(&mut self) -> &mut Publisher {
         &mut self.publisher
@@ -150,6 +162,14 @@ impl Outlet {
     /// What went through so far.
     pub fn counts(&self) -> Counts {
         self.counts
+    }
+
+    /// The publisher looks at the clock, about once a second, and the meter is told which topics are in trouble.
+    pub fn tick(&mut self, at: Instant) {
+        self.publisher.tick(at);
+        self.publisher
+            .meter()
+            .set_troubles(self.publisher.troubles());
     }
 
     /// Tells the meter what is in the air.

@@ -57,6 +57,7 @@ mod renamed;
 use std::collections::HashSet;
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::ack::TxnNo;
@@ -296,6 +297,16 @@ impl Pipe {
         self.outlet.publisher()
     }
 
+    /// Puts a new publisher in the place of the one that there is: see [`Outlet::renew_publisher`]. Only between two transactions: their events are
+    /// numbered by the publisher.
+    pub fn renew_publisher(&mut self, publisher: Publisher) {
+        assert!(
+            self.is_whole(),
+            "a publisher ends in the middle of a transaction"
+        );
+        self.outlet.renew_publisher(publisher);
+    }
+
     /// True while another frame may be taken.
     pub fn has_room(&self) -> bool {
         let streamed = self.streamed.as_ref();
@@ -380,6 +391,11 @@ impl Pipe {
             skipped: self.skipped,
             refused: self.refused,
         }
+    }
+
+    /// The publisher looks at the clock: to be called about once a second.
+    pub fn tick(&mut self, at: Instant) {
+        self.outlet.tick(at);
     }
 
     /// Tells the meter where everything stands; to be called about once a second, and with every status update.

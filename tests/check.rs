@@ -284,7 +284,7 @@ async fn deduplication_that_cannot_be_turned_on_is_told_before_anything_is_made(
         (
             ("WALPOST_TOPIC", "non-persistent://public/default/x"),
             64,
-            "persistent://",
+            "names a non-persistent topic",
         ),
         (
             ("WALPOST_TOPIC", "persistent://public/no-such-namespace/x"),
@@ -396,4 +396,52 @@ async fn in_poll_mode_no_slot_is_asked_for_and_one_that_is_left_behind_is_told()
     assert!(said.contains("warn  slot"), "{said}");
     let mend = format!("SELECT pg_drop_replication_slot('{}')", setup.database.slot);
     assert!(said.contains(&mend), "{said}");
+}
+
+#[tokio::test]
+async fn topics_that_are_deleted_once_they_are_read_are_warned_of() {
+    // GIVEN a namespace without a policy
+    let setup = Setup::new().await;
+    setup.run(&["init"], &[]).await;
+    let (code, said) = setup.run(&["check"], &[]).await;
+    assert!(code == 0 && !said.contains("inactive"), "{said}");
+
+    let path = format!(
+        "/admin/v2/namespaces/{}/inactiveTopicPolicies",
+        setup.namespace
+    );
+    for (mode, deletes, warns) in [
+        ("delete_when_subscriptions_caught_up", true, true),
+        ("delete_when_subscriptions_caught_up", false, false),
+        ("delete_when_no_subscriptions", true, false),
+    ] {
+        // WHEN it gets one
+        let policy = format!(
+            r#"{{"inactiveTopicDeleteMode": "{mode}", "maxInactiveDurationSeconds": 86400, "deleteWhileInactive": {deletes}}}"#
+        );
+        admin(&servers().pulsar_admin_url, "POST", &path, &policy).await;
+        // It reaches the brokers a moment after it was accepted.
+        eventually(DEADLINE, "the policy to be there", async || {
+            let said = admin(&servers().pulsar_admin_url, "GET", &path, "").await;
+            let there: serde_json::Value = serde_json::from_str(&said).ok()?;
+            (there["inactiveTopicDeleteMode"] == mode && there["deleteWhileInactive"] == deletes)
+                .then_some(())
+        })
+        .await;
+        // THEN check says what that means for walpost, and what to do
+        let (code, said) = setup.run(&["check"], &[]).await;
+        assert_eq!(code, 0, "{said}");
+        let warning = format!(
+            "warn  inactive     delete_when_subscriptions_caught_up holds for namespace {}",
+            setup.namespace
+        );
+        let is_warned = said.contains(&warning)
+            && said.contains("-> pulsar-admin namespaces set-inactive-topic-policies");
+        assert_eq!(is_warned, warns, "{mode} {deletes}: {said}");
+        assert_eq!(
+            said.contains(" inactive "),
+            warns,
+            "{mode} {deletes}: {said}"
+        );
+    }
 }

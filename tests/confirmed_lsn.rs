@@ -21,9 +21,12 @@ async fn behind_proxy() -> (Database, Proxy, Walpost) {
         .start(&[
             ("WALPOST_PULSAR_URL", &url),
             ("WALPOST_STATUS_INTERVAL", "100ms"),
+            ("WALPOST_BATCH_MAX_MESSAGES", "1"),
         ])
         .await;
-    for key in 0..50 {
+    // The topic accepts something larger than all that comes, so that nothing waits behind the first of its size.
+    insert_many(&database.client, &format!("warm-{}", "x".repeat(200)), 1).await;
+    for key in 1..50 {
         insert_many(&database.client, &format!("warm-{key}"), 1).await;
     }
     database.wait_all_confirmed(DEADLINE).await;

@@ -1,7 +1,12 @@
 //! Guarantee: any number of instances may run. One has the slot; when it dies another takes over, and with deduplication on
-//! the broker's side nothing is lost, doubled or reordered.
+//! the broker's side nothing is lost, doubled or reordered. One that is cut off from Postgres, or stopped, gives way, and does nothing
+//! behind its successor's back.
 
+#[path = "ha/marks.rs"]
+mod marks;
 mod support;
+#[path = "ha/takeover.rs"]
+mod takeover;
 
 use std::time::Duration;
 

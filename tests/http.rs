@@ -15,6 +15,8 @@ mod page;
 #[path = "http/status.rs"]
 mod status;
 mod support;
+#[path = "http/trouble.rs"]
+mod trouble;
 
 use std::time::Duration;
 

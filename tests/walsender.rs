@@ -1,6 +1,8 @@
 //! Guarantee: a terminated walsender, or a restarted Postgres, loses nothing; and as long as the connector lives it
-//! publishes nothing twice either, without any help from the broker.
+//! publishes nothing twice either, without any help from the broker. A server that is there and does not answer is given up.
 
+#[path = "walsender/answers.rs"]
+mod answers;
 mod support;
 
 use std::time::Duration;

@@ -85,6 +85,12 @@ fn events(page: &mut Page, meter: &Meter) {
         "Repeats that reached no topic: rows that Postgres sent again, messages that the broker's deduplication knew.",
         meter.duplicates_suppressed(),
     );
+    page.gauge(
+        "walpost_topics_in_trouble",
+        "Topics and partitions that take nothing because of what the broker answered about them: their events wait, or become \
+         stragglers. /status tells names and answers.",
+        meter.topics_in_trouble(),
+    );
     let name = "walpost_reconnects_total";
     page.family(
         name,

@@ -4,7 +4,7 @@
 //!
 //! By progress, not by the state of connections:
 //! * events are in flight and for [`PATIENCE`] none of them got its receipt: not ready. A frozen broker keeps its connections;
-//!   only this shows it. Nothing in flight is no trouble: an idle outbox stays ready;
+//!   only this shows it. Where the broker has refused a topic whose events wait, the reason names the topic and the broker's words. Nothing in flight is no trouble: an idle outbox stays ready;
 //! * for [`PATIENCE`] there was no stream, or since the start there never was one: not ready;
 //! * the log has grown and for [`SILENCE`] the walsender has brought nothing new of it, not even in a keepalive: not ready.
 //!   That also holds while intake is paused, say by too many stragglers, and while one huge transaction of somebody else's is
@@ -30,7 +30,7 @@
 use std::time::{Duration, Instant};
 
 use crate::Lsn;
-use crate::meter::Phase;
+use crate::meter::{Phase, Troubles};
 use crate::upkeep::Marks;
 
 /// Without progress for this long it is not ready. Shorter than what a supervisor gives, longer than a reconnect or a pause
@@ -45,7 +45,7 @@ pub(super) const HEARTBEAT: Duration = Duration::from_secs(30);
 const SHORT_ROUNDS: u64 = 2;
 
 /// One reading.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Reading {
     pub(super) at: Instant,
     pub(super) phase: Phase,
@@ -53,6 +53,8 @@ pub(super) struct Reading {
     pub(super) delivered: u64,
     /// Events that are neither.
     pub(super) unfinished: u64,
+    /// Topics that take nothing, because of what the broker said of them.
+    pub(super) troubles: Troubles,
     /// Rows on their way from their receipt to their mark.
     pub(super) marks: Marks,
     /// How far the stream has come.
@@ -101,7 +103,7 @@ pub(super) struct Health {
 
 impl Health {
     /// Takes the next reading.
-    pub(super) fn judge(&mut self, now: Reading) -> Readiness {
+    pub(super) fn judge(&mut self, now: &Reading) -> Readiness {
         let at_work = matches!(
             now.phase,
             Phase::Scanning | Phase::Streaming | Phase::Polling
@@ -147,9 +149,10 @@ impl Health {
                 since(self.marked_at).as_secs()
             )),
             _ if since(self.moved_at) >= PATIENCE => not(format!(
-                "{} events are in flight and none got its receipt for {} s: the broker does not answer",
+                "{} events are in flight and none got its receipt for {} s: {}",
                 now.unfinished,
-                since(self.moved_at).as_secs()
+                since(self.moved_at).as_secs(),
+                no_receipt_because(now)
             )),
             _ if since(self.heard_at) >= SILENCE => not(format!(
                 "the log has grown to {} and nothing beyond {} was received for {} s",
@@ -173,6 +176,22 @@ impl Health {
             phase => yes(phase.name()),
         }
     }
+}
+
+/// Whose trouble it is that there are no receipts.
+fn no_receipt_because(now: &Reading) -> String {
+    let Some(first) = &now.troubles.first_waiting else {
+        return "the broker does not answer".to_owned();
+    };
+    let taken_nothing_for = now.at.saturating_duration_since(first.since).as_secs();
+    let more = match now.troubles.count {
+        0 | 1 => String::new(),
+        count => format!(" ({count} topics are in trouble: see /status)"),
+    };
+    format!(
+        "topic {} has taken nothing for {taken_nothing_for} s: {}{more}",
+        first.topic, first.reason
+    )
 }
 
 fn yes(what: &str) -> Readiness {
@@ -202,6 +221,7 @@ pub(super) fn stuck(since_beat: Duration) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::meter::TopicTrouble;
 
     struct Clock {
         health: Health,
@@ -215,6 +235,7 @@ mod tests {
                 phase,
                 delivered: 0,
                 unfinished: 0,
+                troubles: Troubles::default(),
                 marks: Marks::default(),
                 received: Lsn::new(100),
                 log_end: Some(Lsn::new(100)),
@@ -234,7 +255,7 @@ mod tests {
             for _ in 0..count {
                 self.now.at += Duration::from_secs(1);
                 change(&mut self.now);
-                last = self.health.judge(self.now);
+                last = self.health.judge(&self.now);
             }
             last
         }
@@ -256,6 +277,41 @@ mod tests {
         // One of five is progress.
         assert!(clock.seconds(1, |now| now.delivered += 1).ready);
         assert!(clock.seconds(60, |now| now.delivered += 1).ready);
+    }
+
+    #[test]
+    fn topics_that_the_broker_refuses_are_the_reason_and_not_its_silence() {
+        // GIVEN one topic that was refused long ago, and others
+        let mut clock = Clock::new(Phase::Streaming);
+        let first = TopicTrouble {
+            topic: "persistent://p/d/orders".to_owned(),
+            since: clock.now.at,
+            reason: "the broker refuses it: no".to_owned(),
+            is_waiting: true,
+        };
+        clock.seconds(64, |_| {});
+
+        // WHEN nothing gets a receipt
+        let said = clock.seconds(11, |now| {
+            now.unfinished = 5;
+            now.troubles.count = 1;
+            now.troubles.first_waiting = Some(first.clone());
+        });
+
+        // THEN that topic is named, with its time and the broker's words
+        let expected =
+            "topic persistent://p/d/orders has taken nothing for 75 s: the broker refuses it: no";
+        assert!(!said.ready && said.reason.ends_with(expected), "{said:?}");
+        assert!(!said.reason.contains("does not answer"), "{said:?}");
+        let said = clock.seconds(1, |now| now.troubles.count = 3);
+        assert!(said.reason.contains("3 topics"), "{said:?}");
+
+        // AND when its events become stragglers, those in flight wait for the broker
+        let said = clock.seconds(1, |now| now.troubles.first_waiting = None);
+        assert!(
+            said.reason.ends_with("the broker does not answer"),
+            "{said:?}"
+        );
     }
 
     #[test]

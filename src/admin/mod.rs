@@ -7,12 +7,12 @@
 //! ```
 //!
 //! All of it runs on a thread of its own with a runtime of its own: the data's path shares nothing with it but the
-//! [`Meter`]'s atomics and a queue that it never waits for. A scrape, a thousand slow clients, a Postgres that does not
+//! [`Meter`]'s atomics, its short list of topics in trouble, and a queue that it never waits for. A scrape, a thousand slow clients, a Postgres that does not
 //! answer the observer: the pipe does not notice.
 //!
 //! Input: settings, the meter, warnings. Output: answers to GET and HEAD; nothing can be changed through it, and whoever can
 //! reach the port may read (the default is loopback). No payload, header or secret is served; ids, keys, topics and reasons of
-//! stragglers are.
+//! stragglers are, and topics in trouble with the broker's answers.
 //!
 //! | module | is |
 //! |---|---|

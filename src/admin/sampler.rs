@@ -76,7 +76,7 @@ pub(super) async fn run(
         let lag_seconds = fresh
             .and_then(|seen| seen.slot.as_ref())
             .map(|_| lag.at(Instant::now()).as_secs_f64());
-        let readiness = health.judge(reading(meter, fresh));
+        let readiness = health.judge(&reading(meter, fresh));
         let sample = Sample {
             at_ms: unix_ms(SystemTime::now()),
             published: meter.all_published(),
@@ -115,6 +115,7 @@ fn reading(meter: &Meter, fresh: Option<&Observed>) -> Reading {
             meter.all_published()
         },
         unfinished: meter.unfinished(),
+        troubles: meter.troubles(),
         marks: meter.upkeep().marks(),
         received: meter.received(),
         log_end: fresh.map(|seen| seen.log_end),

@@ -11,7 +11,7 @@ use super::health;
 use super::observer::{Observed, Stragglers};
 use super::sampler::{SAMPLE_EVERY, View, unix_ms};
 use crate::config::{AfterPublish, Mode};
-use crate::meter::{MAX_TOPICS, Side};
+use crate::meter::{MAX_TOPICS, Side, Troubles};
 use crate::upkeep::to_json;
 
 /// Entries of each kind of work that are shown; `walpost.left_undone` has more.
@@ -69,6 +69,7 @@ pub(super) fn status(context: &Context, seen: Option<&Observed>, view: &View) ->
         },
         "topics": topics(context),
         "topics_limit": MAX_TOPICS,
+        "topics_in_trouble": troubles(&meter.troubles()),
         "stragglers": seen.and_then(|seen| seen.stragglers.as_ref()).map(stragglers),
         "after_publish": after_publish(context),
         "left": to_json(&meter.upkeep().all(), LEFT_LISTED),
@@ -102,6 +103,18 @@ fn topics(context: &Context) -> Value {
         })
     });
     topics.collect()
+}
+
+/// The longest in trouble first.
+fn troubles(found: &Troubles) -> Value {
+    let listed = found.listed.iter().map(|one| {
+        json!({
+            "topic": one.topic, "age_seconds": seconds(one.since.elapsed()), "reason": one.reason,
+            // Otherwise they become stragglers.
+            "events_wait": one.is_waiting,
+        })
+    });
+    json!({ "count": found.count, "listed": listed.collect::<Value>() })
 }
 
 fn stragglers(found: &Stragglers) -> Value {

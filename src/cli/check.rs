@@ -20,11 +20,11 @@ use std::io::Write;
 use serde_json::json;
 use tokio_postgres::Client;
 
-use super::{deduplication, print};
+use super::{deduplication, print, shown};
 use crate::config::{Config, Mode};
 use crate::connector::subscription;
 use crate::postgres::{connect_sql, preflight, slot};
-use crate::pulsar::{Broker, Deduplication, probe};
+use crate::pulsar::{Broker, CaughtUpTopics, Deduplication, probe};
 use crate::scanner::{poll, progress};
 use crate::{Error, Result};
 
@@ -90,7 +90,7 @@ impl Finding {
     }
 
     fn line(&self) -> String {
-        let (status, check, text) = (self.status.name(), self.check, &self.text);
+        let (status, check, text) = (self.status.name(), self.check, shown(&self.text));
         let mend = self.mend.as_ref();
         let mend = mend.map(|mend| format!("{:19}-> {mend}\n", ""));
         format!(
@@ -106,6 +106,7 @@ pub async fn run(config: &Config, json: bool, out: &mut dyn Write) -> Result<u8>
     findings.extend(pulsar(config).await);
     findings.extend(topics::check(config).await);
     findings.push(guarantee(config).await);
+    findings.extend(inactive(config).await);
     let code = exit_code(&findings);
     if json {
         let checks: Vec<_> = findings
@@ -397,6 +398,34 @@ async fn guarantee(config: &Config) -> Finding {
         ),
         Err(error) => Finding::fail(CHECK, &error),
     }
+}
+
+/// A topic that is deleted with its subscriptions while nobody is connected: what is published later has no reader.
+async fn inactive(config: &Config) -> Option<Finding> {
+    const CHECK: &str = "inactive";
+    // What cannot be asked has its line in `guarantee`.
+    let admin = deduplication::admin(config)?;
+    let namespace = deduplication::namespace(config).ok()?;
+    let by = match admin.caught_up_topics(&namespace).await.ok()? {
+        CaughtUpTopics::DeletedByPolicy { runs: Some(false) } => {
+            "its policy (brokerDeleteInactiveTopicsEnabled is off at this broker, so not at present)"
+        }
+        CaughtUpTopics::DeletedByPolicy { .. } => "its policy",
+        CaughtUpTopics::DeletedByDefault => "the broker's default",
+        CaughtUpTopics::Kept | CaughtUpTopics::Unknown => return None,
+    };
+    Some(Finding::warn(
+        CHECK,
+        format!(
+            "delete_when_subscriptions_caught_up holds for namespace {namespace} by {by}: a topic without producers and connected \
+             consumers is deleted with its subscriptions, and walpost closes producers that were idle for WALPOST_PRODUCER_IDLE; \
+             a consumer that was away misses what is published after that"
+        ),
+        format!(
+            "pulsar-admin namespaces set-inactive-topic-policies --disable-delete-while-inactive \
+             --delete-mode delete_when_no_subscriptions --max-inactive-duration 1d {namespace}"
+        ),
+    ))
 }
 
 #[cfg(test)]

@@ -80,11 +80,7 @@ pub(super) fn admin(config: &Config) -> Option<Admin> {
 pub(super) fn namespace(config: &Config) -> Result<String> {
     let setting = settings::TOPIC.env;
     match config.topic.namespace() {
-        Ok(("persistent", namespace)) => Ok(namespace),
-        Ok((domain, _)) => Err(Error::config(format!(
-            "{setting} gives {domain} topics, which Pulsar neither stores nor deduplicates"
-        ))
-        .hint(format!("begin {setting} with persistent://"))),
+        Ok(namespace) => Ok(namespace),
         Err(columns) => {
             let columns: Vec<String> = columns.iter().map(|name| format!("{{{name}}}")).collect();
             Err(Error::config(format!(

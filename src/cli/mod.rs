@@ -16,6 +16,7 @@ pub mod status;
 pub mod stragglers;
 pub mod verify;
 
+use std::borrow::Cow;
 use std::ffi::OsString;
 use std::io::{self, Write};
 
@@ -222,6 +223,21 @@ pub fn print(out: &mut dyn Write, text: &str) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Text of a row, such as a topic's name, for a line: control characters are escaped.
+fn shown(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return Cow::Borrowed(text);
+    }
+    let escaped = text.chars().map(|c| {
+        if c.is_control() {
+            c.escape_default().to_string()
+        } else {
+            c.to_string()
+        }
+    });
+    Cow::Owned(escaped.collect())
 }
 
 const PAYLOAD: &str = "payload";

@@ -31,7 +31,7 @@ use tokio_postgres::types::ToSql;
 use super::verify::{check_has_time, delivered, described, milliseconds, time_args};
 use super::{print, switch};
 use crate::config::Config;
-use crate::outbox::{Extractor, OutboxEvent, Scratch};
+use crate::outbox::{Extractor, OutboxEvent, Scratch, TopicTemplate};
 use crate::postgres::{connect_sql, quote_ident, refuse_row_security, sql_error, sqlstate};
 use crate::scanner::outbox::OutboxTable;
 use crate::scanner::rows::printed;
@@ -92,7 +92,7 @@ pub(super) fn options(matches: &ArgMatches) -> Options {
 
 /// Runs the command and gives its exit code.
 pub async fn run(config: &Config, options: &Options, out: &mut dyn Write) -> Result<u8> {
-    check(options)?;
+    check(options, config)?;
     let client = connect_sql(&config.postgres, "walpost replay").await?;
     refuse_row_security(&client, &config.outbox_tables).await?;
     // For the error that says what is allowed.
@@ -122,7 +122,7 @@ pub async fn run(config: &Config, options: &Options, out: &mut dyn Write) -> Res
 }
 
 /// Nothing chosen is not everything: that would be a slip with consequences.
-fn check(options: &Options) -> Result<()> {
+fn check(options: &Options, config: &Config) -> Result<()> {
     let chosen = [
         &options.id,
         &options.key,
@@ -136,12 +136,20 @@ fn check(options: &Options) -> Result<()> {
         ));
     }
     match &options.topic {
-        Some(topic) if topic.contains('{') => Err(Error::config(format!(
+        Some(topic) if is_template(topic, &config.topic) => Err(Error::config(format!(
             "--topic is {topic:?}, a template; for this command it names the topic whose rows are meant"
         ))
         .hint("set the template with the env var WALPOST_TOPIC")),
         _ => Ok(()),
     }
+}
+
+/// Whether `topic` names columns as the template in use does. (A topic's own name may have braces.)
+fn is_template(topic: &str, used: &TopicTemplate) -> bool {
+    TopicTemplate::parse(topic).is_ok_and(|template| {
+        let mut columns = template.placeholders();
+        columns.any(|column| used.placeholders().any(|used| used == column))
+    })
 }
 
 async fn has_stragglers(client: &Client) -> Result<bool> {
@@ -347,5 +355,8 @@ fn line(event: &OutboxEvent<'_>, topic: &str, as_json: bool) -> String {
         return format!("{object}\n");
     }
     let payload = bytes.map_or("tombstone".to_owned(), |bytes| format!("{bytes} bytes"));
-    format!("would send id {id:?} key {key:?} {payload} to {topic}\n")
+    format!(
+        "would send id {id:?} key {key:?} {payload} to {}\n",
+        super::shown(topic)
+    )
 }

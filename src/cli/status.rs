@@ -139,6 +139,7 @@ fn show(status: &Value, json: bool) -> String {
     let mut text = String::new();
     summary(&mut text, status);
     topics(&mut text, status);
+    troubles(&mut text, status);
     stragglers(&mut text, status);
     left(&mut text, status);
     if let Some(warnings) = status["warnings"].as_array()
@@ -231,6 +232,29 @@ fn topics(text: &mut String, status: &Value) {
     }
     if topics.len() > TOPICS {
         let _ = writeln!(text, "and {} more topics", topics.len() - TOPICS);
+    }
+}
+
+/// The topics that take nothing, in the broker's words.
+fn troubles(text: &mut String, status: &Value) {
+    let found = &status["topics_in_trouble"];
+    if number(&found["count"]) == 0 {
+        return;
+    }
+    let _ = writeln!(text, "topics in trouble: {}", number(&found["count"]));
+    for one in found["listed"].as_array().map_or(&[][..], Vec::as_slice) {
+        let events = if one["events_wait"] == true {
+            "wait"
+        } else {
+            "become stragglers"
+        };
+        let _ = writeln!(
+            text,
+            "  {} has taken nothing for {}, its events {events}: {}",
+            plain(&one["topic"]),
+            span(one["age_seconds"].as_f64().unwrap_or(0.0)),
+            plain(&one["reason"])
+        );
     }
 }
 
@@ -344,6 +368,23 @@ mod tests {
             text.contains("id \u{fffd}[2Jx\u{fffd}31m") && text.contains("a\u{fffd}b"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn topics_in_trouble_are_printed_with_their_reasons() {
+        let mut status = json!({
+            "phase": "streaming",
+            "topics_in_trouble": {
+                "count": 12, "listed": [{ "topic": "persistent://p/d/t", "age_seconds": 75.0, "reason": "no\u{1b}", "events_wait": true }],
+            },
+        });
+        let text = show(&status, false);
+        assert!(
+            text.contains("topics in trouble: 12\n  persistent://p/d/t has taken nothing for 1.2 min, its events wait: no\u{fffd}\n"),
+            "{text}"
+        );
+        status["topics_in_trouble"] = json!({ "count": 0, "listed": [] });
+        assert!(!show(&status, false).contains("trouble"));
     }
 
     #[test]

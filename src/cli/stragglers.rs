@@ -20,7 +20,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row};
 use tracing::warn;
 
-use super::print;
+use super::{print, shown};
 use crate::config::{AfterPublish, Config};
 use crate::outbox::ENVELOPE_TABLE;
 use crate::postgres::{connect_sql, quote_literal, sql_error, sqlstate};
@@ -396,11 +396,11 @@ fn line(row: &Row, as_json: bool) -> String {
     format!(
         "{number} {} id {} topic {} key {} attempts {attempts} since {}: {}\n",
         or_none(5),
-        or_none(2),
-        or_none(3),
-        or_none(4),
+        shown(&or_none(2)),
+        shown(&or_none(3)),
+        shown(&or_none(4)),
         or_none(10),
-        or_none(6).replace('\n', " ")
+        shown(&or_none(6).replace('\n', " "))
     )
 }
 

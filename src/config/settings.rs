@@ -284,13 +284,13 @@ settings! {
     );
     TOPIC = Setting::new(
         "WALPOST_TOPIC", Value("persistent://public/default/outbox.{aggregatetype}"),
-        Kind::Text("a topic name with columns in braces"),
+        Kind::Text("a persistent topic's name with columns in braces"),
         "routing template: the topic of an event without one of its own",
     );
     PRODUCER_NAME = Setting::new(
         "WALPOST_PRODUCER_NAME", Described("walpost-<slot>"),
         Kind::Text("1 to 128 letters, digits, '.', '_' and '-', not beginning with pulsar.repl"),
-        "base of the producer names; two connectors must never share it",
+        "base of the producer names; two connectors must never share it, and another Pulsar cluster needs a new one",
     );
     LANES = Setting::new(
         "WALPOST_LANES", Value("16"), Kind::Count { min: 1, max: 1024 },
@@ -335,7 +335,7 @@ settings! {
     );
     MAX_IN_FLIGHT_BYTES = Setting::new(
         "WALPOST_MAX_IN_FLIGHT_BYTES", Value("24MiB"), Kind::Size { min: KIB, max: 64 * GIB },
-        "bytes without a receipt at which intake pauses",
+        "memory of batches without a receipt at which intake pauses",
     );
     MAX_IN_FLIGHT_MESSAGES = Setting::new(
         "WALPOST_MAX_IN_FLIGHT_MESSAGES", Value("100000"), Kind::Count { min: 1, max: 100_000_000 },
@@ -388,7 +388,7 @@ settings! {
     );
     STRAGGLER_AGE = Setting::new(
         "WALPOST_STRAGGLER_AGE", Value("5m"), Kind::Duration { min: ms(100), max: minutes(7 * 24 * 60) },
-        "a topic with trouble of its own that may pass (not found, quota) makes stragglers of its events after this long; in \
+        "a topic that takes nothing (not found, quota, or any other answer while other topics get receipts) makes stragglers of its events after this long; in \
          the modes mark and delete a row older than this that is still not marked, or there, is published again",
     );
     STRAGGLER_LIMIT = Setting::new(

@@ -1,7 +1,7 @@
 //! Opening: from the settings to a replication stream and a pipe that belong together.
 //!
 //! In this order, and each step is a reason why: Postgres is asked who it is and the lock is taken ([`recovery`]); a pipe of
-//! another cluster, timeline or owner is dropped; what the stream will not bring is published ([`gap`]), and only then is there
+//! another owner is dropped, and only then may this process write to brokers ([`crate::lease`]); a pipe of another cluster or timeline is dropped; what the stream will not bring is published ([`gap`]), and only then is there
 //! a pipe; the stream begins, and only then is the end of the log asked for and the stragglers of others known.
 
 use std::future::Future;
@@ -15,12 +15,13 @@ use tracing::{info, warn};
 use super::publishing::{diversion, publisher_config, routing, subscription};
 use super::{Connector, Shutdown, TICK_INTERVAL};
 use crate::config::{Config, SlotLost};
+use crate::lease::{self, Hold};
 use crate::meter::Phase;
 use crate::outbox::Extractor;
 use crate::pipe::{Pipe, ScannedRow};
 use crate::postgres::{
     self, OutboxRelations, ReplicationConnection, ReplicationStream, StreamOptions, SystemIdentity,
-    published, slot,
+    answered, published, slot,
 };
 use crate::pulsar::{Flush, Publisher, PublisherConfig};
 use crate::scanner::cluster;
@@ -31,7 +32,7 @@ use crate::scanner::keeper::Keeper;
 use crate::scanner::modes;
 use crate::scanner::outbox::OutboxTable;
 use crate::scanner::overlap::Overlap;
-use crate::scanner::progress;
+use crate::scanner::progress::{self, Claim};
 use crate::scanner::reconcile;
 use crate::scanner::recovery::{self, Prepared, Session};
 use crate::scanner::straggler::Stragglers;
@@ -50,110 +51,204 @@ impl Connector {
         &mut self,
         mut shutdown: Shutdown<'_, F>,
     ) -> Result<Option<ReplicationStream>> {
+        let Some((hold, mut found)) = self.take_slot(shutdown.as_mut()).await? else {
+            return Ok(None);
+        };
+        if found.prepared.as_ref().is_some_and(|it| it.out_of_date) {
+            let was_ours = found.prepared.as_ref().is_some_and(|it| it.was_ours);
+            let dropped = self.drop_out_of_date(was_ours, shutdown.as_mut()).await?;
+            if dropped.is_none() {
+                return Ok(None);
+            }
+        }
+        let prepared = found.prepared.as_ref();
+        let (carried, confirmed) = self.carried_on(&found.identity, found.confirmed, prepared);
+        // The highest position that the slot may have been told so far.
+        let known = self.session.told.unwrap_or(found.stands).max(found.stands);
+        self.session.told = Some(known);
+        self.modes.know(&found.tables);
+        let client = hold.client();
+        let ready = if self.has_pipe_of(&found.identity)? {
+            self.keep_pipe(shutdown.as_mut()).await?
+        } else {
+            let making = Box::pin(self.make_pipe(client, &mut found, confirmed, shutdown.as_mut()));
+            making.await?
+        };
+        if ready.is_none() {
+            return Ok(None);
+        }
+        let beginning = Box::pin(self.begin(client, found, carried, known, shutdown));
+        let Some(stream) = beginning.await? else {
+            return Ok(None);
+        };
+        self.pipe().streaming(true);
+        self.meter.set_phase(Phase::Streaming);
+        let from = self.pipe().flush_lsn();
+        info!(slot = self.config.slot, %from, "streaming");
+        self.hold = Some(hold);
+        self.left = None;
+        Ok(Some(stream))
+    }
+
+    /// Gives back the lock of the last stream, looks at Postgres, and takes the lock and the lease. `None`: shutdown came first.
+    async fn take_slot<F: Future<Output = ()>>(
+        &mut self,
+        mut shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<(Hold, Found)>> {
         let config = self.config.clone();
-        let held = self.scanner.take();
+        let was_lost = self.lease.lost_since().is_some();
+        // From here on nothing is written to a broker.
+        let locked = self.hold.take().map(Hold::into_client);
         self.claimed = None;
         // Another instance may have had the slot meanwhile, and this one's next claim has the name of its last one.
         self.set_right(Right::Suspended);
         let session = self.session.clone();
         let checking = async {
             // Waited for: were it held a moment longer, we would take ourselves for another instance.
-            if let Some(client) = held {
-                recovery::unlock(client).await;
+            if let Some(client) = locked {
+                recovery::unlock(&client).await;
             }
             check(&config, &session).await
         };
         let Some(checked) = self.attend(checking, shutdown.as_mut()).await? else {
             return Ok(None);
         };
-        let Checked {
-            client,
-            connection,
-            identity,
-            confirmed,
-            stands,
-            mut prepared,
-            relations,
-            tables,
-        } = checked.inspect_err(|error| {
+        let (client, found) = checked.inspect_err(|error| {
             if recovery::is_busy(error) {
                 // The other one needs the producers' names, and publishes what is in the air here.
                 self.drop_pipe();
             }
         })?;
-        self.claimed = prepared.as_ref().map(|prepared| prepared.claim.clone());
-        if prepared.as_ref().is_some_and(|it| it.out_of_date) {
-            let was_ours = prepared.as_ref().is_some_and(|it| it.was_ours);
-            let dropped = self.drop_out_of_date(was_ours, shutdown.as_mut()).await?;
-            if dropped.is_none() {
-                return Ok(None);
-            }
-        }
-        let (carried, confirmed) = self.carried_on(&identity, confirmed, prepared.as_ref());
-        // The highest position that the slot may have been told so far.
-        let known = self.session.told.unwrap_or(stands).max(stands);
-        self.session.told = Some(known);
-        self.modes.know(&tables);
-        if self.has_pipe_of(&identity)? {
-            self.set_right(self.claimed.clone().into());
-        } else {
-            if self.pipe.is_some() {
-                warn!(
-                    timeline = identity.timeline,
-                    "another cluster or timeline answers: starting with new producer names"
-                );
-            }
-            let mut settings = self.publishing_for(&identity);
-            self.start_modes(&tables, &identity);
-            settings.rows = self.modes.queue();
-            // The old ones end first: two tasks would answer for one table.
+        let prepared = found.prepared.as_ref();
+        self.claimed = prepared.map(|prepared| prepared.claim.clone());
+        if may_be_others(prepared, was_lost) {
             self.drop_pipe();
-            let right = self.claimed.clone().into();
-            let started = Stragglers::start(&config, &settings, (&identity).into(), right);
-            let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
-                return Ok(None);
-            };
-            let stragglers = started?;
-            settings.diversion = diversion(&config, stragglers.as_ref());
-            let closing = self.close_gap(&client, &settings, prepared.as_mut(), stragglers);
-            let (scanned, stragglers) = tokio::select! {
-                biased;
-                () = shutdown.as_mut() => return Ok(None),
-                closed = closing => closed?,
-            };
-            let mut publisher = Publisher::new(settings);
+        }
+        let holding = self.lease.clone().hold(client);
+        let Some(hold) = self.attend(holding, shutdown).await? else {
+            return Ok(None);
+        };
+        Ok(Some((hold?, found)))
+    }
+
+    /// Goes on with the pipe that there is. `None`: shutdown came first.
+    async fn keep_pipe<F: Future<Output = ()>>(
+        &mut self,
+        mut shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<()>> {
+        self.set_right(self.claimed.clone().into());
+        if self.is_closed {
             tokio::select! {
                 biased;
                 () = shutdown.as_mut() => return Ok(None),
-                connected = publisher.connect() => connected?,
+                connected = self.pipe().publisher().connect() => connected?,
             }
-            // Only now: without a pipe the next try closes what is left of the gap.
-            let mut pipe = Pipe::new(routing(&self.config), publisher, stragglers, confirmed);
-            pipe.skip_scanned(scanned);
-            self.pipe = Some((identity, pipe));
+            self.is_closed = false;
         }
-        if let Some(prepared) = &mut prepared {
-            self.declare(&client, prepared).await?;
-            self.keep(&client, prepared, carried).await?;
-        }
-        let stream = self
-            .begin_stream(&client, connection, known, relations)
-            .await?;
-        let refreshed = self.pipe().refresh();
-        if self.attend(refreshed, shutdown).await?.is_none() {
-            return Ok(None);
-        }
-        self.pipe().streaming(true);
-        self.meter.set_phase(Phase::Streaming);
-        let from = self.pipe().flush_lsn();
-        info!(slot = self.config.slot, %from, "streaming");
-        self.scanner = Some(client);
-        self.left = None;
-        Ok(Some(stream))
+        Ok(Some(()))
     }
 
-    /// Tells the pipe, if there is one, under which claim it stores stragglers.
+    /// Publishes what the stream will not bring, and makes a pipe. `None`: shutdown came first.
+    async fn make_pipe<F: Future<Output = ()>>(
+        &mut self,
+        client: &Client,
+        found: &mut Found,
+        confirmed: Lsn,
+        mut shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<()>> {
+        let identity = &found.identity;
+        if self.pipe.is_some() {
+            warn!(
+                timeline = identity.timeline,
+                "another cluster or timeline answers: starting with new producer names"
+            );
+        }
+        let mut settings = self.publishing_for(identity);
+        self.start_modes(&found.tables, identity);
+        settings.rows = self.modes.queue();
+        // The old ones end first: two tasks would answer for one table.
+        self.drop_pipe();
+        let right: Right = self.claimed.clone().into();
+        self.modes.set_right(right.clone());
+        let (config, lease) = (self.config.clone(), self.lease.clone());
+        let starting = Box::pin(Stragglers::start(
+            &config,
+            (&settings, &lease),
+            identity.into(),
+            right,
+        ));
+        let started = lease.during(starting);
+        let Some(started) = self.attend(started, shutdown.as_mut()).await? else {
+            return Ok(None);
+        };
+        let stragglers = started?;
+        settings.diversion = diversion(&config, stragglers.as_ref());
+        let closing = self.close_gap(client, &settings, found.prepared.as_mut(), stragglers);
+        let (scanned, stragglers) = tokio::select! {
+            biased;
+            () = shutdown.as_mut() => return Ok(None),
+            closed = self.lease.during(closing) => closed?,
+        };
+        self.publishing = Some(settings.clone());
+        let mut publisher = Publisher::under(settings, &self.lease);
+        tokio::select! {
+            biased;
+            () = shutdown.as_mut() => return Ok(None),
+            connected = publisher.connect() => connected?,
+        }
+        // Only now: without a pipe the next try closes what is left of the gap.
+        let mut pipe = Pipe::new(routing(&self.config), publisher, stragglers, confirmed);
+        pipe.skip_scanned(scanned);
+        self.pipe = Some((found.identity.clone(), pipe));
+        Ok(Some(()))
+    }
+
+    /// Starts the task that notes what is delivered, if there is none, and the stream. `None`: shutdown came first.
+    async fn begin<F: Future<Output = ()>>(
+        &mut self,
+        client: &Client,
+        mut found: Found,
+        carried: Option<Carried>,
+        known: Lsn,
+        shutdown: Shutdown<'_, F>,
+    ) -> Result<Option<ReplicationStream>> {
+        let config = self.config.clone();
+        if let Some(prepared) = &mut found.prepared
+            && self.keeper.is_none()
+        {
+            // (One that there is has the same settings, and tells the rest.)
+            let facts = keeper_facts(client, &config, prepared, carried.as_ref());
+            let asked = answered("look at what is to be noted", facts);
+            let facts = self.attend_on(asked).await??;
+            self.keep(prepared, carried, facts)?;
+        }
+        let (binary, claim) = (self.binary, self.claimed.clone());
+        self.pipe().begin_stream(binary, found.relations);
+        let beginning = begin_stream(
+            client,
+            found.connection,
+            (&config.slot, known),
+            claim.as_ref(),
+            (&config.publication, binary),
+            self.pipe().flush_lsn(),
+        );
+        let (stream, log_end) = self.attend_on(beginning).await??;
+        self.pipe().publisher().set_log_end(log_end);
+        let refreshed = self.pipe().refresh();
+        let lease = self.lease.clone();
+        let refreshed = lease.during(async {
+            refreshed.await;
+            Ok(())
+        });
+        match self.attend(refreshed, shutdown).await? {
+            None => Ok(None),
+            Some(refreshed) => refreshed.map(|()| Some(stream)),
+        }
+    }
+
+    /// Tells under which claim stragglers are stored, and rows are marked or deleted.
     fn set_right(&self, right: Right) {
+        self.modes.set_right(right.clone());
         if let Some((_, pipe)) = &self.pipe {
             pipe.set_right(right);
         }
@@ -209,8 +304,9 @@ impl Connector {
             tokio::select! {
                 biased;
                 () = shutdown.as_mut() => return Ok(None),
+                () = self.lease.lost() => return Err(lease::lost()),
                 event = pipe.next_event() => pipe.event(event)?,
-                () = sleep_until(by.min(now + TICK_INTERVAL)) => pipe.publisher().tick(Instant::now()),
+                () = sleep_until(by.min(now + TICK_INTERVAL)) => pipe.tick(Instant::now()),
             }
         }
         Ok(Some(()))
@@ -255,72 +351,18 @@ impl Connector {
         Carried::from_json(progress.streamed.as_ref()?, tables, confirmed)
     }
 
-    /// Stores which leaf tables belong to the outbox, before the stream passes over rows of those that do not: see [`crate::scanner::coverage`].
-    async fn declare(&self, client: &Client, prepared: &mut Prepared) -> Result<()> {
-        if self.keeper.is_some() {
-            // Of the same settings; it tells the rest.
-            return Ok(());
-        }
-        let Prepared {
-            progress, claim, ..
-        } = prepared;
-        let tables = &self.config.outbox_tables;
-        reconcile::declare(client, claim, tables, progress).await
-    }
-
-    /// Refuses a table whose rows were counted and that cannot be compared any more: what the stream left out of it would not be found.
-    async fn check_counted(
-        &self,
-        client: &Client,
-        carried: Option<&Carried>,
-        scannable: &[bool],
-    ) -> Result<()> {
-        if !self.config.reconcile || self.config.slot_lost == SlotLost::Restart {
-            return Ok(());
-        }
-        let counted = carried.filter(|carried| carried.streamed.is_some());
-        let counted = counted.map_or(&[][..], |carried| &carried.counted);
-        for (place, table) in self.config.outbox_tables.iter().enumerate() {
-            if scannable.get(place) == Some(&true) {
-                continue;
-            }
-            // (Those that a scan leaves out do not count as counted.)
-            if counted.get(place) == Some(&true) {
-                if table::describe(client, table).await?.is_none() {
-                    return Err(Error::temporary(format!(
-                        "table {table} does not exist at the moment"
-                    )));
-                }
-                return Err(Error::refused(format!(
-                    "table {table} has no columns txid and seq any more: its rows since the last note cannot be compared with the stream"
-                ))
-                .hint("give it the columns back; if it is to be without them: WALPOST_SLOT_LOST=restart walpost run"));
-            }
-            info!(%table, "the table has no columns txid and seq: it is not compared with what the stream brings");
-        }
-        Ok(())
-    }
-
-    /// Starts the task that notes what is delivered, beside the pipe, unless there is one.
-    async fn keep(
+    /// Starts the task that notes what is delivered, beside the pipe.
+    fn keep(
         &mut self,
-        client: &Client,
         prepared: &Prepared,
         carried: Option<Carried>,
+        facts: KeeperFacts,
     ) -> Result<()> {
-        if self.keeper.is_some() {
-            return Ok(());
-        }
-        let mut scannable = Vec::with_capacity(self.config.outbox_tables.len());
-        for table in &self.config.outbox_tables {
-            scannable.push(ScanTable::describe(client, table).await?.is_some());
-        }
-        self.check_counted(client, carried.as_ref(), &scannable)
-            .await?;
-        let began = progress::snapshot(client).await?;
-        // Behind the snapshot: see `reconcile`.
-        let tables = &self.config.outbox_tables;
-        let catalog = published::version(client, &self.config.publication, tables).await?;
+        let KeeperFacts {
+            scannable,
+            began,
+            catalog,
+        } = facts;
         let was_changed = prepared.progress.catalog != catalog;
         let Some((log, _)) = &self.pipe else {
             return Err(Error::bug("there is no pipe to note anything of"));
@@ -366,40 +408,6 @@ impl Connector {
         Ok(())
     }
 
-    /// Starts the stream at what the pipe has confirmed. The slot must stand where it was found (`known`).
-    async fn begin_stream(
-        &mut self,
-        client: &Client,
-        connection: ReplicationConnection,
-        known: Lsn,
-        relations: OutboxRelations,
-    ) -> Result<ReplicationStream> {
-        let (slot, publication) = (&self.config.slot.clone(), &self.config.publication.clone());
-        let (binary, claimed) = (self.binary, self.claimed.clone());
-        let pipe = self.pipe();
-        pipe.begin_stream(binary, relations);
-        let options = StreamOptions {
-            binary,
-            messages: true,
-            ..StreamOptions::default()
-        };
-        // Only now: of a start that comes no further the next one must still know where the slot was left.
-        if let Some(claim) = &claimed {
-            progress::streaming(client, claim).await?;
-        }
-        let started = connection.start_replication(slot, pipe.flush_lsn(), publication, options);
-        let stream = match started.await {
-            Ok(stream) => stream,
-            Err(error) => return Err(recovery::refused_start(client, slot, known, error).await),
-        };
-        // Only now that our walsender has it can nobody replace it.
-        recovery::check_unchanged(client, slot, known).await?;
-        // Asked only now: while another instance still had the slot, it may have published what came after any earlier answer.
-        let log_end = slot::log_end(client).await?;
-        pipe.publisher().set_log_end(log_end);
-        Ok(stream)
-    }
-
     /// Whether there is a pipe, and it is of this server's log.
     ///
     /// # Errors
@@ -428,7 +436,7 @@ impl Connector {
 
     fn start_modes(&mut self, tables: &[OutboxTable], identity: &SystemIdentity) {
         let publisher = self.publishing_for(identity);
-        let routes = (routing(&self.config), publisher);
+        let routes = (routing(&self.config), publisher, self.lease.clone());
         let way = Way::Stream(self.progress.subscribe());
         self.modes
             .start(&self.config, tables, &identity.into(), routes, way);
@@ -455,10 +463,16 @@ impl Connector {
                 None => progress.scan_before.as_ref(),
             };
             let mut overlap = Overlap::beyond(before)?;
-            overlap.delivered(client, &routing, progress).await?;
-            if progress.gap().is_some() {
-                let scan = self.scan(client, publisher, prepared, stragglers, &mut overlap);
-                stragglers = scan.await?;
+            if progress.scan_upto.is_some() {
+                // What takes long has a session of its own: that of the lock is asked whether it is there.
+                let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
+                cluster::check_same_server(client, &rows).await?;
+                overlap.delivered(&rows, &routing, progress).await?;
+                if progress.gap().is_some() {
+                    let sessions = (client, &rows);
+                    let scan = self.scan(sessions, publisher, prepared, stragglers, &mut overlap);
+                    stragglers = scan.await?;
+                }
             }
             scanned.extend(overlap.into_rows());
             if prepared.unknown.is_none() {
@@ -471,7 +485,7 @@ impl Connector {
     /// Publishes or stores the rows of the gap.
     async fn scan(
         &self,
-        client: &Client,
+        (client, rows): (&Client, &Client),
         publisher: &PublisherConfig,
         prepared: &mut Prepared,
         mut stragglers: Option<Stragglers>,
@@ -479,14 +493,13 @@ impl Connector {
     ) -> Result<Option<Stragglers>> {
         let routing = routing(&self.config);
         self.meter.set_phase(Phase::Scanning);
-        let rows = postgres::connect_sql(&self.config.postgres, APPLICATION_NAME).await?;
-        cluster::check_same_server(client, &rows).await?;
         let gap = Gap {
             client,
-            rows: &rows,
+            rows,
             claim: &prepared.claim,
             routing: &routing,
             publisher,
+            lease: &self.lease,
             left_out: &prepared.left_out,
         };
         let retry = |stragglers: &Option<Stragglers>, may_retry| {
@@ -508,15 +521,122 @@ impl Connector {
     }
 }
 
+/// What is asked before the task that notes what is delivered begins.
+struct KeeperFacts {
+    scannable: Vec<bool>,
+    /// A snapshot.
+    began: String,
+    catalog: Option<String>,
+}
+
+/// Stores which leaf tables belong to the outbox, before the stream passes over rows of those that do not (see [`crate::scanner::coverage`]),
+/// and asks for these facts.
+async fn keeper_facts(
+    client: &Client,
+    config: &Config,
+    prepared: &mut Prepared,
+    carried: Option<&Carried>,
+) -> Result<KeeperFacts> {
+    let tables = &config.outbox_tables;
+    reconcile::declare(client, &prepared.claim, tables, &mut prepared.progress).await?;
+    let mut scannable = Vec::with_capacity(tables.len());
+    for table in tables {
+        scannable.push(ScanTable::describe(client, table).await?.is_some());
+    }
+    check_counted(client, config, carried, &scannable).await?;
+    let began = progress::snapshot(client).await?;
+    // Behind the snapshot: see `reconcile`.
+    let catalog = published::version(client, &config.publication, tables).await?;
+    Ok(KeeperFacts {
+        scannable,
+        began,
+        catalog,
+    })
+}
+
+/// Refuses a table whose rows were counted and that cannot be compared any more: what the stream left out of it would not be found.
+async fn check_counted(
+    client: &Client,
+    config: &Config,
+    carried: Option<&Carried>,
+    scannable: &[bool],
+) -> Result<()> {
+    if !config.reconcile || config.slot_lost == SlotLost::Restart {
+        return Ok(());
+    }
+    let counted = carried.filter(|carried| carried.streamed.is_some());
+    let counted = counted.map_or(&[][..], |carried| &carried.counted);
+    for (place, table) in config.outbox_tables.iter().enumerate() {
+        if scannable.get(place) == Some(&true) {
+            continue;
+        }
+        // (Those that a scan leaves out do not count as counted.)
+        if counted.get(place) == Some(&true) {
+            if table::describe(client, table).await?.is_none() {
+                return Err(Error::temporary(format!(
+                    "table {table} does not exist at the moment"
+                )));
+            }
+            return Err(Error::refused(format!(
+                "table {table} has no columns txid and seq any more: its rows since the last note cannot be compared with the stream"
+            ))
+            .hint("give it the columns back; if it is to be without them: WALPOST_SLOT_LOST=restart walpost run"));
+        }
+        info!(%table, "the table has no columns txid and seq: it is not compared with what the stream brings");
+    }
+    Ok(())
+}
+
+/// Starts the stream of a slot at `from`, and asks where the log ends. The slot must stand where it was found (`known`).
+async fn begin_stream(
+    client: &Client,
+    connection: ReplicationConnection,
+    (slot, known): (&str, Lsn),
+    claim: Option<&Claim>,
+    (publication, binary): (&str, bool),
+    from: Lsn,
+) -> Result<(ReplicationStream, Lsn)> {
+    let options = StreamOptions {
+        binary,
+        messages: true,
+        ..StreamOptions::default()
+    };
+    // Only now: of a start that comes no further the next one must still know where the slot was left.
+    if let Some(claim) = claim {
+        answered("note the stream", progress::streaming(client, claim)).await?;
+    }
+    let starting = connection.start_replication(slot, from, publication, options);
+    let started = answered(&format!("stream slot {slot}"), starting).await;
+    let following = async {
+        let stream = match started {
+            Ok(stream) => stream,
+            Err(error) => return Err(recovery::refused_start(client, slot, known, error).await),
+        };
+        // Only now that our walsender has it can nobody replace it.
+        recovery::check_unchanged(client, slot, known).await?;
+        // Asked only now: while another instance still had the slot, it may have published what came after any earlier answer.
+        let log_end = slot::log_end(client).await?;
+        Ok((stream, log_end))
+    };
+    answered("ask for the end of the log", following).await
+}
+
 /// Whether positions of the one mean the same on the other.
 fn same_log(one: &SystemIdentity, other: &SystemIdentity) -> bool {
     (one.system_id, one.timeline) == (other.system_id, other.timeline)
 }
 
+/// Whether another instance may have published what this one has in the air.
+fn may_be_others(prepared: Option<&Prepared>, was_lost: bool) -> bool {
+    match prepared {
+        Some(prepared) => prepared.out_of_date && !prepared.was_ours,
+        // Nobody notes who had the slot.
+        None => was_lost,
+    }
+}
+
 /// What a look at Postgres gave.
-struct Checked {
-    /// Holds the lock on the slot.
-    client: Client,
+struct Found {
     connection: ReplicationConnection,
     identity: SystemIdentity,
     confirmed: Lsn,
@@ -530,12 +650,14 @@ struct Checked {
     tables: Vec<OutboxTable>,
 }
 
-/// Connects, asks who the server is, sees to a lost slot, and checks that everything the stream needs is there.
-async fn check(config: &Config, session: &Session) -> Result<Checked> {
+/// Connects, asks who the server is, sees to a lost slot, and checks that everything the stream needs is there. Gives the session that holds the
+/// lock on the slot, too.
+async fn check(config: &Config, session: &Session) -> Result<(Client, Found)> {
     let client = postgres::connect_sql(&config.postgres, APPLICATION_NAME).await?;
     let prepared = recovery::prepare(&client, config, session).await;
     let subscription = subscription(config);
     let preflight = postgres::preflight(&client, &config.slot, &subscription);
+    let preflight = answered("look at publication and tables", preflight);
     let (prepared, relations) = match prepared {
         Err(error) if recovery::is_nothing_set_up(&error) => {
             preflight.await?;
@@ -544,17 +666,24 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
         }
         prepared => (prepared?, preflight.await?),
     };
-    check_definitions(&client, config).await?;
-    let tables = modes::prepare(&client, config).await?;
-    let state = slot::slot_state(&client, &config.slot).await?;
+    let looking = async {
+        check_definitions(&client, config).await?;
+        let tables = modes::prepare(&client, config).await?;
+        let state = slot::slot_state(&client, &config.slot).await?;
+        Ok((tables, state))
+    };
+    let (tables, state) = answered("look at the tables", looking).await?;
     let confirmed = state
         .and_then(|state| state.confirmed_flush)
         .unwrap_or(Lsn::ZERO);
     let mut connection = ReplicationConnection::connect(&config.postgres, APPLICATION_NAME).await?;
-    let identity = connection.identify_system().await?;
-    same_server(&client, &mut connection).await?;
-    Ok(Checked {
-        client,
+    let identifying = async {
+        let identity = connection.identify_system().await?;
+        same_server(&client, &mut connection).await?;
+        Ok(identity)
+    };
+    let identity = answered("ask the walsender who it is", identifying).await?;
+    let found = Found {
         connection,
         identity,
         confirmed,
@@ -564,7 +693,8 @@ async fn check(config: &Config, session: &Session) -> Result<Checked> {
         prepared,
         relations,
         tables,
-    })
+    };
+    Ok((client, found))
 }
 
 /// Refuses a table whose rows could not be events, before the first of them comes.

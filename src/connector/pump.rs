@@ -1,6 +1,7 @@
 //! The pump: the loop between the replication stream and the pipe, while both are there.
 
 use std::future::Future;
+use std::pin::pin;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
@@ -9,6 +10,7 @@ use super::{Shutdown, TICK_INTERVAL, handover};
 use crate::Result;
 use crate::feedback::Feedback;
 use crate::gulp::{self, Gulp};
+use crate::lease::{self, Lease};
 use crate::pipe::{Format, Pipe};
 use crate::postgres::ReplicationStream;
 use crate::pulsar::Flush;
@@ -30,17 +32,19 @@ pub(super) enum Stopped {
 
 /// The loop between the two sides. Told to stop, it goes on for at most `finish_transaction`.
 ///
-/// Every branch of its select is cancel safe: `next_event` is a channel receive, `fill` and `flush` keep their state in the
+/// Every branch of its select is cancel safe: `lost` waits for a change of a value, `next_event` is a channel receive, `fill` and `flush` keep their state in the
 /// stream, the rest are timers.
 pub(super) async fn pump<F: Future<Output = ()>>(
     pipe: &mut Pipe,
     stream: &mut ReplicationStream,
     feedback: &mut Feedback,
     mut keeper: Option<&mut Keeper>,
+    lease: &Lease,
     finish_transaction: Duration,
     mut shutdown: Shutdown<'_, F>,
 ) -> Result<Stopped> {
     let mut gulp = Gulp::new(stream.gulp_pause())?;
+    let mut lost = pin!(lease.lost());
     let mut tick_at = Instant::now() + TICK_INTERVAL;
     // Set when told to stop: the transaction that is arriving is taken to its end, so that no row of it comes again.
     let mut told_at: Option<Instant> = None;
@@ -100,7 +104,7 @@ pub(super) async fn pump<F: Future<Output = ()>>(
             keeper.hand_over(|| handover(pipe));
         }
         if now >= tick_at {
-            pipe.publisher().tick(now);
+            pipe.tick(now);
             pipe.metering();
             tick_at = now + TICK_INTERVAL;
         }
@@ -121,18 +125,20 @@ pub(super) async fn pump<F: Future<Output = ()>>(
             biased;
             // 1. Told to stop.
             () = shutdown.as_mut(), if told_at.is_none() => told_at = Some(Instant::now()),
-            // 2. Receipts make room and move the confirmed LSN.
+            // 2. The lock on the slot is gone: another instance may have it.
+            () = lost.as_mut() => return Err(lease::lost()),
+            // 3. Receipts make room and move the confirmed LSN.
             event = pipe.next_event() => pipe.event(event)?,
-            // 3. Something is wrong with what the stream brings.
+            // 4. Something is wrong with what the stream brings.
             verdict = verdict(keeper.as_deref_mut()), if !is_missing => match verdict {
                 Verdict::Missing => is_missing = true,
                 Verdict::Failed(error) => return Err(error),
             },
-            // 4. Status updates, also while intake is paused: without them the server would close the connection.
+            // 5. Status updates, also while intake is paused: without them the server would close the connection.
             () = sleep_until(feedback.next.min(tick_at).min(stop_by.unwrap_or(tick_at))) => {}
-            // 5. A batch has waited long enough.
+            // 6. A batch has waited long enough.
             () = sleep_until(flush_at.unwrap_or(now)), if flush_at.is_some() => {}
-            // 6. The log, while there is room for it and under backlog in gulps; else only the status that is queued.
+            // 7. The log, while there is room for it and under backlog in gulps; else only the status that is queued.
             filled = intake(&mut gulp, stream, taken), if taken || unsent => {
                 if let Some(bytes) = filled? {
                     gulp.took(bytes, stream.is_full())?;

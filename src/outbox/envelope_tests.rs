@@ -107,7 +107,7 @@ fn what_is_no_envelope_is_named_without_its_values() {
             "\"aggregateid\" is NULL",
         ),
         (
-            r#"{"id": "1", "aggregateid": "k", "aggregatetype": "a b"}"#,
+            r#"{"id": "1", "aggregateid": "k", "aggregatetype": "a/b"}"#,
             "cannot stand in a topic name",
         ),
         (

@@ -69,6 +69,17 @@ pub enum Problem {
         /// Its position in the value, in bytes.
         offset: usize,
     },
+    /// A character that cannot stand in the name of a tenant or a namespace.
+    NamespaceCharacter {
+        /// The character.
+        character: char,
+        /// Its position in the value, in bytes.
+        offset: usize,
+    },
+    /// The name would end in a blank or a control character.
+    TopicBlankEnd,
+    /// The row's own topic begins with `non-persistent://`.
+    TopicNotPersistent,
     /// The name's piece would be `.` or `..`.
     TopicDots,
     /// The name would end in `-partition-<digits>`: one partition of another topic.
@@ -166,6 +177,16 @@ impl fmt::Display for Problem {
                 f,
                 "has {character:?} at byte {offset}, which cannot stand in a topic name"
             ),
+            Self::NamespaceCharacter { character, offset } => write!(
+                f,
+                "has {character:?} at byte {offset}, which cannot stand in the name of a tenant or a namespace"
+            ),
+            Self::TopicBlankEnd => f.write_str(
+                "makes the topic name end in a blank or a control character, which Pulsar's Java client cuts off",
+            ),
+            Self::TopicNotPersistent => f.write_str(
+                "names a non-persistent topic, whose messages Pulsar drops under load and does not store",
+            ),
             Self::TopicDots => f.write_str("makes a piece of the topic name \".\" or \"..\""),
             Self::TopicPartition => f.write_str(
                 "makes the topic name end in -partition-<number>, which is one partition of another topic",
@@ -200,17 +221,20 @@ impl Problem {
             }
             Self::TopicEmpty
             | Self::TopicCharacter { .. }
+            | Self::NamespaceCharacter { .. }
+            | Self::TopicBlankEnd
             | Self::TopicDots
             | Self::TopicPartition => {
-                "a topic name's pieces consist of A-Z a-z 0-9 _ - = : . ; constrain the column, or route by another \
-                 with WALPOST_TOPIC"
+                "tenant and namespace consist of A-Z a-z 0-9 _ - = : . ; the topic's own name may have all but '/', a blank at \
+                 its end and -partition-<number>; constrain the column, or route by another with WALPOST_TOPIC"
             }
+            Self::TopicNotPersistent => "write persistent://tenant/namespace/name",
             Self::Envelope(_) => {
                 "let walpost.emit_transient write it, or see its members in what walpost sql prints"
             }
             Self::TopicShape => {
-                "write persistent://tenant/namespace/name, non-persistent://tenant/namespace/name, or a name alone, \
-                 which means persistent://public/default/name"
+                "write persistent://tenant/namespace/name, tenant/namespace/name, or a name alone, which means \
+                 persistent://public/default/name"
             }
         }
     }

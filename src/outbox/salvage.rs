@@ -53,6 +53,9 @@ impl Problem {
             | Self::HeadersNotJson
             | Self::TopicEmpty
             | Self::TopicCharacter { .. }
+            | Self::NamespaceCharacter { .. }
+            | Self::TopicBlankEnd
+            | Self::TopicNotPersistent
             | Self::TopicDots
             | Self::TopicPartition
             | Self::TopicShape

@@ -2,20 +2,36 @@
 //!
 //! A template is a topic name with columns in braces: `persistent://public/default/outbox.{aggregatetype}`. Its shape is
 //! checked once, when it is parsed; the values are checked for each row. A value that cannot stand in a topic name is an
-//! error and never becomes a different topic: `/` would choose another namespace, `-partition-3` at the end one partition
-//! of another topic.
+//! error and never becomes a different topic.
 //!
-//! A piece of a topic name (tenant, namespace, local name) consists of `A-Z a-z 0-9 _ - = : .`, as Pulsar's `NamedEntity`
-//! demands of tenants and namespaces. Pulsar lets a local name hold more; tools that put it into a URL or a path do not.
+//! Tenant and namespace consist of `A-Z a-z 0-9 _ - = : .` (Pulsar's `NamedEntity`). The local name is kept byte for byte, as
+//! Pulsar's `TopicName` keeps it. Refused is what is not one topic to all of Pulsar's clients and interfaces:
+//!
+//! | refused | because |
+//! |---|---|
+//! | `/` | it separates tenant, namespace and name |
+//! | NUL | the admin interface answers 400 to it |
+//! | the name `.` or `..` | a URL's path loses it, so the admin interface answers for the namespace or the tenant |
+//! | a blank or control character (up to U+0020) at the end | the Java client cuts it off, and reaches the topic without it |
+//! | `-partition-<digits>` at the end | one partition of another topic. Of leading zeros the clients differ: to C++ and Go they are a partition. Digits are those of any script, as in Java's `Integer.parseInt` |
+//! | `non-persistent://` | the broker drops messages under load, and its receipts say nothing |
 
 use super::columns::Columns;
 use super::error::Problem;
 
-const DOMAINS: [&str; 2] = ["persistent://", "non-persistent://"];
+const DOMAIN: &str = "persistent://";
+const OTHER_DOMAIN: &str = "non-persistent://";
 const DEFAULT_NAMESPACE: &str = "persistent://public/default/";
-const ALLOWED: &str = "allowed are persistent://tenant/namespace/name, non-persistent://tenant/namespace/name, or a name \
-    alone, which means persistent://public/default/name; every piece of A-Z a-z 0-9 _ - = : . and columns in braces, as \
-    in persistent://public/default/outbox.{aggregatetype}";
+const ALLOWED: &str = "allowed are persistent://tenant/namespace/name, tenant/namespace/name, or a name alone, which means \
+    persistent://public/default/name; tenant and namespace of A-Z a-z 0-9 _ - = : . and the name of all but '/', with \
+    columns in braces, as in persistent://public/default/outbox.{aggregatetype}";
+
+/// The zeros of all scripts but ASCII whose digits `Integer.parseInt` reads; nine more digits follow each.
+const ZEROS: [u32; 36] = [
+    0x0660, 0x06f0, 0x07c0, 0x0966, 0x09e6, 0x0a66, 0x0ae6, 0x0b66, 0x0be6, 0x0c66, 0x0ce6, 0x0d66,
+    0x0de6, 0x0e50, 0x0ed0, 0x0f20, 0x1040, 0x1090, 0x17e0, 0x1810, 0x1946, 0x19d0, 0x1a80, 0x1a90,
+    0x1b50, 0x1bb0, 0x1c40, 0x1c50, 0xa620, 0xa8d0, 0xa900, 0xa9d0, 0xa9f0, 0xaa50, 0xabf0, 0xff10,
+];
 
 /// A parsed `WALPOST_TOPIC`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,7 +44,11 @@ pub struct TopicTemplate {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Part {
     Literal(String),
-    Placeholder(String),
+    Placeholder {
+        name: String,
+        /// In tenant or namespace, where fewer characters are allowed.
+        in_namespace: bool,
+    },
 }
 
 impl std::fmt::Display for TopicTemplate {
@@ -37,7 +57,7 @@ impl std::fmt::Display for TopicTemplate {
         for part in &self.parts {
             match part {
                 Part::Literal(text) => f.write_str(text)?,
-                Part::Placeholder(name) => write!(f, "{{{name}}}")?,
+                Part::Placeholder { name, .. } => write!(f, "{{{name}}}")?,
             }
         }
         Ok(())
@@ -54,7 +74,7 @@ impl TopicTemplate {
             .iter()
             .map(|part| match part {
                 Part::Literal(text) => text,
-                Part::Placeholder(_) => "x",
+                Part::Placeholder { .. } => "x",
             })
             .collect();
         let mut full = String::new();
@@ -64,6 +84,14 @@ impl TopicTemplate {
         let prefix = &full[..full.len() - sample.len()];
         if !prefix.is_empty() {
             parts.insert(0, Part::Literal(prefix.to_owned()));
+        }
+        let mut slashes = 0;
+        for part in &mut parts {
+            match part {
+                Part::Literal(text) => slashes += text.matches('/').count(),
+                // "persistent:", "", tenant, namespace, name
+                Part::Placeholder { in_namespace, .. } => *in_namespace = slashes < 4,
+            }
         }
         let names_partition =
             matches!(parts.last(), Some(Part::Literal(text)) if names_partition(text));
@@ -77,43 +105,34 @@ impl TopicTemplate {
     pub fn placeholders(&self) -> impl Iterator<Item = &str> {
         self.parts.iter().filter_map(|part| match part {
             Part::Literal(_) => None,
-            Part::Placeholder(name) => Some(name.as_str()),
+            Part::Placeholder { name, .. } => Some(name.as_str()),
         })
     }
 
-    /// Domain, and `tenant/namespace`, of every topic that the template gives.
+    /// `tenant/namespace` of every topic that the template gives.
     ///
     /// # Errors
     /// The placeholders in tenant and namespace, when it depends on the row.
-    pub fn namespace(&self) -> Result<(&str, String), Vec<&str>> {
-        let (mut slashes, mut namespace, mut unknown) = (0, String::new(), Vec::new());
-        for part in &self.parts {
-            match part {
-                // "persistent:", "", tenant, namespace, name
-                Part::Placeholder(name) if slashes < 4 => unknown.push(name.as_str()),
-                Part::Placeholder(_) => {}
-                Part::Literal(text) => {
-                    for character in text.chars() {
-                        slashes += usize::from(character == '/');
-                        if slashes < 4 {
-                            namespace.push(character);
-                        }
-                    }
-                }
-            }
-        }
+    pub fn namespace(&self) -> Result<String, Vec<&str>> {
+        let unknown: Vec<&str> = self
+            .parts
+            .iter()
+            .filter_map(|part| match part {
+                Part::Placeholder {
+                    name,
+                    in_namespace: true,
+                } => Some(name.as_str()),
+                _ => None,
+            })
+            .collect();
         if !unknown.is_empty() {
             return Err(unknown);
         }
-        // The template was parsed, so it begins with one of them.
-        let domain = DOMAINS
-            .into_iter()
-            .find(|domain| namespace.starts_with(domain));
-        let domain = domain.unwrap_or_default();
-        Ok((
-            domain.trim_end_matches("://"),
-            namespace.split_off(domain.len()),
-        ))
+        // All of it stands in literals, and what comes behind cannot matter.
+        let name = self.to_string();
+        let path = name.strip_prefix(DOMAIN).unwrap_or(&name);
+        let pieces: Vec<&str> = path.splitn(3, '/').take(2).collect();
+        Ok(pieces.join("/"))
     }
 
     /// The table's columns that the template needs, in order, repeated where the template repeats them.
@@ -151,11 +170,11 @@ impl TopicTemplate {
         for part in &self.parts {
             match part {
                 Part::Literal(text) => out.push_str(text),
-                Part::Placeholder(_) => {
+                Part::Placeholder { in_namespace, .. } => {
                     let start = out.len();
                     append_value(count, out).map_err(|problem| (count, problem))?;
                     let value = out.get(start..).unwrap_or_default();
-                    check_characters(value).map_err(|problem| (count, problem))?;
+                    check_characters(value, *in_namespace).map_err(|problem| (count, problem))?;
                     if value.bytes().all(|byte| byte == b'.') {
                         dots = Some(count);
                     }
@@ -168,8 +187,14 @@ impl TopicTemplate {
         {
             return Err((at, Problem::TopicDots));
         }
-        if count > 0 && !self.names_partition && names_partition(out) {
-            return Err((count - 1, Problem::TopicPartition));
+        let Some(last) = count.checked_sub(1) else {
+            return Ok(());
+        };
+        if !self.names_partition && names_partition(out) {
+            return Err((last, Problem::TopicPartition));
+        }
+        if ends_blank(out) {
+            return Err((last, Problem::TopicBlankEnd));
         }
         Ok(())
     }
@@ -215,7 +240,10 @@ fn split(template: &str) -> Result<Vec<Part>, String> {
                 template.len() - rest.len() + at
             ));
         };
-        parts.push(Part::Placeholder(name.to_owned()));
+        parts.push(Part::Placeholder {
+            name: name.to_owned(),
+            in_namespace: false,
+        });
         rest = tail;
     }
     if !rest.is_empty() {
@@ -232,7 +260,7 @@ fn expand(name: &str, out: &mut String) -> Result<(), Problem> {
     if !name.contains("://") {
         match name.bytes().filter(|byte| *byte == b'/').count() {
             0 => out.push_str(DEFAULT_NAMESPACE),
-            2 => out.push_str(DOMAINS[0]),
+            2 => out.push_str(DOMAIN),
             _ => return Err(Problem::TopicShape),
         }
     }
@@ -242,13 +270,13 @@ fn expand(name: &str, out: &mut String) -> Result<(), Problem> {
 
 /// Checks the shape and the characters of a full name.
 fn check_name(name: &str) -> Result<(), Problem> {
-    let path = DOMAINS
-        .iter()
-        .find_map(|domain| name.strip_prefix(domain))
-        .ok_or(Problem::TopicShape)?;
+    if name.starts_with(OTHER_DOMAIN) {
+        return Err(Problem::TopicNotPersistent);
+    }
+    let path = name.strip_prefix(DOMAIN).ok_or(Problem::TopicShape)?;
     let mut pieces = 0;
     for piece in path.split('/') {
-        match check_characters(piece) {
+        match check_characters(piece, pieces < 2) {
             Err(Problem::TopicEmpty) => return Err(Problem::TopicShape),
             other => other?,
         }
@@ -257,38 +285,62 @@ fn check_name(name: &str) -> Result<(), Problem> {
         }
         pieces += 1;
     }
-    if pieces == 3 {
-        Ok(())
-    } else {
-        Err(Problem::TopicShape)
+    if pieces != 3 {
+        return Err(Problem::TopicShape);
     }
+    if ends_blank(name) {
+        return Err(Problem::TopicBlankEnd);
+    }
+    Ok(())
 }
 
-fn check_characters(piece: &str) -> Result<(), Problem> {
+fn check_characters(piece: &str, in_namespace: bool) -> Result<(), Problem> {
     if piece.is_empty() {
         return Err(Problem::TopicEmpty);
     }
-    let allowed =
-        |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'=' | b':' | b'.' | b'_');
-    match piece.bytes().position(|byte| !allowed(byte)) {
-        None => Ok(()),
-        // All bytes before are ASCII, so a character starts here.
-        Some(offset) => Err(Problem::TopicCharacter {
-            character: piece[offset..].chars().next().unwrap_or_default(),
-            offset,
-        }),
-    }
+    let at = |(offset, character)| {
+        if in_namespace && !matches!(character, '/' | '\0') {
+            Problem::NamespaceCharacter { character, offset }
+        } else {
+            Problem::TopicCharacter { character, offset }
+        }
+    };
+    let is_wrong = |character: char| {
+        if in_namespace {
+            !character.is_ascii_alphanumeric() && !"-=:._".contains(character)
+        } else {
+            matches!(character, '/' | '\0')
+        }
+    };
+    let wrong = piece.char_indices().find(|(_, c)| is_wrong(*c));
+    wrong.map_or(Ok(()), |found| Err(at(found)))
 }
 
-/// Names that a file system or a URL takes for a folder: no metadata store keeps them.
+/// Names that a URL's path loses, also as the name of the topic of which this is a partition.
 fn is_dots(piece: &str) -> bool {
-    piece == "." || piece == ".."
+    let name = partition_of(piece).unwrap_or(piece);
+    name == "." || name == ".."
 }
 
-/// Whether Pulsar takes the name for one partition of a partitioned topic.
+/// Whether the Java client would cut off the end.
+fn ends_blank(name: &str) -> bool {
+    name.bytes().last().is_some_and(|byte| byte <= b' ')
+}
+
+/// Whether the broker or a client takes the name for one partition of a partitioned topic.
 fn names_partition(name: &str) -> bool {
-    let stem = name.trim_end_matches(|c: char| c.is_ascii_digit());
-    stem.len() < name.len() && stem.ends_with("-partition-")
+    partition_of(name).is_some()
+}
+
+/// The name of the topic of which this one is a partition.
+fn partition_of(name: &str) -> Option<&str> {
+    let (stem, number) = name.rsplit_once("-partition-")?;
+    (!number.is_empty() && number.chars().all(is_digit)).then_some(stem)
+}
+
+fn is_digit(character: char) -> bool {
+    let code = u32::from(character);
+    character.is_ascii_digit() || ZEROS.iter().any(|zero| (*zero..zero + 10).contains(&code))
 }
 
 #[cfg(test)]

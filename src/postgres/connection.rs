@@ -25,6 +25,7 @@ use super::server_error::{sql_error, sqlstate};
 use super::session;
 use super::stream::{Established, Stream};
 use super::tls;
+use crate::aside::read_aside;
 use crate::{Error, Result};
 
 /// Connects for ordinary SQL and runs the connection in a task of its own, which ends when the client is dropped. The session
@@ -360,7 +361,11 @@ async fn open(
             )));
         }
     }
-    let (settings, server_name) = tls::client_config(&config.ssl, name)?;
+    let (ssl, host_name) = (config.ssl.clone(), name.to_owned());
+    let reading = read_aside("a file of sslrootcert, sslcert or sslkey", move || {
+        tls::client_config(&ssl, &host_name)
+    });
+    let (settings, server_name) = reading.await?;
     let stream = tokio_rustls::TlsConnector::from(settings)
         .connect(server_name, socket)
         .await

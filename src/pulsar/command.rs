@@ -14,8 +14,10 @@ use super::socket::Endpoint;
 use super::wire::encode_command;
 
 const CLIENT_VERSION: &str = concat!("walpost-", env!("CARGO_PKG_VERSION"));
-/// The protocol version of the `PulsarApi.proto` that our commands are generated from.
-const PROTOCOL_VERSION: i32 = 19;
+/// 19 is that of the `PulsarApi.proto` that our commands are generated from. 20 adds `TOPIC_MIGRATED` (see `wire`); without it a
+/// broker never says where a topic has moved to, and never answers the request for a producer on such a topic
+/// (`PulsarCommandSenderImpl.sendTopicMigrated`).
+const PROTOCOL_VERSION: i32 = 20;
 
 pub(super) fn connect(endpoint: &Endpoint, credentials: &Credentials) -> BaseCommand {
     BaseCommand {

@@ -6,17 +6,12 @@
 //! | `auth` | credentials |
 //! | `tls`, `socket` | whom to trust; a plain or encrypted socket |
 //! | `connection`, `command` | the task that owns one broker's socket; what it says and answers |
-//! | `opener` | lookup, connections, producer creation |
+//! | `directory`, `creation` | lookup and connections; one producer, made or closed |
+//! | `unwritten`, `requests` | frames that a socket has not taken yet; requests that have no answer yet |
 //! | `rows` | ids of the rows behind a batch, from its receipt to whoever marks or deletes them |
-//! | `batch`, `compression` | messages of one lane from the first to the receipt; the codecs |
-//! | `outgoing` | what the publisher is given |
-//! | `lane` | one producer: sequence ids, open batch, batches without receipt |
-//! | `memory` | the buffers that batches take turns with |
-//! | `route`, `partition` | a topic and its partitions, and what waits until they are known; key → partition |
-//! | `schema` | what producers are opened with |
-//! | `divert` | what cannot be published: taken out, in order |
-//! | `publisher`, `events` | limits, placing, deadlines; receipts and what brokers say |
-//! | `flushing` | when a batch is sent |
+//! | `compression`, `partition`, `schema` | the codecs; key → partition; what producers are opened with |
+//! | `producer` | what goes to which broker: topics, lanes, batches, receipts, refusals. It has no socket and no clock |
+//! | `publisher` | a producer with a clock and connections |
 //! | `verdict` | what the broker says → what walpost does |
 //! | `reader` | topics from their first message to their last, for `verify` |
 //! | `admin`, `probe` | the admin interface and one look at a broker, for `init` and `check` |
@@ -25,41 +20,35 @@
 
 mod admin;
 mod auth;
-mod batch;
 mod command;
 mod compression;
 mod connection;
-mod divert;
-mod events;
-mod flushing;
-mod lane;
-mod memory;
-mod opener;
-mod outgoing;
+mod creation;
+mod directory;
 mod partition;
+#[cfg(test)]
+mod peer;
 mod probe;
+mod producer;
 mod publisher;
 mod reader;
-mod route;
+mod requests;
 pub mod rows;
 pub mod schema;
 mod socket;
 mod tls;
+mod unwritten;
 mod verdict;
 mod wire;
 
-pub use admin::{Admin, Deduplication};
+pub use admin::{Admin, CaughtUpTopics, Deduplication};
 pub use auth::{Auth, ClientCredentials, OAuth2};
 pub use compression::Codec;
 pub use connection::DEFAULT_MAX_MESSAGE_BYTES;
-pub use divert::{Diversion, Diverted, Parked};
-pub use events::BrokerEvent;
-pub use flushing::Flush;
-pub use outgoing::{Outgoing, RowTag};
 pub use partition::HashingScheme;
 pub use probe::{Broker, probe, produce_to};
-pub use publisher::{Publisher, PublisherConfig};
+pub use producer::{Diversion, Diverted, Flush, Held, Outgoing, Parked, RowTag};
+pub use publisher::{BrokerEvent, Publisher, PublisherConfig};
 pub use reader::{Message, Reader, ReaderConfig};
-pub use route::Held;
 pub use rows::{LeftOfTable, Row, RowKey, RowQueue, Rows};
 pub use tls::TlsFiles;

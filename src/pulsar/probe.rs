@@ -9,11 +9,16 @@ use tokio::sync::mpsc;
 
 use super::auth::Auth;
 use super::connection::{Connection, Endpoint, Manner};
-use super::opener::{self, Directory, Wanted};
+use super::creation;
+use super::directory::{Directory, SHARED};
 use super::reader::ReaderConfig;
 use super::schema::SchemaConfig;
 use super::tls::TlsFiles;
+use crate::lease::Lease;
 use crate::{Error, Result};
+
+/// As the Java client's `operationTimeoutMs`.
+const CREATION_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a broker said when it was connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +45,7 @@ pub async fn probe(
         auth,
         tls,
         keepalive_interval,
+        lease: Lease::default(),
     };
     // What the connection says on its own concerns nobody here; dropping the receiver only silences it.
     let (events, _) = mpsc::channel(1);
@@ -81,10 +87,11 @@ pub async fn produce_to(
         auth: config.auth,
         tls: config.tls,
         keepalive_interval: config.keepalive_interval,
+        lease: Lease::default(),
     };
     // Nobody listens: see above.
     let (events, _) = mpsc::channel(1);
-    let directory = Directory::new(config.service, manner, None, config.reconnect, None, events);
+    let directory = Directory::new(config.service, manner, events);
     let (service, _) = directory.service().await?;
     let mut refusals = Vec::new();
     for (topic, number) in topics.iter().zip(0..) {
@@ -102,18 +109,16 @@ async fn produce(
     topic: &str,
     producer_id: u64,
 ) -> Result<()> {
-    let schema = schema.map(|schema| schema.of_topic(topic)).transpose()?;
-    let part = match directory.partitions_of(topic).await? {
+    let part = match directory.partitions_of(topic, true).await? {
         0 => topic.to_owned(),
         _ => format!("{topic}-partition-0"),
     };
-    let connection = directory.broker_of(&part).await?;
-    let wanted = Wanted {
-        producer_id,
-        producer_name: format!("walpost-check-{:x}-{producer_id}", std::process::id()),
-        close_first: None,
-    };
-    opener::create(&connection, &part, &wanted, schema.as_ref()).await?;
-    opener::close_producer(&connection, producer_id).await;
+    let connection = directory.broker_of(&part, SHARED).await?;
+    let name = format!("walpost-check-{:x}-{producer_id}", std::process::id());
+    let made = creation::create(&connection, &part, (producer_id, &name), schema);
+    // A creation that is not answered ends with the connection.
+    let made = tokio::time::timeout(CREATION_TIMEOUT, made).await;
+    made.map_err(|_| Error::temporary("the Pulsar broker does not answer a request"))??;
+    creation::close(&connection, producer_id).await;
     Ok(())
 }

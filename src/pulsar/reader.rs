@@ -30,10 +30,12 @@ use tracing::warn;
 use super::auth::Auth;
 use super::compression::Codec;
 use super::connection::{Connection, Event, Manner};
-use super::opener::Directory;
+use super::directory::{Directory, SHARED};
 use super::tls::TlsFiles;
+use super::wire::NextBroker;
 use super::{verdict, wire};
 use crate::config::Config;
+use crate::lease::Lease;
 use crate::retry::Backoff;
 use crate::{Error, Result};
 
@@ -129,6 +131,8 @@ struct Reach {
     end: End,
     /// The last entry that was taken.
     taken: Option<Place>,
+    /// Where the broker that closed the consumer says that the topic is.
+    next_broker: Option<NextBroker>,
 }
 
 impl Reach {
@@ -149,10 +153,11 @@ impl Reader {
             auth: config.auth,
             tls: config.tls,
             keepalive_interval: config.keepalive_interval,
+            lease: Lease::default(),
         };
         let reconnect = config.reconnect;
         Self {
-            directory: Directory::new(config.service, manner, None, reconnect, None, sender),
+            directory: Directory::new(config.service, manner, sender),
             events,
             reconnect,
             next_consumer: 0,
@@ -161,7 +166,7 @@ impl Reader {
 
     /// The topics that hold `topic`'s messages: its partitions, or itself; none where it does not exist.
     pub async fn parts(&self, topic: &str) -> Result<Vec<String>> {
-        match self.directory.partitions_of(topic).await {
+        match self.directory.partitions_of(topic, true).await {
             Ok(0) => Ok(vec![topic.to_owned()]),
             Ok(partitions) => Ok((0..partitions)
                 .map(|number| format!("{topic}-partition-{number}"))
@@ -193,6 +198,9 @@ impl Reader {
             if verdict::is_missing(&failure) {
                 return Ok(());
             }
+            if let Some(next) = verdict::next_broker(&failure) {
+                reach.next_broker = Some(next.clone());
+            }
             if reach.taken != before {
                 attempts = 0;
                 backoff.reset();
@@ -215,7 +223,8 @@ impl Reader {
         reach: &mut Reach,
         take: &mut impl FnMut(&Message<'_>) -> Result<()>,
     ) -> Result<Result<()>> {
-        let connection = self.directory.broker_of(topic).await?;
+        let next = reach.next_broker.take();
+        let connection = self.directory.broker(topic, next, SHARED).await?;
         self.next_consumer += 1;
         let consumer = self.next_consumer;
         self.ask(topic, &connection, |request| {
@@ -248,7 +257,7 @@ impl Reader {
         let mut permits = 0;
         while !reach.is_done() {
             if permits <= PERMITS / 2 {
-                connection.send(wire::encode_command(&flow(consumer, PERMITS - permits)));
+                connection.send(&flow(consumer, PERMITS - permits));
                 permits = PERMITS;
             }
             let silent = || {
@@ -284,7 +293,9 @@ impl Reader {
                 Some(Event::ConsumerClosed {
                     connection: id,
                     consumer_id,
+                    next_broker,
                 }) if (id, consumer_id) == (connection.id(), consumer) => {
+                    reach.next_broker = next_broker;
                     return Err(Error::temporary(format!(
                         "topic {topic} moves to another broker"
                     )));

@@ -155,6 +155,11 @@ impl Rows {
         self.places.is_empty()
     }
 
+    /// What they have allocated.
+    pub(super) fn memory(&self) -> usize {
+        size_of::<Self>() + self.text.capacity() + self.places.capacity() * size_of::<Place>()
+    }
+
     /// Bytes of their ids.
     pub fn bytes(&self) -> usize {
         self.text.len()

@@ -9,7 +9,8 @@ use std::path::Path;
 use pulsar::message::proto::Schema;
 use pulsar::message::proto::schema::Type;
 
-use super::verdict::OfTopic;
+use super::verdict::{self, OfTopic};
+use crate::aside::read_aside;
 use crate::{Error, Result};
 
 /// `WALPOST_SCHEMA` and `WALPOST_SCHEMA_FILE`.
@@ -66,6 +67,25 @@ pub fn check_file_template(text: &str) -> Result<String, String> {
 }
 
 impl SchemaConfig {
+    /// [`of_topic`](Self::of_topic) on another thread.
+    ///
+    /// # Errors
+    /// As there, also when there is no end of the file.
+    pub(super) async fn read_for(&self, topic: &str) -> Result<Schema> {
+        if !self.kind.needs_file() {
+            return self.of_topic(topic);
+        }
+        let (config, name) = (self.clone(), topic.to_owned());
+        let read = read_aside("the schema file", move || config.of_topic(&name)).await;
+        read.map_err(|error| {
+            if matches!(verdict::fault(&error), verdict::Fault::Broker) {
+                of_topic(format!("the schema file of {topic} cannot be read"), &error)
+            } else {
+                error
+            }
+        })
+    }
+
     /// The schema for a topic, its definition read afresh.
     ///
     /// # Errors
@@ -112,7 +132,7 @@ fn definition(path: &Path) -> Result<Vec<u8>> {
 }
 
 fn of_topic(what: String, why: &dyn std::error::Error) -> Error {
-    Error::temporary(what).caused_by(OfTopic(why.to_string()))
+    Error::temporary(what).caused_by(OfTopic::surely(why.to_string()))
 }
 
 /// Tenant, namespace and local name of `persistent://tenant/namespace/name[-partition-N]`.
@@ -130,6 +150,20 @@ fn parts(topic: &str) -> (&str, &str, &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_definition_without_an_end_is_the_topics_trouble() {
+        let pipe = crate::aside::tests::Pipe::make("schema");
+        let config = SchemaConfig {
+            kind: SchemaKind::Avro,
+            file: pipe.path.to_string_lossy().into_owned(),
+        };
+        let error = config.read_for("persistent://t/n/orders").await;
+        let error = error.unwrap_err();
+        let said = error.report();
+        assert!(said.contains("there is no end of it"), "{said}");
+        assert!(matches!(verdict::fault(&error), verdict::Fault::Topic));
+    }
 
     #[test]
     fn the_parts_of_a_topic_name() {

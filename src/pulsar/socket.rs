@@ -3,11 +3,10 @@
 //! Input: an [`Endpoint`]. Output: a [`Reader`] and a [`Writer`]. Plain TCP keeps its own lock-free halves: it is the path
 //! that benchmarks run on, and no byte of it pays for TLS.
 
-use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::BytesMut;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
@@ -17,6 +16,8 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::tls::TlsFiles;
+use super::unwritten::Unwritten;
+use crate::aside::read_aside;
 use crate::{Error, Result, tls};
 
 /// For TCP, for the TLS handshake and for CONNECT, each.
@@ -64,7 +65,10 @@ pub(super) async fn connect(
         Error::temporary(format!("cannot reach the Pulsar broker at {endpoint}")).caused_by(error)
     };
     // Before the network: a file that cannot be used is told even when the broker is away.
-    let config = tls.map(TlsFiles::client_config).transpose()?;
+    let config = match tls.cloned() {
+        Some(tls) => Some(read_aside(TlsFiles::WHAT, move || tls.client_config()).await?),
+        None => None,
+    };
     let connecting = TcpStream::connect((endpoint.host.as_str(), endpoint.port));
     let stream = timeout(CONNECT_TIMEOUT, connecting)
         .await
@@ -134,39 +138,21 @@ impl Writer {
 
     /// Writes the front of the queue and returns how many bytes were taken. With an empty queue it pushes out what TLS has
     /// encrypted and the kernel has not taken yet, and returns `None` when nothing is left. Cancel safe.
-    pub(super) async fn write_some(
-        &mut self,
-        outbox: &VecDeque<Bytes>,
-    ) -> io::Result<Option<usize>> {
-        if outbox.is_empty() {
+    pub(super) async fn write_some(&mut self, unwritten: &Unwritten) -> io::Result<Option<usize>> {
+        if unwritten.is_empty() {
             if let Self::Tls(writer) = self {
                 writer.flush().await?;
             }
             return Ok(None);
         }
         let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
-        let count = outbox.len().min(WRITE_SLICES);
-        for (slice, frame) in slices.iter_mut().zip(outbox) {
-            *slice = IoSlice::new(frame);
-        }
+        let count = unwritten.fill(&mut slices);
         let slices = &slices[..count];
         match self {
             Self::Plain(writer) => writer.write_vectored(slices).await,
             Self::Tls(writer) => writer.write_vectored(slices).await,
         }
         .map(Some)
-    }
-}
-
-/// Takes what was written off the front of the queue.
-pub(super) fn drop_written(outbox: &mut VecDeque<Bytes>, mut bytes: usize) {
-    while let Some(front) = outbox.front_mut() {
-        if bytes < front.len() {
-            front.advance(bytes);
-            return;
-        }
-        bytes -= front.len();
-        outbox.pop_front();
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use bytes::Bytes;
 use futures::FutureExt as _;
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
@@ -82,7 +83,8 @@ async fn what_tls_has_taken_reaches_the_peer_without_another_write() {
     assert!(writer.is_tls());
 
     // WHEN so much is written that the kernel takes no more of what TLS has encrypted
-    let frame = VecDeque::from([Bytes::from(vec![7; FRAME_BYTES])]);
+    let mut frame = Unwritten::default();
+    frame.push_data(1, Bytes::from(vec![7; FRAME_BYTES]));
     let (mut taken, mut full) = (0, false);
     for _ in 0..MAX_FRAMES {
         let Some(written) = writer.write_some(&frame).now_or_never() else {
@@ -92,7 +94,7 @@ async fn what_tls_has_taken_reaches_the_peer_without_another_write() {
         taken += written.unwrap().unwrap();
     }
     assert!(full, "{taken} bytes and still not full");
-    let nothing = VecDeque::new();
+    let nothing = Unwritten::default();
     assert!(writer.write_some(&nothing).now_or_never().is_none());
 
     // THEN the flush that the driver then does brings all of it to a peer that reads again

@@ -20,6 +20,10 @@ pub struct TlsFiles {
 }
 
 impl TlsFiles {
+    /// What these are, should one of them have no end.
+    pub(super) const WHAT: &str =
+        "a file of WALPOST_PULSAR_CA_FILE, WALPOST_PULSAR_CERT_FILE or WALPOST_PULSAR_KEY_FILE";
+
     /// A configuration from the files as they are now.
     ///
     /// # Errors

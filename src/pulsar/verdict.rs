@@ -4,19 +4,27 @@
 //! | said | what is done | shown in |
 //! |---|---|---|
 //! | **to a send** | | |
-//! | `ChecksumError` | damaged on its way: new producer, the same frames again; under another name if there were frames behind it | `tests/manners` |
-//! | `NotAllowedError` | this batch will never be taken: its events become stragglers; without a table for those: stop with exit code 69, naming its rows | `tests/manners` |
-//! | `TopicTerminatedError`, `PersistenceError`, `ServiceNotReady`, quota, anything else | not known to be stored: lookup, new producer, all again in order | `tests/manners` |
-//! | a receipt for a batch that is not the oldest | the two sides disagree: new connection (behind a refused batch: stored) | `tests/manners` |
+//! | `NotAllowedError` to a batch of several messages | says nothing of each: they are sent one by one, and batches are smaller from then on | `tests/manners/refused.rs`, `tests/manners/doubt.rs` |
+//! | `NotAllowedError` to a single message | it will never be taken, and becomes a straggler; without a table for those: stop with exit code 69, naming its row | `tests/manners/refused.rs` |
+//! | `ChecksumError`, `TopicTerminatedError`, `PersistenceError`, `ServiceNotReady`, quota, anything else | not known to be stored: lookup, new producer, all again in order; under another name if something behind it is stored | `tests/manners/sending.rs`, `tests/manners/doubt.rs` |
+//! | a receipt for a batch that is not the oldest | the two sides disagree: new connection, under another name if something behind the oldest is stored (behind a refused message: stored) | `tests/manners/sending.rs` |
+//! | "stored before", of a batch that cannot be | another name, all again in order | `tests/manners/doubt.rs` |
+//! | any of these to all sends of a topic, while other topics get receipts | its events become stragglers after `WALPOST_STRAGGLER_AGE` | `tests/manners/apart.rs` |
 //! | nothing, for `WALPOST_SEND_TIMEOUT` | new connection | `tests/manners` |
 //! | **to a lookup, a question for partitions, a producer's creation** | | |
 //! | `ServiceNotReady`, `ProducerBusy`, `MetadataError`, `TooManyRequests`, `TopicNotFound`, both quota errors, anything unknown | again, with backoff (a warning each time) | `tests/manners`, `tests/topic_moves.rs` |
 //! | `AuthorizationError`, `AuthenticationError`, `TopicTerminatedError`, `IncompatibleSchema`, `ProducerFenced`, `InvalidTopicName`, `UnsupportedVersionError`, `NotAllowedError` | somebody must mend it: the same, as an error with what to do; the topic's events become stragglers, or wait; other topics go on | `tests/manners`, `tests/stragglers.rs` |
 //! | a redirect, a proxy, TLS addresses | followed | `tests/manners` |
+//! | any refusal, for `WALPOST_STRAGGLER_AGE`, while other topics get receipts | the topic's events become stragglers | `tests/manners/apart.rs` |
+//! | "reached max producers limit" | the producers that it has take the events of all lanes | `tests/manners/apart.rs` |
+//! | another number of partitions, or none | see `producer::shape` | `tests/manners/shape.rs`, `tests/partitions.rs` |
 //! | "not ready" (`producer_ready = false`) | waits for the second answer | `tests/manners` |
-//! | nothing, for 30 s, to a creation | closes the producer that may be half made, then again | `tests/manners` |
+//! | nothing, for 30 s after it was written, to a creation | closes the producer that may be half made, then again | `tests/manners` |
+//! | nothing to a lookup or a question for partitions | the next host of the service URL, and a new connection | `tests/manners` |
+//! | `CLOSE_PRODUCER`, in place of the answer to a creation | as when the producer was open | `tests/manners` |
 //! | **on its own** | | |
 //! | `CLOSE_PRODUCER` (unload, bundle split, load shedding) | to the broker it names, else a lookup; all again in order | `tests/manners`, `tests/topic_moves.rs` |
+//! | `TOPIC_MIGRATED` | lookup at the cluster that it names | `tests/manners` |
 //! | `PING`, `AUTH_CHALLENGE` | answered, the latter with credentials read afresh | `tests/manners`, `tests/security.rs` |
 //! | `CONNECTED` with `max_message_size` | the limit of a message and of a batch | `tests/manners`, `tests/unpublishable.rs` |
 //! | silence for two keepalive intervals, a half-open connection, bytes that are no frame, the end | new connection, with backoff | `tests/manners` |
@@ -29,6 +37,7 @@
 
 use pulsar::message::proto::ServerError;
 
+use super::wire::NextBroker;
 use crate::Error;
 
 /// What a refused send leads to.
@@ -58,11 +67,6 @@ pub(super) fn one_line(message: &str) -> String {
     }
 }
 
-/// The frame arrived with a wrong checksum; those behind it may have been stored.
-pub(super) fn is_damage(code: i32) -> bool {
-    ServerError::try_from(code) == Ok(ServerError::ChecksumError)
-}
-
 /// Marks the refusal of a topic that does not exist.
 #[derive(Debug)]
 struct Missing(OfTopic);
@@ -84,41 +88,160 @@ pub(super) fn is_missing(error: &Error) -> bool {
     std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<Missing>)
 }
 
-/// Whose trouble a failed lookup or creation is.
+/// Whose fault it is that something did not work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Trouble {
+pub(super) enum Fault {
     /// The topic's, and somebody must mend it.
     Mend,
     /// The topic's, and it may pass.
     Topic,
+    /// The broker said it of the topic, and may say the same of all.
+    Unclear,
     /// The broker's, or that of the way to it: every topic has it.
     Broker,
 }
 
-/// Marks a temporary refusal that concerns one topic.
+/// Marks a temporary answer of a broker about one topic; `surely` when it cannot be about others too.
 #[derive(Debug)]
-pub(super) struct OfTopic(pub String);
+pub(super) struct OfTopic {
+    message: String,
+    surely: bool,
+}
 
 impl std::fmt::Display for OfTopic {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.message)
     }
 }
 
 impl std::error::Error for OfTopic {}
 
-pub(super) fn trouble(error: &Error) -> Trouble {
+impl OfTopic {
+    /// What concerns this topic alone.
+    pub(super) fn surely(message: String) -> Self {
+        Self {
+            message,
+            surely: true,
+        }
+    }
+}
+
+pub(super) fn fault(error: &Error) -> Fault {
     if !error.is_temporary() {
-        return Trouble::Mend;
+        return Fault::Mend;
     }
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
-        if cause.is::<OfTopic>() {
-            return Trouble::Topic;
+        if let Some(of_topic) = cause.downcast_ref::<OfTopic>() {
+            return if of_topic.surely {
+                Fault::Topic
+            } else {
+                Fault::Unclear
+            };
         }
         source = cause.source();
     }
-    Trouble::Broker
+    Fault::Broker
+}
+
+/// What the broker says when a topic has as many producers as its namespace allows (`AbstractTopic`, `isProducersExceeded`). No code tells it from
+/// other reasons.
+const MAX_PRODUCERS: &str = "reached max producers limit";
+/// What it says of a name that is in use (`AbstractTopic.internalAddProducer`).
+const NAME_IN_USE: &str = "is already connected to topic";
+
+/// True for the refusal of one producer more.
+pub(super) fn is_producer_limit(error: &Error) -> bool {
+    error.to_string().contains(MAX_PRODUCERS)
+}
+
+/// The error for a send that was refused.
+pub(super) fn of_send_error(topic: &str, message: &str) -> Error {
+    let message = one_line(message);
+    Error::temporary(format!(
+        "the broker refuses a send to topic {topic}: {message}"
+    ))
+    .caused_by(OfTopic {
+        message,
+        surely: false,
+    })
+}
+
+/// The error for a question about a topic that the broker does not answer.
+pub(super) fn no_answer(topic: &str) -> Error {
+    Error::temporary(format!(
+        "the Pulsar broker does not answer about topic {topic}"
+    ))
+    .caused_by(OfTopic {
+        message: "no answer".to_owned(),
+        surely: false,
+    })
+}
+
+/// The error for a producer that is closed although batches wait for their receipts.
+pub(super) fn is_closed(topic: &str) -> Error {
+    let message = "it closed the producer before it answered".to_owned();
+    Error::temporary(format!("the broker closed the producer on topic {topic}")).caused_by(
+        OfTopic {
+            message,
+            surely: false,
+        },
+    )
+}
+
+/// The error for a topic that was there, and is not.
+pub(super) fn is_gone(topic: &str) -> Error {
+    let message = "the topic does not exist".to_owned();
+    Error::temporary(format!("topic {topic} was deleted"))
+        .caused_by(Missing(OfTopic::surely(message)))
+        .hint("create the topic again")
+}
+
+/// Marks the end of a creation by CLOSE in place of an answer.
+#[derive(Debug)]
+struct ClosedAtOpen {
+    next_broker: Option<NextBroker>,
+    of_topic: OfTopic,
+}
+
+impl std::fmt::Display for ClosedAtOpen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.of_topic.fmt(f)
+    }
+}
+
+impl std::error::Error for ClosedAtOpen {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.of_topic)
+    }
+}
+
+/// The error for a producer or consumer that the broker closes instead of saying that it is open. The topic moves (an unload,
+/// another broker, another cluster); `next_broker` says where to, if the broker does.
+pub(super) fn closed_at_open(topic: &str, next_broker: Option<NextBroker>) -> Error {
+    let moves = next_broker
+        .as_ref()
+        .and_then(|next| next.url.as_ref().or(next.url_tls.as_ref()));
+    let reason = match moves {
+        Some(url) => format!("it has moved to {}", one_line(url)),
+        None => "it moves to another broker".to_owned(),
+    };
+    Error::temporary(format!(
+        "the broker closes topic {topic} while it is being opened"
+    ))
+    .caused_by(ClosedAtOpen {
+        next_broker,
+        of_topic: OfTopic {
+            message: reason,
+            surely: false,
+        },
+    })
+}
+
+/// Where the topic is that this error of an opening is about, if the broker said so.
+pub(super) fn next_broker(error: &Error) -> Option<&NextBroker> {
+    let source = std::error::Error::source(error)?;
+    source.downcast_ref::<ClosedAtOpen>()?.next_broker.as_ref()
 }
 
 /// The error for a lookup or creation that the broker refused; temporary where time alone may heal it.
@@ -145,20 +268,70 @@ pub(super) fn of_open(topic: &str, code: Option<i32>, message: Option<&str>) -> 
         Some(
             ServerError::ProducerBlockedQuotaExceededError
             | ServerError::ProducerBlockedQuotaExceededException,
-        ) => Error::temporary(text).caused_by(OfTopic(message)),
-        Some(ServerError::TopicNotFound) => {
-            Error::temporary(text).caused_by(Missing(OfTopic(message))).hint("create the topic, or allow its auto-creation on the namespace")
-        }
+        ) => Error::temporary(text).caused_by(OfTopic::surely(message)),
+        Some(ServerError::TopicNotFound) => Error::temporary(text)
+            .caused_by(Missing(OfTopic::surely(message)))
+            .hint("create the topic, or allow its auto-creation on the namespace"),
         Some(ServerError::ProducerBusy) => {
-            Error::temporary(text).hint("another walpost with the same WALPOST_PRODUCER_NAME may still be connected")
+            let is_name = message.contains(NAME_IN_USE);
+            let busy = Error::temporary(text).caused_by(OfTopic {
+                message,
+                surely: !is_name,
+            });
+            if is_name {
+                busy.hint("another walpost with the same WALPOST_PRODUCER_NAME may still be connected")
+            } else {
+                busy
+            }
         }
-        _ => Error::temporary(text),
+        _ => Error::temporary(text).caused_by(OfTopic { message, surely: false }),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_broker_says_of_a_topic_is_the_topics_fault() {
+        for (code, message, expected) in [
+            (ServerError::ServiceNotReady, "loading", Fault::Unclear),
+            (
+                ServerError::MetadataError,
+                "Encryption is required in t",
+                Fault::Unclear,
+            ),
+            (ServerError::UnknownError, "?", Fault::Unclear),
+            (ServerError::TopicNotFound, "no", Fault::Topic),
+            (
+                ServerError::ProducerBusy,
+                "Topic 't' reached max producers limit",
+                Fault::Topic,
+            ),
+            (
+                ServerError::ProducerBusy,
+                "Topic has an existing exclusive producer: n",
+                Fault::Topic,
+            ),
+            (
+                ServerError::ProducerBusy,
+                "'n' is already connected to topic 't'",
+                Fault::Unclear,
+            ),
+            (ServerError::AuthorizationError, "no", Fault::Mend),
+        ] {
+            let error = of_open("t", Some(code as i32), Some(message));
+            assert_eq!(fault(&error), expected, "{code:?} {message}");
+            assert_eq!(is_producer_limit(&error), message.contains("max producers"));
+        }
+        assert_eq!(
+            fault(&Error::temporary("the connection ended")),
+            Fault::Broker
+        );
+        assert_eq!(fault(&of_send_error("t", "no")), Fault::Unclear);
+        assert_eq!(fault(&is_gone("t")), Fault::Topic);
+        assert!(is_missing(&is_gone("t")));
+    }
 
     #[test]
     fn only_what_time_cannot_heal_is_final() {

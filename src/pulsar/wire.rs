@@ -96,6 +96,26 @@ pub(super) fn encode_command(command: &BaseCommand) -> Bytes {
     frame.freeze()
 }
 
+/// The question how many partitions a topic has. `create`: a broker that makes topics on first use may make this one. (The pulsar crate's
+/// definitions are older than that field, `metadata_auto_creation_enabled`.)
+pub(super) fn encode_partitions_question(topic: &str, request_id: u64, create: bool) -> Bytes {
+    let mut question = Vec::with_capacity(topic.len() + 16);
+    put_bytes(&mut question, 1, topic.as_bytes());
+    put_number(&mut question, 2, request_id);
+    put_number(&mut question, 6, u64::from(create));
+    let mut command = Vec::with_capacity(question.len() + 8);
+    put_number(&mut command, 1, PARTITIONED_METADATA);
+    put_bytes(&mut command, PARTITIONED_METADATA, &question);
+    let mut frame = BytesMut::with_capacity(8 + command.len());
+    frame.put_u32(length(command.len() + 4));
+    frame.put_u32(length(command.len()));
+    frame.put_slice(&command);
+    frame.freeze()
+}
+
+/// `BaseCommand.Type.PARTITIONED_METADATA`, and the number of its field.
+const PARTITIONED_METADATA: u64 = 21;
+
 /// Takes the next command off `buffer`; `None` while it is incomplete.
 pub(super) fn decode_command(buffer: &mut BytesMut) -> Result<Option<Incoming>, FrameError> {
     decode_frame(buffer, MAX_COMMAND_FRAME_BYTES)
@@ -125,13 +145,16 @@ pub(super) fn decode_frame(
     let size = u32::from_be_bytes(*size) as usize;
     let body = body.get(..size).ok_or(FrameError::Size(size))?;
     let command = BaseCommand::decode(body).map_err(FrameError::Command)?;
-    // The pulsar crate's definitions are older than these two fields.
-    let next_broker = if command.close_producer.is_some() {
-        let close = WithNextBroker::decode(body).map_err(FrameError::Command)?;
-        close.close_producer
+    let is_newer = command.close_producer.is_some()
+        || command.close_consumer.is_some()
+        || command.r#type == TOPIC_MIGRATED;
+    let newer = if is_newer {
+        Newer::decode(body).map_err(FrameError::Command)?
     } else {
-        None
+        Newer::default()
     };
+    let closed = newer.close_producer.or(newer.close_consumer);
+    let migrated = newer.topic_migrated;
     let body = if command.message.is_some() {
         frame.freeze().slice(8 + size..)
     } else {
@@ -139,7 +162,9 @@ pub(super) fn decode_frame(
     };
     Ok(Some(Incoming {
         command,
-        next_broker,
+        next_broker: closed
+            .and_then(|closed| NextBroker::new(closed.broker_url, closed.broker_url_tls, false)),
+        migrated: migrated.and_then(Migrated::new),
         body,
     }))
 }
@@ -148,26 +173,88 @@ pub(super) fn decode_frame(
 #[derive(Debug, PartialEq)]
 pub(super) struct Incoming {
     pub command: BaseCommand,
-    /// With a closed producer: which broker has its topic next, if the closing one knows.
+    /// With a closed producer or consumer: which broker has its topic next, if the closing one knows.
     pub next_broker: Option<NextBroker>,
+    /// A topic has moved to another cluster (a command that `command` has no field for).
+    pub migrated: Option<Migrated>,
     /// With a message: what follows the command in its frame.
     pub body: Bytes,
 }
 
-/// `BaseCommand`, as far as `close_producer` goes.
-#[derive(Clone, PartialEq, prost::Message)]
-struct WithNextBroker {
-    #[prost(message, optional, tag = "15")]
-    close_producer: Option<NextBroker>,
+/// Where a closed producer's or consumer's topic is next.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct NextBroker {
+    pub url: Option<String>,
+    pub url_tls: Option<String>,
+    /// The addresses are those of another cluster's service: the topic's broker must be looked up there.
+    pub is_cluster: bool,
 }
 
-/// The fields of `CommandCloseProducer` since Pulsar 3.1.
+impl NextBroker {
+    /// `None` where no address is named.
+    fn new(url: Option<String>, url_tls: Option<String>, is_cluster: bool) -> Option<Self> {
+        (url.is_some() || url_tls.is_some()).then_some(Self {
+            url,
+            url_tls,
+            is_cluster,
+        })
+    }
+}
+
+/// A topic has moved to another cluster; the broker then closes this producer or consumer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Migrated {
+    pub resource_id: u64,
+    pub is_consumer: bool,
+    pub next: NextBroker,
+}
+
+impl Migrated {
+    fn new(said: TopicMigrated) -> Option<Self> {
+        Some(Self {
+            resource_id: said.resource_id,
+            is_consumer: said.resource_type == CONSUMER,
+            next: NextBroker::new(said.broker_url, said.broker_url_tls, true)?,
+        })
+    }
+}
+
+/// `BaseCommand.Type.TOPIC_MIGRATED`.
+const TOPIC_MIGRATED: i32 = 68;
+/// `CommandTopicMigrated.ResourceType.Consumer`.
+const CONSUMER: i32 = 1;
+
+/// The fields of `BaseCommand` that are newer than the pulsar crate's definitions, or have newer fields.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct NextBroker {
+struct Newer {
+    #[prost(message, optional, tag = "15")]
+    close_producer: Option<Closed>,
+    #[prost(message, optional, tag = "16")]
+    close_consumer: Option<Closed>,
+    #[prost(message, optional, tag = "68")]
+    topic_migrated: Option<TopicMigrated>,
+}
+
+/// The fields of `CommandCloseProducer` and `CommandCloseConsumer` since Pulsar 3.1.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Closed {
     #[prost(string, optional, tag = "3")]
-    pub assigned_broker_service_url: Option<String>,
+    broker_url: Option<String>,
     #[prost(string, optional, tag = "4")]
-    pub assigned_broker_service_url_tls: Option<String>,
+    broker_url_tls: Option<String>,
+}
+
+/// `CommandTopicMigrated`, since protocol version 20.
+#[derive(Clone, PartialEq, prost::Message)]
+struct TopicMigrated {
+    #[prost(uint64, required, tag = "1")]
+    resource_id: u64,
+    #[prost(int32, required, tag = "2")]
+    resource_type: i32,
+    #[prost(string, optional, tag = "3")]
+    broker_url: Option<String>,
+    #[prost(string, optional, tag = "4")]
+    broker_url_tls: Option<String>,
 }
 
 /// Bytes from the broker that are no frame of the protocol.
@@ -286,6 +373,13 @@ pub(super) fn entry(mut body: Bytes) -> Option<(MessageMetadata, Bytes)> {
     Some((metadata, body.slice(payload_at..)))
 }
 
+/// The lowest sequence id of a batch's frame.
+pub(super) fn sequence_id(frame: &[u8]) -> Option<u64> {
+    let size = u32::from_be_bytes(*frame.get(4..)?.first_chunk::<4>()?) as usize;
+    let command = BaseCommand::decode(frame.get(8..8 + size)?).ok()?;
+    Some(command.send?.sequence_id)
+}
+
 /// Turns `buffer` (a gap of `headroom` bytes, then the messages) into the finished frame. `scratch` is reused.
 pub(super) fn seal(
     buffer: BytesMut,
@@ -318,13 +412,8 @@ pub(super) fn seal(
     let checksum = crc32c::crc32c_append(checksum, scratch);
     let checksum = crc32c::crc32c_append(checksum, payload);
 
-    put_number(scratch, 1, header.producer_id);
-    put_number(scratch, 2, header.lowest_sequence_id);
-    put_number(scratch, 3, u64::from(header.messages));
-    put_number(scratch, 6, header.highest_sequence_id);
-    let send_len = scratch.len() - metadata_len;
-    put_number(scratch, 1, SEND);
-    put_length(scratch, 6, send_len);
+    let ids = (header.lowest_sequence_id, header.highest_sequence_id);
+    let send_len = put_send(scratch, header.producer_id, ids, header.messages);
     let (metadata, command) = scratch.split_at(metadata_len);
     let (send, before_send) = command.split_at(send_len);
     let header_len = 4 + 4 + command.len() + 2 + 4 + 4 + metadata_len;
@@ -348,6 +437,40 @@ pub(super) fn seal(
 
     let _unused_gap = frame.split_to(start);
     frame.freeze()
+}
+
+/// Appends `CommandSend`, and what of `BaseCommand` stands before it; returns the length of the first.
+fn put_send(scratch: &mut Vec<u8>, producer_id: u64, ids: (u64, u64), messages: u32) -> usize {
+    let start = scratch.len();
+    put_number(scratch, 1, producer_id);
+    put_number(scratch, 2, ids.0);
+    put_number(scratch, 3, u64::from(messages));
+    put_number(scratch, 6, ids.1);
+    let send_len = scratch.len() - start;
+    put_number(scratch, 1, SEND);
+    put_length(scratch, 6, send_len);
+    send_len
+}
+
+/// The same frame for another producer id: what stands behind the command stays as it is, byte for byte.
+pub(super) fn readdress(frame: &Bytes, producer_id: u64, ids: (u64, u64), messages: u32) -> Bytes {
+    let rest = &frame[frame.len() - entry_len(frame)..];
+    let mut scratch = Vec::with_capacity(64);
+    let send_len = put_send(&mut scratch, producer_id, ids, messages);
+    let (send, before_send) = scratch.split_at(send_len);
+    let mut readdressed = BytesMut::with_capacity(8 + scratch.len() + rest.len());
+    readdressed.put_u32(length(4 + scratch.len() + rest.len()));
+    readdressed.put_u32(length(scratch.len()));
+    readdressed.put_slice(before_send);
+    readdressed.put_slice(send);
+    readdressed.put_slice(rest);
+    readdressed.freeze()
+}
+
+/// Bytes of a finished frame behind its command.
+pub(super) fn entry_len(frame: &Bytes) -> usize {
+    let command_len = u32_at(frame, 4).expect("a frame of ours has a command");
+    frame.len() - 8 - command_len
 }
 
 /// `BaseCommand.Type.SEND`.
@@ -555,38 +678,113 @@ mod tests {
         assert!(twice.is_empty());
     }
 
+    /// A command of the crate's definitions and one of the newer ones, in one frame: two encodings, one after the other, are
+    /// merged by whoever reads them.
+    fn merged(command: &BaseCommand, newer: &Newer) -> Incoming {
+        let body = [command.encode_to_vec(), newer.encode_to_vec()].concat();
+        let mut frame = BytesMut::new();
+        frame.put_u32(length(body.len() + 4));
+        frame.put_u32(length(body.len()));
+        frame.put_slice(&body);
+        decode_command(&mut frame).unwrap().unwrap()
+    }
+
     #[test]
-    fn a_closed_producer_names_the_next_broker_if_the_broker_does() {
-        let close = |urls: Option<&str>| {
-            let extended = WithNextBroker {
-                close_producer: Some(NextBroker {
-                    assigned_broker_service_url: urls.map(str::to_owned),
-                    assigned_broker_service_url_tls: None,
-                }),
-            };
+    fn what_is_closed_names_the_next_broker_if_the_broker_does() {
+        let url = || Some("pulsar://10.0.0.2:6650".to_owned());
+        let closed = |broker_url| {
+            Some(Closed {
+                broker_url,
+                broker_url_tls: None,
+            })
+        };
+        let producer = BaseCommand {
+            r#type: base_command::Type::CloseProducer as i32,
+            close_producer: Some(pulsar::message::proto::CommandCloseProducer {
+                producer_id: 7,
+                request_id: u64::MAX,
+            }),
+            ..BaseCommand::default()
+        };
+        let consumer = BaseCommand {
+            r#type: base_command::Type::CloseConsumer as i32,
+            close_consumer: Some(pulsar::message::proto::CommandCloseConsumer {
+                consumer_id: 8,
+                request_id: u64::MAX,
+            }),
+            ..BaseCommand::default()
+        };
+        let next = Some(NextBroker {
+            url: url(),
+            ..NextBroker::default()
+        });
+        let newer = Newer {
+            close_producer: closed(url()),
+            ..Newer::default()
+        };
+        let incoming = merged(&producer, &newer);
+        assert_eq!(incoming.command.close_producer.unwrap().producer_id, 7);
+        assert_eq!(incoming.next_broker, next);
+        let newer = Newer {
+            close_consumer: closed(url()),
+            ..Newer::default()
+        };
+        let incoming = merged(&consumer, &newer);
+        assert_eq!(incoming.command.close_consumer.unwrap().consumer_id, 8);
+        assert_eq!(incoming.next_broker, next);
+        assert_eq!(merged(&producer, &Newer::default()).next_broker, None);
+    }
+
+    #[test]
+    fn a_topic_that_has_moved_names_its_cluster() {
+        let moved = |resource_type, broker_url: Option<&str>| {
             let command = BaseCommand {
-                r#type: base_command::Type::CloseProducer as i32,
-                close_producer: Some(pulsar::message::proto::CommandCloseProducer {
-                    producer_id: 7,
-                    request_id: u64::MAX,
-                }),
+                r#type: TOPIC_MIGRATED,
                 ..BaseCommand::default()
             };
-            // Two encodings of one message, one after the other, are merged by whoever reads them.
-            let body = [command.encode_to_vec(), extended.encode_to_vec()].concat();
-            let mut frame = BytesMut::new();
-            frame.put_u32(length(body.len() + 4));
-            frame.put_u32(length(body.len()));
-            frame.put_slice(&body);
-            decode_command(&mut frame).unwrap().unwrap()
+            let newer = Newer {
+                topic_migrated: Some(TopicMigrated {
+                    resource_id: 7,
+                    resource_type,
+                    broker_url: broker_url.map(str::to_owned),
+                    broker_url_tls: None,
+                }),
+                ..Newer::default()
+            };
+            merged(&command, &newer).migrated
         };
-        let incoming = close(Some("pulsar://10.0.0.2:6650"));
-        assert_eq!(incoming.command.close_producer.unwrap().producer_id, 7);
-        let next = incoming.next_broker.unwrap();
-        assert_eq!(
-            next.assigned_broker_service_url.as_deref(),
-            Some("pulsar://10.0.0.2:6650")
-        );
-        assert_eq!(close(None).next_broker, Some(NextBroker::default()));
+        let url = "pulsar://10.0.0.2:6650";
+        let expected = |is_consumer| Migrated {
+            resource_id: 7,
+            is_consumer,
+            next: NextBroker {
+                url: Some(url.to_owned()),
+                url_tls: None,
+                is_cluster: true,
+            },
+        };
+        assert_eq!(moved(0, Some(url)), Some(expected(false)));
+        assert_eq!(moved(CONSUMER, Some(url)), Some(expected(true)));
+        assert_eq!(moved(0, None), None);
+    }
+
+    #[test]
+    fn the_ids_of_a_frame_are_read_back() {
+        let header = BatchHeader {
+            producer_id: 300,
+            producer_name: "p",
+            ordering_key: &[0],
+            lowest_sequence_id: 1 << 40,
+            highest_sequence_id: (1 << 40) + 5,
+            messages: 6,
+            publish_time_ms: 1,
+            deliver_at_ms: None,
+            schema_version: None,
+            compressed: None,
+        };
+        let gap = headroom("p", &[0]);
+        let frame = seal(BytesMut::zeroed(gap), gap, &header, &mut Vec::new());
+        assert_eq!(sequence_id(&frame), Some(1 << 40));
+        assert_eq!(sequence_id(&frame[..9]), None);
     }
 }

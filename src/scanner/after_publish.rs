@@ -19,6 +19,12 @@
 //! ([`super::left_rows`]). They hold up no other row, table or the stream, and the look for unmarked rows does not publish them again. A
 //! table that refuses every row is not tried for a while: its rows are left at once. `tests/isolation/marks.rs` tries to break this.
 //!
+//! # Only under the claim
+//!
+//! Each statement names the claim to the slot ([`super::progress::Claim`]) and changes nothing where another process has claimed it since: one that was
+//! sent by a process that was stopped and goes on arrives behind that. Rows whose receipt has come then wait until this process has the slot again. With the
+//! process they are lost as below.
+//!
 //! # What is lost with the process
 //!
 //! Rows in the queue. They stay as they were, and [`super::unmarked`] finds them, which publishes them again. Rows that were left are
@@ -36,6 +42,8 @@ use super::left_note;
 use super::left_rows::LeftRows;
 use super::marking::{Applied, STATEMENT_ROWS, Session, TableSql, apply};
 use super::outbox::OutboxTable;
+use super::progress;
+use super::straggler_fence::{Right, suspended};
 use super::unseen::{Running, Unseen};
 use crate::config::AfterPublish;
 use crate::meter::Meter;
@@ -59,6 +67,10 @@ pub struct AfterPublishTask {
     facts: watch::Receiver<Vec<OutboxTable>>,
     /// The same for whoever marks or deletes.
     tables: Vec<Table>,
+    /// Under which claim that is done.
+    right: watch::Receiver<Right>,
+    /// The statements name a claim.
+    is_claimed: bool,
     mode: AfterPublish,
     receiver: RowReceiver,
     backoff: Backoff,
@@ -94,14 +106,14 @@ impl AfterPublishTask {
     /// A task for these tables.
     pub fn new(
         (postgres, slot): (PostgresConfig, String),
-        mut facts: watch::Receiver<Vec<OutboxTable>>,
+        (mut facts, right): (watch::Receiver<Vec<OutboxTable>>, watch::Receiver<Right>),
         mode: AfterPublish,
         receiver: RowReceiver,
         backoff: Backoff,
         meter: Arc<Meter>,
     ) -> Self {
         let table = |table: &OutboxTable| Table {
-            sql: TableSql::new(table, mode),
+            sql: TableSql::new(table, mode, true),
             left: LeftRows::default(),
             refusal: None,
             has_told_unknown: false,
@@ -112,6 +124,8 @@ impl AfterPublishTask {
             slot,
             tables,
             facts,
+            right,
+            is_claimed: true,
             mode,
             receiver,
             backoff,
@@ -142,6 +156,16 @@ impl AfterPublishTask {
             }
             match self.work(&mut session).await {
                 Ok(()) => self.backoff.reset(),
+                // Another instance has the slot: the rows wait until it is ours again.
+                Err(error) if progress::is_changed(&error) => {
+                    debug!(
+                        "published rows are not marked or deleted now: {}",
+                        error.report()
+                    );
+                    if self.right.changed().await.is_err() {
+                        return;
+                    }
+                }
                 Err(error) => {
                     session = None;
                     let delay = self.backoff.next_delay();
@@ -250,15 +274,22 @@ impl AfterPublishTask {
             self.answer();
             return Ok(());
         }
+        let claim = match self.right.borrow_and_update().clone() {
+            Right::Suspended => return Err(suspended()),
+            Right::Unclaimed => None,
+            Right::Under(claim) => Some(claim),
+        };
         if session.is_none() {
             *session = Some(Session::open(&self.postgres).await?);
         }
         let Some(session) = session else {
             return Err(Error::bug("a session was just opened"));
         };
-        if self.facts.has_changed().unwrap_or(false) {
+        if self.facts.has_changed().unwrap_or(false) || self.is_claimed != claim.is_some() {
+            self.is_claimed = claim.is_some();
             self.renew();
         }
+        session.claim = claim;
         let running = Running::ask(&session.client).await?;
         self.sort(&running);
         let mut has_changed = false;
@@ -278,7 +309,7 @@ impl AfterPublishTask {
     fn renew(&mut self) {
         let facts = self.facts.borrow_and_update();
         for (table, facts) in self.tables.iter_mut().zip(facts.iter()) {
-            table.sql = TableSql::new(facts, self.mode);
+            table.sql = TableSql::new(facts, self.mode, self.is_claimed);
             table.has_told_unknown = false;
         }
     }

@@ -79,6 +79,37 @@ pub async fn abandon(client: &Client) {
     let _session_is_gone = client.batch_execute("ROLLBACK").await;
 }
 
+/// Who takes rows, and has other things to do while the server is waited for.
+pub(super) trait Taker {
+    /// Takes a row; may wait as long as it likes: nothing is read ahead of it beyond the sockets' buffers.
+    async fn take(&mut self, row: ScanRow) -> Result<()>;
+
+    /// Does what else there is to do while the server is waited for, for ever. Cancel safe.
+    async fn serve(&mut self) -> Error;
+}
+
+/// One that has nothing else to do.
+struct Idle<F>(F);
+
+impl<F: AsyncFnMut(ScanRow) -> Result<()>> Taker for Idle<F> {
+    async fn take(&mut self, row: ScanRow) -> Result<()> {
+        (self.0)(row).await
+    }
+
+    async fn serve(&mut self) -> Error {
+        std::future::pending().await
+    }
+}
+
+/// Waits for the server while the taker serves others.
+async fn served<T>(taker: &mut impl Taker, answer: impl Future<Output = T>) -> Result<T> {
+    tokio::select! {
+        biased;
+        answer = answer => Ok(answer),
+        error = taker.serve() => Err(error),
+    }
+}
+
 /// What [`ScanTable::open`] prepared.
 pub struct Rows<'a> {
     table: &'a ScanTable,
@@ -116,7 +147,12 @@ impl<'a> Rows<'a> {
 
     /// Gives the next rows to `take`, one by one; false when there were none left. `take` may wait as long as it likes:
     /// nothing is read ahead of it beyond the sockets' buffers.
-    pub async fn next(&mut self, mut take: impl AsyncFnMut(ScanRow) -> Result<()>) -> Result<bool> {
+    pub async fn next(&mut self, take: impl AsyncFnMut(ScanRow) -> Result<()>) -> Result<bool> {
+        self.next_for(Idle(take)).await
+    }
+
+    /// The same for a taker that has other things to do.
+    pub(super) async fn next_for(&mut self, mut taker: impl Taker) -> Result<bool> {
         let table = self.table;
         let failed = |error| sql_error(&format!("scan table {}", table.name), error);
         let fetch = if let Some(fetch) = &self.fetch {
@@ -127,13 +163,13 @@ impl<'a> Rows<'a> {
             let prepared = self.client.prepare(&sql).await.map_err(failed)?;
             self.fetch.insert(prepared)
         };
-        let rows = self.client.query_raw::<_, i64, _>(fetch, []).await;
-        let rows = rows.map_err(failed)?;
+        let asking = self.client.query_raw::<_, i64, _>(fetch, []);
+        let rows = served(&mut taker, asking).await?.map_err(failed)?;
         let mut any = false;
         let refused = {
             pin_mut!(rows);
             loop {
-                match rows.next().await {
+                match served(&mut taker, rows.next()).await? {
                     None => break None,
                     Some(Ok(row)) => {
                         any = true;
@@ -141,7 +177,7 @@ impl<'a> Rows<'a> {
                         self.check_next(Some(row.seq))?;
                         self.done += 1;
                         (self.last, self.last_as) = (row.seq, TextAs::Utf8);
-                        take(row).await?;
+                        taker.take(row).await?;
                     }
                     Some(Err(error)) => break Some(error),
                 }
@@ -156,7 +192,7 @@ impl<'a> Rows<'a> {
             }
             Some(error) if is_unconvertible(&error) && self.again.is_some() => {
                 if let Some(row) = self.isolate(failed(error)).await? {
-                    take(row).await?;
+                    taker.take(row).await?;
                 }
                 Ok(true)
             }

@@ -52,13 +52,15 @@ use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
 use super::coverage::{Seen, Uncovered};
-use super::cursor::{Rows, abandon};
+use super::cursor::{Rows, Taker, abandon};
 use super::numbering::SEQ_END;
 use super::overlap::Overlap;
 use super::progress::{self, Claim, Progress, Snapshot, Stretch};
 use super::reconcile::{self, gap_condition};
 use super::straggler::Stragglers;
 use super::table::{self, ScanRow, ScanTable};
+use crate::lease::Lease;
+use crate::meter::Troubles;
 use crate::outbox::Extractor;
 use crate::outlet::{Outlet, Source};
 use crate::pipe::Routing;
@@ -86,6 +88,8 @@ pub struct Gap<'a> {
     pub routing: &'a Routing,
     /// The stream's publisher settings; the producers' names are changed.
     pub publisher: &'a PublisherConfig,
+    /// Under which it is published.
+    pub lease: &'a Lease,
     /// Tables that have no columns `txid` and `seq`, and that the operator lets be left out.
     pub left_out: &'a [TableName],
 }
@@ -248,11 +252,10 @@ async fn close_table(
         let meter = scan.outlet.metering();
         meter.end_scan();
         meter.set_in_flight((0, 0), 0);
+        meter.set_troubles(Troubles::default());
         if progress.position.missing.is_some() {
             let counts = scan.outlet.counts();
-            scan.outlet
-                .metering()
-                .reconciled(counts.acknowledged + counts.stragglers);
+            meter.reconciled(counts.acknowledged + counts.stragglers);
         }
         let why = scanned?;
         let seen = scan.seen;
@@ -434,14 +437,15 @@ impl<'a> Scan<'a> {
         let name = table.name.to_string();
         let after = progress.position.tables.get(&name).copied().unwrap_or(0);
         let scan = crc32c::crc32c(format!("{upto} {name}").as_bytes());
-        let mut publisher = Publisher::new(PublisherConfig {
+        let settings = PublisherConfig {
             producer_name: format!("{}-scan-{scan:08x}", gap.publisher.producer_name),
             diversion: gap.publisher.diversion.map(|diversion| Diversion {
                 age: diversion.age.min(PATIENCE),
                 ..diversion
             }),
             ..gap.publisher.clone()
-        });
+        };
+        let mut publisher = Publisher::under(settings, gap.lease);
         publisher.connect().await?;
         let report_rows = gap.routing.report_rows;
         let now = Instant::now();
@@ -546,22 +550,11 @@ impl<'a> Scan<'a> {
         loop {
             // An error of ours is not the table's.
             let mut failed = None;
-            let next = rows.next(async |row| {
-                let last = held.as_ref().map_or(self.last, |held| held.seq);
-                if row.seq <= last {
-                    return Err(self.table.told_twice(row.seq));
-                }
-                let Some(before) = held.replace(row) else {
-                    return Ok(());
-                };
-                let taken = match self.take(&before) {
-                    Ok(()) => self.serve(gap, progress).await,
-                    Err(error) => Err(error),
-                };
-                taken.map_err(|error| {
-                    failed = Some(error);
-                    Error::bug("another error is looked at")
-                })
+            let next = rows.next_for(Taking {
+                scan: self,
+                at: (gap, progress),
+                held: &mut held,
+                failed: &mut failed,
             });
             let next = next.await;
             if let Some(error) = failed {
@@ -622,7 +615,7 @@ impl<'a> Scan<'a> {
         }
         // A topic with few rows never fills a batch; unsent it would hold up the position, and all that is behind it.
         self.outlet.publisher().flush(Flush::Due);
-        self.outlet.publisher().tick(now);
+        self.outlet.tick(now);
         self.metering();
         self.store(gap, progress).await?;
         if now - self.told_at >= TELL {
@@ -667,6 +660,60 @@ impl<'a> Scan<'a> {
     }
 }
 
+/// A scan that takes rows.
+struct Taking<'s, 'a, 'g> {
+    scan: &'s mut Scan<'a>,
+    at: (&'s Gap<'g>, &'s mut Progress),
+    /// The last row that came, and is not taken yet.
+    held: &'s mut Option<ScanRow>,
+    /// An error that is not the table's.
+    failed: &'s mut Option<Error>,
+}
+
+impl Taking<'_, '_, '_> {
+    fn fail(&mut self, error: Error) -> Error {
+        *self.failed = Some(error);
+        Error::bug("another error is looked at")
+    }
+}
+
+impl Taker for Taking<'_, '_, '_> {
+    async fn take(&mut self, row: ScanRow) -> Result<()> {
+        let last = self.held.as_ref().map_or(self.scan.last, |held| held.seq);
+        if row.seq <= last {
+            return Err(self.scan.table.told_twice(row.seq));
+        }
+        let Some(before) = self.held.replace(row) else {
+            return Ok(());
+        };
+        let (gap, progress) = (self.at.0, &mut *self.at.1);
+        let taken = match self.scan.take(&before) {
+            Ok(()) => self.scan.serve(gap, progress).await,
+            Err(error) => Err(error),
+        };
+        taken.map_err(|error| self.fail(error))
+    }
+
+    /// Receipts, while the server makes up its mind. (What is done with the session of the lock waits until the row is there: it would be
+    /// cut short by it.)
+    async fn serve(&mut self) -> Error {
+        loop {
+            let tick = Instant::now() + TICK;
+            let outlet = &mut self.scan.outlet;
+            tokio::select! {
+                biased;
+                event = outlet.next_event() => if let Err(error) = outlet.event(event) {
+                    return self.fail(error);
+                },
+                () = sleep_until(tick) => {
+                    outlet.publisher().flush(Flush::Due);
+                    outlet.tick(Instant::now());
+                }
+            }
+        }
+    }
+}
+
 /// Why a table was not read to its end.
 enum Unread {
     /// It cannot be read.
@@ -685,7 +732,7 @@ impl From<Error> for Unread {
     }
 }
 
-/// A `seq` as a position whose sequence ids are its own: see `lane`.
+/// A `seq` as a position whose sequence ids are its own: see `pulsar::producer::lane`.
 fn position(seq: i64) -> Result<Lsn> {
     let seq = u64::try_from(seq)
         .ok()

@@ -33,6 +33,7 @@ use tokio_postgres::{Client, Statement};
 
 use super::left_rows::LeftRows;
 use super::outbox::{OutboxTable, SEQ, TXID};
+use super::progress::{self, Claim};
 use crate::config::AfterPublish;
 use crate::outbox::RowNumber;
 use crate::postgres::{PostgresConfig, TableName, connect_sql, is_about_rows, sql_error, sqlstate};
@@ -77,6 +78,8 @@ struct Pair {
 /// A connection with its statements.
 pub(super) struct Session {
     pub(super) client: Client,
+    /// Under which it works; `None`: nobody claims anything, and the statements name no claim.
+    pub(super) claim: Option<Claim>,
     prepared: HashMap<String, Statement>,
 }
 
@@ -107,6 +110,7 @@ impl Session {
             .map_err(|error| sql_error("set up the session", error))?;
         Ok(Self {
             client,
+            claim: None,
             prepared: HashMap::new(),
         })
     }
@@ -129,15 +133,15 @@ impl Session {
 }
 
 impl TableSql {
-    pub(super) fn new(table: &OutboxTable, mode: AfterPublish) -> Self {
-        let by_number = table
-            .number
-            .map(|column| Pair::new(table, mode, Some(column)));
+    /// `is_claimed`: the statements change nothing unless the claim holds.
+    pub(super) fn new(table: &OutboxTable, mode: AfterPublish, is_claimed: bool) -> Self {
+        let pair = |column| Pair::new(table, mode, column, is_claimed);
+        let by_number = table.number.map(|column| pair(Some(column)));
         Self {
             name: table.name.clone(),
             number: table.number,
             by_number,
-            by_id: Pair::new(table, mode, None),
+            by_id: pair(None),
             is_id_enough: table.number.is_none() || table.has_unique_id,
             has_txid: table.has_txid,
         }
@@ -160,7 +164,12 @@ impl TableSql {
 
 impl Pair {
     /// The ids come as text, and are made what the column is: any type that prints and reads its values serves.
-    fn new(table: &OutboxTable, mode: AfterPublish, number: Option<&str>) -> Self {
+    fn new(
+        table: &OutboxTable,
+        mode: AfterPublish,
+        number: Option<&str>,
+        is_claimed: bool,
+    ) -> Self {
         let (name, id, id_type) = (&table.name, table.id_column(), &table.id.sql_type);
         let ids = format!("$1::text[]::{id_type}[]");
         // The number as text: whatever number type the column has.
@@ -190,10 +199,18 @@ impl Pair {
                 "num_nulls(o.sent_at) = 1",
             ),
         };
+        // A statement of its own would leave time for another process to claim the slot.
+        let mine = if is_claimed {
+            "SELECT FROM walpost.progress WHERE slot = $4 AND session = $5"
+        } else {
+            "SELECT"
+        };
         Self {
             change: format!(
-                "WITH r AS MATERIALIZED (SELECT * FROM unnest({given}) AS u(id, number, txid)), done AS ({change})
-                 SELECT count(is_done) FROM done"
+                "WITH mine AS MATERIALIZED ({mine}), r AS MATERIALIZED (
+                     SELECT * FROM unnest({given}) AS u(id, number, txid) WHERE EXISTS (SELECT FROM mine)
+                 ), done AS ({change})
+                 SELECT count(is_done), EXISTS (SELECT FROM mine) FROM done"
             ),
             passed_over: format!(
                 "WITH r AS MATERIALIZED (SELECT * FROM unnest({given}) WITH ORDINALITY AS u(id, number, txid, place))
@@ -289,8 +306,24 @@ async fn change(session: &mut Session, pair: &Pair, rows: &[Row<'_>]) -> Result<
     let txids = rows.iter().map(|row| row.txid.map(|txid| txid.to_string()));
     let txids: Vec<Option<String>> = txids.collect();
     let parameters: [&(dyn ToSql + Sync); 3] = [&ids, &numbers, &txids];
-    let done = session.query(&pair.change, &parameters).await?;
-    let done: i64 = done.first().map_or(0, |row| row.get(0));
+    let claim = session.claim.clone();
+    let claim = claim.as_ref().map(|claim| (claim.slot(), claim.session()));
+    let done = match &claim {
+        Some((slot, session_name)) => {
+            let named: [&(dyn ToSql + Sync); 2] = [slot, session_name];
+            let parameters = [&parameters[..], &named].concat();
+            session.query(&pair.change, &parameters).await?
+        }
+        None => session.query(&pair.change, &parameters).await?,
+    };
+    let (done, is_mine): (i64, bool) = done
+        .first()
+        .map_or((0, false), |row| (row.get(0), row.get(1)));
+    if !is_mine {
+        return Err(progress::not_claimed(
+            "another process has claimed the slot: no row is marked or deleted".to_owned(),
+        ));
+    }
     if usize::try_from(done).is_ok_and(|done| done >= rows.len()) {
         return Ok(HashSet::new());
     }

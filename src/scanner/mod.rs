@@ -121,6 +121,7 @@ mod straggler_pages;
 mod straggler_retry;
 pub(crate) mod straggler_store;
 mod straggler_task;
+mod straggler_walk;
 pub mod streamed;
 pub mod table;
 pub mod unmarked;

@@ -18,8 +18,10 @@ use super::left_note::{self, LeftNote};
 use super::outbox::OutboxTable;
 use super::partitions;
 use super::retention::Retention;
+use super::straggler_fence::Right;
 use super::unmarked::{Unmarked, Way};
 use crate::config::{AfterPublish, Config};
+use crate::lease::Lease;
 use crate::pipe::Routing;
 use crate::postgres::sql_error;
 use crate::pulsar::rows::queue;
@@ -39,6 +41,8 @@ pub struct Modes {
     after_publish: Option<(RowQueue, JoinHandle<()>)>,
     /// What is known of the tables.
     tables: watch::Sender<Vec<OutboxTable>>,
+    /// Under which claim rows are marked or deleted.
+    right: watch::Sender<Right>,
     /// Of one cluster: another may have taken over.
     lookers: Vec<JoinHandle<()>>,
     /// Where it is noted what was left undone.
@@ -169,7 +173,7 @@ impl Modes {
         config: &Config,
         tables: &[OutboxTable],
         log: &Log,
-        (routing, publisher): (Routing, PublisherConfig),
+        (routing, publisher, lease): (Routing, PublisherConfig, Lease),
         way: Way,
     ) {
         self.stop_lookers();
@@ -179,8 +183,11 @@ impl Modes {
         let partitioned: Vec<_> = partitioned.map(|table| table.name.clone()).collect();
         if !partitioned.is_empty() {
             let meter = Arc::clone(&meter);
-            let keeping = partitions::keep_ahead(config.postgres.clone(), partitioned, meter);
-            self.lookers.push(tokio::spawn(Box::pin(keeping)));
+            let postgres = config.postgres.clone();
+            let keeping = move || {
+                partitions::keep_ahead(postgres.clone(), partitioned.clone(), Arc::clone(&meter))
+            };
+            self.look(&lease, keeping);
         }
         let polls = matches!(way, Way::Looks(_));
         let backoff = || Backoff::new(config.reconnect_initial, config.reconnect_max);
@@ -190,7 +197,8 @@ impl Modes {
                 let (queue, receiver) = queue(Arc::clone(&meter));
                 let database = (config.postgres.clone(), config.slot.clone());
                 let (mode, meter) = (config.after_publish, Arc::clone(&meter));
-                let task = AfterPublishTask::new(database, facts, mode, receiver, backoff(), meter);
+                let told = (facts, self.right.subscribe());
+                let task = AfterPublishTask::new(database, told, mode, receiver, backoff(), meter);
                 (queue, tokio::spawn(task.run()))
             });
             let unmarked = Unmarked {
@@ -201,12 +209,13 @@ impl Modes {
                 log: log.clone(),
                 routing,
                 publisher,
+                lease: lease.clone(),
                 interval: config.scan_interval,
                 age: config.straggler_age,
                 queue: queue.clone(),
                 way,
             };
-            self.lookers.push(tokio::spawn(Box::pin(unmarked.run())));
+            self.look(&lease, move || unmarked.clone().run());
         }
         if let Some(age) = config.retention {
             let retention = Retention {
@@ -218,7 +227,7 @@ impl Modes {
                 age,
                 meter: Arc::clone(&meter),
             };
-            self.lookers.push(tokio::spawn(Box::pin(retention.run())));
+            self.look(&lease, move || retention.clone().run());
         }
         // Poll mode leaves tables that cannot be read.
         if polls || !self.lookers.is_empty() {
@@ -232,6 +241,30 @@ impl Modes {
             self.notes = Some(note.clone());
             self.lookers.push(tokio::spawn(Box::pin(note.keep())));
         }
+    }
+
+    /// Starts what `work` gives whenever the lease is held, and drops it when that ends: another instance may be at the same tables.
+    fn look<W: Future<Output = ()> + Send>(
+        &mut self,
+        lease: &Lease,
+        work: impl Fn() -> W + Send + 'static,
+    ) {
+        let lease = lease.clone();
+        self.lookers.push(tokio::spawn(async move {
+            loop {
+                lease.held().await;
+                tokio::select! {
+                    biased;
+                    () = lease.ended() => {}
+                    () = Box::pin(work()) => return,
+                }
+            }
+        }));
+    }
+
+    /// Tells under which claim rows are marked or deleted from now on.
+    pub fn set_right(&self, right: Right) {
+        self.right.send_replace(right);
     }
 
     /// Tells what is known of the tables now: columns may have come or gone.
@@ -254,6 +287,9 @@ impl Modes {
     pub async fn drain(&mut self, patience: Duration) {
         self.stop_lookers();
         let Some(queue) = self.queue() else { return };
+        // Without a claim nothing is marked.
+        let is_claimed = !matches!(*self.right.borrow(), Right::Suspended);
+        let patience = if is_claimed { patience } else { Duration::ZERO };
         let drained = timeout(patience, async {
             // Rows of transactions that cannot be seen yet outlast a barrier.
             while queue.waiting() > 0 && queue.barrier().await {

@@ -15,7 +15,7 @@
 use super::outbox::SEQ;
 use crate::postgres::{TableName, quote_literal};
 
-/// The first `seq` that cannot be made a sequence id: see `pulsar::lane`.
+/// The first `seq` that cannot be made a sequence id: see `pulsar::producer::lane`.
 pub(super) const SEQ_END: i64 = 1 << 47;
 
 /// SQL: rows that have no place in the order: a scan begins behind 0. They come by an explicit value (`OVERRIDING SYSTEM VALUE`, COPY), or

@@ -52,17 +52,18 @@ use super::table::ScanTable;
 use super::unmarked::{Looks, Way};
 use crate::config::Config;
 use crate::connector::{GOODBYE, diversion, phase_after, publisher_config, routing};
+use crate::lease::{self, Hold, Lease};
 use crate::meter::{Meter, Phase, Side};
 use crate::postgres::slot::slot_state;
-use crate::postgres::{TableName, connect_sql, is_about_rows, quote_literal, refuse_row_security};
+use crate::postgres::{
+    TableName, answered, connect_sql, is_about_rows, quote_literal, refuse_row_security,
+};
 use crate::pulsar::PublisherConfig;
 use crate::retry::Backoff;
 use crate::{Error, Result};
 
 /// `application_name` of our sessions.
 const APPLICATION_NAME: &str = "walpost poll";
-/// How often the poller checks, between two looks, that the lock's session is open.
-const TICK: Duration = Duration::from_secs(1);
 
 /// Polls until `shutdown` resolves or an error that time cannot heal. Told to stop, a look that is under way may end within
 /// the grace period, and what it published is marked.
@@ -73,7 +74,8 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let mut modes = Modes::default();
-    let ended = keep_polling(&config, &session, &meter, &mut modes, shutdown).await;
+    let lease = Lease::new();
+    let ended = keep_polling(&config, &session, (&meter, &lease), &mut modes, shutdown).await;
     let now = Instant::now();
     let by = ended.as_ref().map_or(now + GOODBYE, |stopped| stopped.by);
     modes
@@ -86,7 +88,7 @@ pub async fn run(
 async fn keep_polling(
     config: &Config,
     session: &Session,
-    meter: &Arc<Meter>,
+    (meter, lease): (&Arc<Meter>, &Lease),
     modes: &mut Modes,
     shutdown: impl Future<Output = ()>,
 ) -> Result<Stopped> {
@@ -97,10 +99,11 @@ async fn keep_polling(
         result: Ok(()),
     };
     loop {
+        modes.set_right(Right::Suspended);
         let opened = tokio::select! {
             biased;
             () = shutdown.as_mut() => return Ok(stopped()),
-            opened = Poller::open(config, session, meter, modes) => opened,
+            opened = Poller::open(config, session, (meter, lease), modes) => opened,
         };
         let error = match opened {
             Ok(mut poller) => {
@@ -147,8 +150,9 @@ struct Stopped {
 struct Poller<'a> {
     config: &'a Config,
     meter: &'a Meter,
-    /// Holds the lock on the slot.
-    client: Client,
+    /// Holds the lock on the slot. Only short statements run on it.
+    hold: Hold,
+    lease: &'a Lease,
     rows: Client,
     claim: Claim,
     progress: Progress,
@@ -164,23 +168,33 @@ impl<'a> Poller<'a> {
     async fn open(
         config: &'a Config,
         session: &Session,
-        meter: &'a Arc<Meter>,
+        (meter, lease): (&'a Arc<Meter>, &'a Lease),
         modes: &mut Modes,
     ) -> Result<Self> {
         let client = connect_sql(&config.postgres, APPLICATION_NAME).await?;
         let rows = connect_sql(&config.postgres, APPLICATION_NAME).await?;
-        cluster::check_same_server(&client, &rows).await?;
-        let (progress, claim, timeline) = prepare(&client, config, session).await?;
-        let tables = modes::prepare(&client, config).await?;
-        let mut publisher = publisher_config(config, meter, &progress.system_id, timeline);
+        let preparing = async {
+            cluster::check_same_server(&client, &rows).await?;
+            let prepared = prepare(&client, config, session).await?;
+            let tables = modes::prepare(&client, config).await?;
+            Ok((prepared, tables))
+        };
+        let prepared = answered("look at the tables", preparing).await?;
+        let ((progress, claim, timeline), tables) = prepared;
+        let hold = lease.clone().hold(client).await?;
+        let client = hold.client();
+        let right = Right::Under(claim.clone());
+        modes.set_right(right.clone());
+        let system_id = &progress.system_id;
+        let mut publisher = publisher_config(config, meter, system_id, timeline);
         let looks = watch::Sender::default();
-        let routes = (routing(config), publisher.clone());
+        let routes = (routing(config), publisher.clone(), lease.clone());
         let way = Way::Looks(looks.subscribe());
-        let log = Log::of(&client).await?;
+        let log = answered("ask for the server's log", Log::of(client)).await?;
         modes.start(config, &tables, &log, routes, way);
         publisher.rows = modes.queue();
-        let right = Right::Under(claim.clone());
-        let stragglers = Stragglers::start(config, &publisher, log, right).await?;
+        let starting = Stragglers::start(config, (&publisher, lease), log, right);
+        let stragglers = lease.during(starting).await?;
         publisher.diversion = diversion(config, stragglers.as_ref());
         if let Some(stragglers) = &stragglers {
             stragglers.retry(true);
@@ -188,7 +202,8 @@ impl<'a> Poller<'a> {
         Ok(Self {
             config,
             meter,
-            client,
+            hold,
+            lease,
             rows,
             claim,
             progress,
@@ -226,10 +241,11 @@ impl<'a> Poller<'a> {
         shutdown: Pin<&mut F>,
         grace: Duration,
     ) -> Result<Option<Stopped>> {
-        let meter = self.meter;
+        let (meter, lease) = (self.meter, self.lease.clone());
         let mut look = pin!(self.look());
         tokio::select! {
             biased;
+            () = lease.lost() => return Err(lease::lost()),
             looked = look.as_mut() => return looked.map(|()| None),
             () = shutdown => {
                 meter.set_phase(Phase::Stopping);
@@ -256,19 +272,14 @@ impl<'a> Poller<'a> {
                     None => pending().await,
                 }
             };
-            let tick = until.min(Instant::now() + TICK);
             let report = tokio::select! {
                 biased;
+                () = self.lease.lost() => return Err(lease::lost()),
                 report = report => Some(report),
-                () = sleep_until(tick) => None,
+                () = sleep_until(until) => None,
             };
             if let (Some(report), Some(stragglers)) = (report, &mut self.stragglers) {
                 stragglers.idle(report)?;
-            }
-            if self.client.is_closed() {
-                return Err(Error::temporary(
-                    "the session that holds the lock on the slot has ended: another instance may poll as well",
-                ));
             }
             if Instant::now() >= until {
                 return Ok(());
@@ -282,9 +293,9 @@ impl<'a> Poller<'a> {
             self.close_gap().await?;
         }
         self.looks.send_modify(Looks::begin);
-        let upto = progress::snapshot(&self.client).await?;
+        let upto = progress::snapshot(self.hold.client()).await?;
         if self.has_rows(&upto).await? {
-            progress::look(&self.client, &self.claim, &mut self.progress, &upto).await?;
+            progress::look(self.hold.client(), &self.claim, &mut self.progress, &upto).await?;
             self.close_gap().await?;
         }
         // Of a table that was not read it is not known which rows are yet to come.
@@ -306,10 +317,10 @@ impl<'a> Poller<'a> {
                 ),
             };
             // What is not there now may come back with rows: the look leaves it.
-            let Some(table) = ScanTable::describe(&self.client, name).await? else {
+            let Some(table) = ScanTable::describe(&self.rows, name).await? else {
                 return Ok(true);
             };
-            match table.any(&self.client, upto, delivered).await {
+            match table.any(&self.rows, upto, delivered).await {
                 Ok(false) => {}
                 Ok(true) => return Ok(true),
                 // So does it with one that cannot be read.
@@ -318,7 +329,7 @@ impl<'a> Poller<'a> {
             }
             // Rows of a partition that was attached with them may be older than the last look.
             if let Some(covered) = covered {
-                let leaves = reconcile::leaves(&self.client, name).await?;
+                let leaves = reconcile::leaves(&self.rows, name).await?;
                 if leaves.iter().any(|leaf| !covered.contains(leaf)) {
                     return Ok(true);
                 }
@@ -329,11 +340,12 @@ impl<'a> Poller<'a> {
 
     async fn close_gap(&mut self) -> Result<()> {
         let gap = Gap {
-            client: &self.client,
+            client: self.hold.client(),
             rows: &self.rows,
             claim: &self.claim,
             routing: &routing(self.config),
             publisher: &self.publisher,
+            lease: self.lease,
             left_out: &[],
         };
         let stragglers = self.stragglers.take();

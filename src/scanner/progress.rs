@@ -132,6 +132,11 @@ impl Claim {
     pub fn slot(&self) -> &str {
         &self.slot
     }
+
+    /// The process that claimed its row.
+    pub fn session(&self) -> &str {
+        &self.session
+    }
 }
 
 /// The row of `slot`; `None` when there is none yet.

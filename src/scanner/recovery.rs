@@ -97,7 +97,7 @@ use super::table::{self, ScanTable};
 use crate::config::{Config, SlotLost};
 use crate::postgres::published;
 use crate::postgres::slot::{self, PLUGIN, SlotState, slot_state};
-use crate::postgres::{TableName, sql_error, sqlstate, waiting};
+use crate::postgres::{TableName, answered, sql_error, sqlstate, waiting};
 use crate::{Error, Lsn, Result};
 
 /// SQLSTATEs of a `START_REPLICATION` whose slot is invalidated, or gone.
@@ -155,6 +155,56 @@ pub async fn prepare(
     config: &Config,
     session: &Session,
 ) -> Result<Option<Prepared>> {
+    let slot = &config.slot;
+    let looked = answered("look at the slot", look(client, config, session)).await?;
+    let Looked::Lost(lost) = looked else {
+        return Ok(match looked {
+            Looked::Prepared(prepared) => Some(*prepared),
+            Looked::NoTable | Looked::Lost(_) => None,
+        });
+    };
+    let Lost {
+        state,
+        why,
+        left_out,
+        is_claimed,
+    } = *lost;
+    // It may wait for transactions, and names them.
+    let progress = make_anew(client, config, state.as_ref(), &why).await?;
+    let stands = progress.confirmed.unwrap_or(Lsn::ZERO);
+    session.is_behind.store(!is_claimed, Ordering::Relaxed);
+    let claiming = progress::claim(client, slot, &progress, &session.name, None);
+    let claim = answered("claim the slot", claiming).await?;
+    Ok(Some(Prepared {
+        progress,
+        claim,
+        out_of_date: true,
+        was_ours: is_claimed,
+        left_out,
+        unknown: None,
+        stands,
+    }))
+}
+
+/// What a look at the slot gave.
+enum Looked {
+    /// There is no `walpost.progress`.
+    NoTable,
+    /// It is to be made anew.
+    Lost(Box<Lost>),
+    Prepared(Box<Prepared>),
+}
+
+/// A slot that is to be made anew.
+struct Lost {
+    state: Option<SlotState>,
+    why: String,
+    left_out: Vec<TableName>,
+    is_claimed: bool,
+}
+
+/// Takes the lock, looks at the slot, and claims it unless it is lost.
+async fn look(client: &Client, config: &Config, session: &Session) -> Result<Looked> {
     lock(client, &config.slot).await?;
     let stored = match progress::read(client, &config.slot).await {
         Ok(stored) => stored,
@@ -164,7 +214,7 @@ pub async fn prepare(
                  GRANT SELECT, INSERT, UPDATE ON walpost.progress if it is there)",
                 error.report()
             );
-            return Ok(None);
+            return Ok(Looked::NoTable);
         }
         Err(error) => return Err(error),
     };
@@ -186,20 +236,13 @@ pub async fn prepare(
     let left_out = left_out(client, config, &progress, &verdict).await?;
     let has_claim = progress.session.as_ref() == Some(&session.name);
     let is_claimed = has_claim && !session.is_behind.load(Ordering::Relaxed);
-    if let Verdict::Lost(why) = &verdict {
-        let progress = make_anew(client, config, state.as_ref(), why).await?;
-        let stands = progress.confirmed.unwrap_or(Lsn::ZERO);
-        session.is_behind.store(!is_claimed, Ordering::Relaxed);
-        let claim = progress::claim(client, slot, &progress, &session.name, None).await?;
-        return Ok(Some(Prepared {
-            progress,
-            claim,
-            out_of_date: true,
-            was_ours: is_claimed,
+    if let Verdict::Lost(why) = verdict {
+        return Ok(Looked::Lost(Box::new(Lost {
+            state,
+            why,
             left_out,
-            unknown: None,
-            stands,
-        }));
+            is_claimed,
+        })));
     }
     let stands = state.as_ref().and_then(|state| state.confirmed_flush);
     if let Some(pid) = state.as_ref().and_then(|state| state.active_pid)
@@ -230,7 +273,7 @@ pub async fn prepare(
     let timeline = unknown.is_none().then_some(here.timeline);
     session.is_behind.store(!is_claimed, Ordering::Relaxed);
     let claim = progress::claim(client, slot, &progress, &session.name, timeline).await?;
-    Ok(Some(Prepared {
+    Ok(Looked::Prepared(Box::new(Prepared {
         progress,
         claim,
         out_of_date,
@@ -238,7 +281,7 @@ pub async fn prepare(
         left_out,
         unknown,
         stands: stands.unwrap_or(Lsn::ZERO),
-    }))
+    })))
 }
 
 /// Opens a gap of everything that is visible now and not delivered, before an unknown slot is streamed; does nothing where it
@@ -606,7 +649,7 @@ pub async fn lock_holder(client: &Client, slot: &str) -> Result<Option<String>> 
 }
 
 /// Gives the lock back, and returns when the server has done so, or does not answer.
-pub async fn unlock(client: Client) {
+pub async fn unlock(client: &Client) {
     let unlocking = client.batch_execute("SELECT pg_advisory_unlock_all()");
     // A session that is gone has no lock; one that hangs holds it until the server finds out.
     let _gone = timeout(UNLOCK, unlocking).await;

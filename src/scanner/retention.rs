@@ -65,7 +65,7 @@ const QUERY_CANCELED: &str = "57014";
 const WALKS: u32 = 10;
 
 /// What the task works with.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Retention {
     /// Where the tables are.
     pub postgres: PostgresConfig,

@@ -14,7 +14,7 @@
 //! # Order
 //!
 //! The publisher diverts a key's events in order; the queue, the table's numbers and the retries keep it. From the first
-//! diverted event on until the last has its receipt the key is parked (see `pulsar::divert`). That count is kept in the publisher:
+//! diverted event on until the last has its receipt the key is parked (see `pulsar::producer::diversion`). That count is kept in the publisher:
 //! one up for each event diverted, and by [`Report::Parked`] up and down with the rows of the table.
 //!
 //! With `WALPOST_ON_DEAD=block` a row that can be no event holds back what comes behind it in its topic and key, if these can be
@@ -41,6 +41,7 @@ use super::straggler_store::Store;
 use super::straggler_task;
 use crate::ack::TxnNo;
 use crate::config::Config;
+use crate::lease::Lease;
 use crate::outbox::{ENVELOPE_TABLE, RowNumber, Salvaged};
 use crate::pulsar::{Diverted, Parked, PublisherConfig, RowTag};
 use crate::{Error, Lsn, Result};
@@ -154,7 +155,7 @@ impl Stragglers {
     /// Refused where there is a table that walpost may not use.
     pub async fn start(
         config: &Config,
-        publisher: &PublisherConfig,
+        publisher: (&PublisherConfig, &Lease),
         log: Log,
         right: Right,
     ) -> Result<Option<Self>> {

@@ -36,14 +36,15 @@ use crate::{Error, Result};
 /// Ends a transaction whose process says nothing any more (a host without power): another instance waits for it to claim the row.
 const IDLE_TIMEOUT: &str = "SET LOCAL idle_in_transaction_session_timeout = '60s'";
 
-/// Whether this process may store and retry stragglers.
-#[derive(Clone, Debug)]
+/// Whether this process may store and retry stragglers, and mark or delete published rows.
+#[derive(Clone, Debug, Default)]
 pub enum Right {
     /// There is no `walpost.progress`: nothing is claimed.
     Unclaimed,
     /// While this is the claim.
     Under(Claim),
     /// Suspended until the owner of the slot is known.
+    #[default]
     Suspended,
 }
 
@@ -137,6 +138,7 @@ impl Fence {
     }
 }
 
-fn suspended() -> Error {
+/// The error of whoever needs the right while it is suspended.
+pub(super) fn suspended() -> Error {
     progress::not_claimed("it is not known yet whose the slot is".to_owned())
 }

@@ -1,5 +1,5 @@
 //! The SQL behind stragglers: one session on `walpost.straggler`. Input: events and verdicts. Output: how many of which key are
-//! in the table; what is read of it is in [`super::straggler_pages`].
+//! in the table; what is read of it is in [`super::straggler_pages`], how it is counted in [`super::straggler_walk`].
 //!
 //! Every change is one transaction, so that a process that is killed leaves the table in one of its states. A COMMIT returns when the
 //! server's log is flushed, and waits for no standby (`synchronous_commit = local`, [`crate::postgres::session`]): the LSN passes an event
@@ -23,9 +23,10 @@ use super::cluster::Log;
 use super::discarded::{self, Discarded};
 use super::straggler::Straggler;
 use super::straggler_fence::{Fence, Right};
+use super::straggler_walk::Walk;
 use crate::config::Config;
 use crate::outbox::RowNumber;
-use crate::postgres::{self, PostgresConfig, sql_error};
+use crate::postgres::{self, PostgresConfig, answered, sql_error};
 use crate::{Error, Result};
 
 /// `application_name` of the session.
@@ -104,8 +105,10 @@ pub(crate) struct Store {
     client: Option<Client>,
     pub(super) fence: Fence,
     /// Events of each key that hold back later ones, as last seen.
-    keys: HashMap<Key, i64>,
-    rows: i64,
+    pub(super) keys: HashMap<Key, i64>,
+    pub(super) rows: i64,
+    /// The counting that is under way.
+    pub(super) walk: Walk,
     discards: Discards,
     /// The table has columns for the row's number: one that an earlier version made has not.
     pub(super) has_numbers: bool,
@@ -128,6 +131,7 @@ impl Store {
             fence: Fence::new(right),
             keys: HashMap::new(),
             rows: 0,
+            walk: Walk::default(),
             discards: Discards::default(),
             has_numbers: false,
             has_xid: false,
@@ -153,7 +157,11 @@ impl Store {
     pub(crate) async fn connect(&mut self) -> Result<bool> {
         let client = postgres::connect_sql(&self.postgres, APPLICATION_NAME).await?;
         let consequence = "no straggler is stored or retried there";
-        self.log.check(&client, consequence).await?;
+        answered(
+            "ask for the server's log",
+            self.log.check(&client, consequence),
+        )
+        .await?;
         let sql = "
             select coalesce(bool_and(has_table_privilege(c.oid, p)), false)
                    and coalesce(has_schema_privilege(to_regnamespace('walpost'), 'usage'), false), count(*) > 0,
@@ -163,10 +171,12 @@ impl Store {
                    coalesce(bool_and(exists (select from pg_attribute a where a.attrelid = c.oid and a.attname = 'xid' and not a.attisdropped)), false)
             from pg_class c, unnest(array['select', 'insert', 'update', 'delete']) p
             where c.relname = 'straggler' and c.relnamespace = to_regnamespace('walpost')";
-        let row = client
-            .query_one(sql, &[])
-            .await
-            .map_err(|error| sql_error("look for walpost.straggler", error))?;
+        let doing = "look for walpost.straggler";
+        let row = answered(doing, async {
+            let row = client.query_one(sql, &[]).await;
+            row.map_err(|error| sql_error(doing, error))
+        })
+        .await?;
         let (may_use, is_there): (bool, bool) = (row.get(0), row.get(1));
         if is_there && !may_use {
             let role: &str = row.get(3);
@@ -202,54 +212,12 @@ impl Store {
         sql: &str,
         with: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>> {
-        self.client()?
-            .query(sql, with)
-            .await
-            .map_err(|error| sql_error(doing, error))
-    }
-
-    /// Counts all of it, and makes heads of what has lost its head (somebody deleted it). Returns how the counts of keys have
-    /// changed since they were last known, and how many rows there are.
-    pub(crate) async fn reload(&mut self) -> Result<(Vec<(String, String, i64)>, u64)> {
-        let heads = "
-            update walpost.straggler s set state = 'retrying', next_attempt_at = now()
-            from (
-                select distinct on (topic, key) number, state from walpost.straggler
-                where slot = $1 and (state <> 'dead' or $2) and topic is not null and key is not null
-                order by topic, key, number
-            ) head
-            where s.number = head.number and head.state = 'parked'";
-        let (slot, block) = (self.slot.clone(), self.dead_block);
-        self.rows_of(
-            "look for stragglers without a head",
-            heads,
-            &[&slot, &block],
-        )
-        .await?;
-        let sql = "
-            select topic, key, count(*) filter (where state <> 'dead' or $2), count(*)
-            from walpost.straggler where slot = $1 group by topic, key";
-        let rows = self
-            .rows_of("count stragglers", sql, &[&slot, &block])
-            .await?;
-        let mut keys = HashMap::new();
-        self.rows = rows.iter().map(|row| row.get::<_, i64>(3)).sum();
-        for row in &rows {
-            let count: i64 = row.get(2);
-            if let (Some(topic), Some(key)) = (row.get(0), row.get(1))
-                && count > 0
-                && self.keep_key_order
-            {
-                keys.insert((topic, key), count);
-            }
-        }
-        let before = std::mem::take(&mut self.keys);
-        let mut changes: HashMap<Key, i64> = before.into_iter().map(|(k, n)| (k, -n)).collect();
-        for (key, count) in &keys {
-            *changes.entry(key.clone()).or_default() += count;
-        }
-        self.keys = keys;
-        Ok((listed(changes), self.rows()))
+        let client = self.client()?;
+        answered(doing, async {
+            let rows = client.query(sql, with).await;
+            rows.map_err(|error| sql_error(doing, error))
+        })
+        .await
     }
 
     /// What was discarded, if that has changed since it was last asked for. To be called behind [`Self::reload`]: a straggler that is not counted
@@ -341,13 +309,14 @@ impl Store {
     /// These have their receipts. Returns the changes of counts.
     pub(crate) async fn delete(&mut self, numbers: &[i64]) -> Result<Vec<(String, String, i64)>> {
         let sql =
-            "delete from walpost.straggler where number = any($1) returning topic, key, state";
+            "delete from walpost.straggler where number = any($1) returning topic, key, number";
         let rows = self
             .rows_of("delete published stragglers", sql, &[&numbers])
             .await?;
         self.rows -= i64::try_from(rows.len()).unwrap_or(0);
         let mut changes = HashMap::new();
         for row in &rows {
+            self.walk.forget_row(row.get(2));
             self.forget(row, &mut changes);
         }
         Ok(listed(changes))
@@ -359,6 +328,7 @@ impl Store {
             return;
         };
         let key: Key = (topic, key);
+        self.walk.forget(row.get(2), &key);
         if let Some(count) = self.keys.get_mut(&key) {
             *count -= 1;
             if *count <= 0 {
@@ -380,7 +350,7 @@ impl Store {
             from unnest($1::int8[], $2::text[], $3::int4[], $4::float8[], $5::bool[]) f(number, reason, attempts, next_in, dead),
                  (select number, state from walpost.straggler where number = any($1)) before
             where s.number = f.number and before.number = f.number
-            returning s.topic, s.key, s.state = 'dead' and before.state <> 'dead'";
+            returning s.topic, s.key, s.number, s.state = 'dead' and before.state <> 'dead'";
         let numbers: Vec<i64> = failures.iter().map(|failure| failure.number).collect();
         // In ASCII: what a broker says is it mostly, and then every database can hold it.
         let reasons: Vec<String> = failures
@@ -401,11 +371,17 @@ impl Store {
             )
             .await?;
         let mut changes = HashMap::new();
-        for row in rows.iter().filter(|row| row.get(2)) {
+        let mut let_go: Vec<Key> = Vec::new();
+        for row in rows.iter().filter(|row| row.get(3)) {
             if !self.dead_block {
                 self.forget(row, &mut changes);
+                let key: Option<(String, String)> = row
+                    .get::<_, Option<String>>(0)
+                    .zip(row.get::<_, Option<String>>(1));
+                let_go.extend(key);
             }
         }
+        self.promote_next(&let_go).await?;
         Ok(listed(changes))
     }
 
@@ -624,7 +600,7 @@ fn is_about_a_value(error: &tokio_postgres::Error) -> bool {
     code.is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
 }
 
-fn listed(changes: HashMap<Key, i64>) -> Vec<(String, String, i64)> {
+pub(super) fn listed(changes: HashMap<Key, i64>) -> Vec<(String, String, i64)> {
     let real = changes.into_iter().filter(|(_, count)| *count != 0);
     real.map(|((topic, key), count)| (topic, key, count))
         .collect()

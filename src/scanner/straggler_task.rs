@@ -26,6 +26,7 @@
 //! stream's deduplication nor that of an earlier start takes a retry for something old, and one bad message fails alone. A process killed between
 //! receipt and deletion publishes the message again: stragglers are at least once.
 //!
+//! Nothing is sent while the lease is not held ([`crate::lease`]), and the publisher is closed where Postgres stays away.
 //! Nothing is stored or sent under a claim that another process has taken over ([`super::straggler_fence`]).
 //! Retries are made only while the replication stream is open (the slot lets in one instance only), or while a scan runs (the
 //! lock on the slot does).
@@ -54,6 +55,7 @@ use super::straggler_retry::Sent;
 use super::straggler_store::{Failure, Key, Store};
 use crate::ack::TxnNo;
 use crate::config::Config;
+use crate::lease::{CLOSE_BY, Lease};
 use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig};
 use crate::retry::Backoff;
 use crate::upkeep::News;
@@ -61,7 +63,7 @@ use crate::{Error, Result};
 
 /// How often the table is looked at.
 const SCAN_INTERVAL: Duration = Duration::from_secs(1);
-/// Of that many scans one counts the table again, for what commands and people have changed in it.
+/// Of that many scans one begins to count the table again, page by page, for what commands and people have changed in it.
 const RELOAD_EVERY: u32 = 3;
 /// What one INSERT holds.
 const BATCH_EVENTS: usize = 1000;
@@ -79,6 +81,11 @@ enum Page {
 pub(super) struct Task {
     pub(super) store: Store,
     pub(super) publisher: Publisher,
+    /// What it was made of.
+    publishing: PublisherConfig,
+    lease: Lease,
+    /// It may have producers.
+    is_open: bool,
     pub(super) reports: mpsc::UnboundedSender<Report>,
     pub(super) reconnect: Backoff,
     pub(super) retry: (Duration, Duration),
@@ -117,6 +124,7 @@ async fn run_task(
     mut inbox: mpsc::UnboundedReceiver<Item>,
     mut may_retry: watch::Receiver<bool>,
 ) {
+    let lease = task.lease.clone();
     let mut scan_at = Instant::now();
     let mut tick_at = Instant::now();
     loop {
@@ -154,7 +162,9 @@ async fn run_task(
                     Err(error) => task.reconnect(&error).await,
                 }
             }
-            // 4. What was refused may be allowed.
+            // 4. Postgres is away, and whoever has the slot may want to retry.
+            () = lost_for_good(&lease), if task.is_open => task.let_go(),
+            // 5. What was refused may be allowed.
             is_told = task.store.fence.changed() => if !is_told { return },
             changed = may_retry.changed() => if changed.is_err() { return },
             () = sleep_until(tick_at) => {
@@ -168,7 +178,7 @@ async fn run_task(
 /// See the module's documentation.
 pub(super) fn run(
     config: &Config,
-    publisher: &PublisherConfig,
+    (publisher, lease): (&PublisherConfig, &Lease),
     (store, all_outboxes): (Store, Vec<String>),
     inbox: mpsc::UnboundedReceiver<Item>,
     reports: mpsc::UnboundedSender<Report>,
@@ -197,17 +207,20 @@ pub(super) fn run(
             .collect(),
         None => Vec::new(),
     };
-    let publisher = Publisher::new(PublisherConfig {
+    let publishing = PublisherConfig {
         producer_name,
         batch_max_messages: 1,
         diversion: Some(now),
         ..publisher.clone()
-    });
+    };
     let task = Task {
         store,
         outboxes,
         all_outboxes,
-        publisher,
+        publisher: Publisher::under(publishing.clone(), lease),
+        lease: lease.clone(),
+        publishing,
+        is_open: false,
         reports,
         reconnect: Backoff::new(config.reconnect_initial, config.reconnect_max),
         retry: (config.retry_initial, config.retry_max),
@@ -229,7 +242,34 @@ pub(super) fn run(
     run_task(task, inbox, may_retry)
 }
 
+/// Waits until the lease has been lost for as long as any publisher may stay open. Cancel safe.
+async fn lost_for_good(lease: &Lease) {
+    loop {
+        lease.lost().await;
+        let close_at = lease.lost_since().map(|since| since + CLOSE_BY);
+        match close_at {
+            Some(at) if at <= Instant::now() => return,
+            // It may be held again meanwhile.
+            Some(at) => sleep_until(at).await,
+            None => {}
+        }
+    }
+}
+
 impl Task {
+    /// Closes the publisher. What has no receipt is found in the table again.
+    fn let_go(&mut self) {
+        let numbers: Vec<i64> = self.sent.keys().copied().collect();
+        for number in numbers {
+            // Of those that wait to be deleted more is to be known.
+            if !self.done.contains(&number) {
+                self.take_sent(number);
+            }
+        }
+        self.publisher = Publisher::under(self.publishing.clone(), &self.lease);
+        self.is_open = false;
+    }
+
     fn report(&self, report: Report) {
         let _pipe_is_gone = self.reports.send(report);
     }
@@ -297,7 +337,14 @@ impl Task {
     }
 
     async fn reload(&mut self) -> Result<()> {
-        let (changes, rows) = self.store.reload().await?;
+        let counted = self.store.reload().await?;
+        self.tell_counted(counted).await
+    }
+
+    async fn tell_counted(
+        &mut self,
+        (changes, rows): (Vec<(String, String, i64)>, u64),
+    ) -> Result<()> {
         // Told first: a key is let go only by somebody who knows what is not to come of it.
         if let Some(discarded) = self.store.discarded(&self.all_outboxes).await? {
             self.report(Report::Discarded(discarded));
@@ -362,13 +409,8 @@ impl Task {
             return Ok(());
         }
         let changes = self.store.fail(&self.failed).await?;
-        let any_dead = self.failed.iter().any(|failure| failure.dead);
         self.failed.clear();
         self.parked(changes);
-        if any_dead {
-            // Lets their successors go, or not.
-            self.reload().await?;
-        }
         Ok(())
     }
 
@@ -437,8 +479,10 @@ impl Task {
             self.connect().await?;
         }
         self.scans = self.scans.wrapping_add(1);
-        if self.scans.is_multiple_of(RELOAD_EVERY) {
-            self.reload().await?;
+        if (self.store.is_walking() || self.scans.is_multiple_of(RELOAD_EVERY))
+            && let Some(counted) = self.store.walk_on().await?
+        {
+            self.tell_counted(counted).await?;
         }
         if self.store.rows() == 0 || !self.publisher.has_room() {
             return Ok(Page::Last);
@@ -448,6 +492,7 @@ impl Task {
         if due.is_empty() {
             return Ok(Page::Last);
         }
+        self.is_open = true;
         // Learns the message limit, which may have been raised.
         let why = match timeout(BROKER_PATIENCE, self.publisher.connect()).await {
             Ok(Ok(())) => None,

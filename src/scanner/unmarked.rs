@@ -40,6 +40,7 @@ use super::cluster::Log;
 use super::outbox::{OutboxTable, SEQ, TXID};
 use super::rows::{RowReader, TextAs, decode, is_unconvertible};
 use crate::feedback::Progress;
+use crate::lease::Lease;
 use crate::outbox::{Extractor, RowNumber};
 use crate::outlet::{Outlet, Source};
 use crate::pipe::Routing;
@@ -56,7 +57,7 @@ const RECEIPTS: Duration = Duration::from_secs(60);
 const TICK: Duration = Duration::from_secs(1);
 
 /// What the task works with.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Unmarked {
     /// Where the tables are.
     pub postgres: PostgresConfig,
@@ -72,6 +73,8 @@ pub struct Unmarked {
     pub routing: Routing,
     /// The stream's settings; the producers' names are changed.
     pub publisher: PublisherConfig,
+    /// Under which it is published.
+    pub lease: Lease,
     /// `WALPOST_SCAN_INTERVAL`.
     pub interval: Duration,
     /// `WALPOST_STRAGGLER_AGE`.
@@ -429,7 +432,8 @@ impl Unmarked {
                 row => reader.encode(&row.map_err(failed)?, 0, TextAs::Utf8)?,
             };
             if round.again.is_none() {
-                round.again = Some(Again::connect(&self.publisher, &self.queue).await?);
+                round.again =
+                    Some(Again::connect((&self.publisher, &self.lease), &self.queue).await?);
             }
             let Some(again) = &mut round.again else {
                 return Err(Error::bug("a publisher was just made"));
@@ -481,14 +485,18 @@ struct Again {
 }
 
 impl Again {
-    async fn connect(config: &PublisherConfig, queue: &RowQueue) -> Result<Self> {
+    async fn connect(
+        (config, lease): (&PublisherConfig, &Lease),
+        queue: &RowQueue,
+    ) -> Result<Self> {
         use std::hash::{BuildHasher as _, RandomState};
         let unique = RandomState::new().hash_one(std::process::id());
-        let mut publisher = Publisher::new(PublisherConfig {
+        let settings = PublisherConfig {
             producer_name: format!("{}-again-{unique:016x}", config.producer_name),
             rows: Some(queue.clone()),
             ..config.clone()
-        });
+        };
+        let mut publisher = Publisher::under(settings, lease);
         publisher.connect().await?;
         Ok(Self {
             outlet: Outlet::new(publisher, None, Source::Table, true, Lsn::ZERO),

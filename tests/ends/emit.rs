@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::support::{Database, consume, servers};
+use walpost::outbox::{TopicTemplate, own_topic_into};
+
+use crate::support::{Database, consume, servers, topic_names};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -14,7 +16,7 @@ const WRONG: [(&str, &str, &str, &str); 15] = [
     ("'', 'k', 'T', null", "aggregatetype", "22023", "is empty"),
     ("'a', 'k', '', null", "type", "22023", "is empty"),
     (
-        "'a b', 'k', 'T', null",
+        "'a ', 'k', 'T', null",
         "aggregatetype",
         "22023",
         "cannot stand in a topic name",
@@ -200,4 +202,50 @@ async fn the_sql_may_be_applied_again_and_a_changed_payload_type_makes_no_call_a
         .await;
     let functions: Vec<&str> = functions.iter().map(|row| row.get(0)).collect();
     assert_eq!(functions, ["emit jsonb", "emit_transient json"]);
+}
+
+#[tokio::test]
+async fn a_name_is_accepted_if_walpost_can_route_by_it() {
+    for encoding in ["UTF8", "LATIN1"] {
+        // GIVEN an outbox
+        let database = Database::create_in(encoding, "emit").await;
+        database.init(&[], &[]).await;
+        database
+            .sql(
+                "create function accepts(call text, name text) returns bool language plpgsql as $$ begin
+                     execute 'select walpost.' || call using name;
+                     return true;
+                 exception when invalid_parameter_value then return false; end $$",
+            )
+            .await;
+        // WHEN names of all kinds are given to the functions, those that the database can hold
+        let names: Vec<String> = topic_names()
+            .into_iter()
+            .filter(|name| encoding == "UTF8" || name.chars().all(|c| u32::from(c) < 256))
+            .collect();
+        let template = TopicTemplate::parse("t.{aggregatetype}").expect("valid");
+        let mut topic = String::new();
+        for function in ["emit", "emit_transient"] {
+            let sql = format!(
+                "select accepts('{function}($1, ''k'', ''T'', null)', name),
+                        accepts('{function}(''a'', ''k'', ''T'', null, topic => $1)', name)
+                 from unnest($1::text[]) with ordinality as n (name, number) order by number"
+            );
+            let rows = database.rows(&sql, &[&names]).await;
+            assert_eq!(rows.len(), names.len());
+            for (row, name) in rows.iter().zip(&names) {
+                // THEN they take those of which walpost makes a topic, and no others
+                let routed = template.render_into(&mut topic, |_, out| {
+                    out.push_str(name);
+                    Ok(())
+                });
+                let own = own_topic_into(name, &mut topic);
+                assert_eq!(
+                    (row.get::<_, bool>(0), row.get::<_, bool>(1)),
+                    (routed.is_ok(), own.is_ok()),
+                    "{function} in {encoding}: {name:?}: {routed:?} {own:?}"
+                );
+            }
+        }
+    }
 }

@@ -7,7 +7,7 @@ use super::{DEADLINE, addr_of, get, status_of};
 use crate::support::{Database, eventually};
 
 /// The value of a series.
-fn sample<'a>(text: &'a str, series: &str) -> Option<&'a str> {
+pub(super) fn sample<'a>(text: &'a str, series: &str) -> Option<&'a str> {
     let lines = text.lines().filter_map(|line| line.rsplit_once(' '));
     let mut found = lines.filter(|(name, _)| *name == series);
     found.next().map(|(_, value)| value)

@@ -14,8 +14,7 @@ const BATCHES: usize = 3;
 
 async fn opened(broker: &FakeBroker) -> Sender {
     let mut sender = Sender::to(broker).await;
-    sender.publish(TOPIC, "key");
-    sender.delivered().await;
+    sender.open(TOPIC).await;
     sender
 }
 
@@ -297,8 +296,7 @@ async fn impatient(broker: &FakeBroker) -> Sender {
         keepalive_interval: Duration::from_millis(100),
         ..config(vec![broker.host()])
     });
-    sender.publish(TOPIC, "key");
-    sender.delivered().await;
+    sender.open(TOPIC).await;
     sender
 }
 

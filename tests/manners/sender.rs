@@ -59,6 +59,7 @@ struct Sent {
     key: String,
     id: String,
     payload: Vec<u8>,
+    deliver_at_ms: Option<i64>,
     commit_lsn: Lsn,
 }
 
@@ -70,6 +71,8 @@ pub(crate) struct Sender {
     /// The last commit record.
     commit: u64,
     sent: Vec<Sent>,
+    /// The ids of what was diverted, if it is stored elsewhere as soon as it comes.
+    pub(crate) elsewhere: Option<Vec<String>>,
 }
 
 impl Sender {
@@ -94,7 +97,16 @@ impl Sender {
             tracker: AckTracker::new(Lsn::ZERO),
             commit: 0,
             sent: Vec::new(),
+            elsewhere: None,
         }
+    }
+
+    /// Publishes one event that is larger than the batches of these tests, and waits for its receipt: the topic accepts such batches, so
+    /// several are under way at a time from now on.
+    pub(crate) async fn open(&mut self, topic: &str) {
+        self.try_publish(topic, "key", &[b'x'; 1200])
+            .expect("an event that fits");
+        self.delivered().await;
     }
 
     /// Publishes one event in a transaction of its own; returns its id.
@@ -107,12 +119,24 @@ impl Sender {
 
     /// The same with this payload; an error when the publisher does not take it.
     pub(crate) fn try_publish(&mut self, topic: &str, key: &str, payload: &[u8]) -> Result<()> {
+        self.try_publish_at(topic, key, payload, None)
+    }
+
+    /// The same, to be delivered at this time.
+    pub(crate) fn try_publish_at(
+        &mut self,
+        topic: &str,
+        key: &str,
+        payload: &[u8],
+        deliver_at_ms: Option<i64>,
+    ) -> Result<()> {
         self.commit += COMMIT_DISTANCE;
         let event = Sent {
             topic: topic.to_owned(),
             key: key.to_owned(),
             id: format!("row-{}", self.sent.len()),
             payload: payload.to_vec(),
+            deliver_at_ms,
             commit_lsn: Lsn::new(self.commit),
         };
         self.hand_over(&event)?;
@@ -126,7 +150,7 @@ impl Sender {
             key: &sent.key,
             payload: Some(&sent.payload),
             event_time_ms: 0,
-            deliver_at_ms: None,
+            deliver_at_ms: sent.deliver_at_ms,
             txn,
             commit_lsn: sent.commit_lsn,
             row: RowTag::default(),
@@ -205,6 +229,10 @@ impl Sender {
         for (txn, count) in self.publisher.take_acked() {
             self.tracker.ack(txn, count);
         }
+        if self.elsewhere.is_some() && self.publisher.has_diverted() {
+            let ids = self.store_diverted();
+            self.elsewhere.get_or_insert_default().extend(ids);
+        }
         result
     }
 
@@ -235,6 +263,17 @@ impl Sender {
         let stored = self.publisher.stored(ids.len() as u64);
         stored.unwrap_or_else(|error| panic!("{}", error.report()));
         ids
+    }
+
+    /// The ids of what was published to this topic, or to all of them, and is neither among these nor stored elsewhere.
+    pub(crate) fn missing(&self, topic: Option<&str>, stored: &[StoredEvent]) -> Vec<&str> {
+        let stored = stored.iter().map(|event| event.id.as_str());
+        let elsewhere = self.elsewhere.iter().flatten().map(String::as_str);
+        let found: HashSet<&str> = stored.chain(elsewhere).collect();
+        let of_topic = |sent: &&Sent| topic.is_none_or(|topic| sent.topic == topic);
+        let sent = self.sent.iter().filter(of_topic);
+        let ids = sent.map(|sent| sent.id.as_str());
+        ids.filter(|id| !found.contains(id)).collect()
     }
 
     /// Everything published is stored, and nothing else; the first arrivals of a topic's key are in the order of

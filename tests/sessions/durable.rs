@@ -11,7 +11,7 @@ use super::support::{Database, OwnServers, Servers, eventually, on_each_major};
 /// An event that no topic takes, so that it becomes a straggler.
 fn unpublishable(key: &str) -> String {
     format!(
-        "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload) VALUES ('no topic', '{key}', 'e', '1')"
+        "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload) VALUES ('no/topic', '{key}', 'e', '1')"
     )
 }
 

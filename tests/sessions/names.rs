@@ -333,7 +333,7 @@ async fn ids_of_another_schema(major: i32, id_type: &str) {
     // One of them cannot be published.
     database
         .sql("INSERT INTO shop.outbox (id, aggregatetype, aggregateid, type, payload)
-              SELECT text2ltree('id.' || n), CASE n WHEN 7 THEN 'no topic' ELSE 't' END, 'k' || n, 'e', '{}' FROM generate_series(1, 3000) n")
+              SELECT text2ltree('id.' || n), CASE n WHEN 7 THEN 'no/topic' ELSE 't' END, 'k' || n, 'e', '{}' FROM generate_series(1, 3000) n")
         .await;
     let unmarked = async || -> Vec<String> {
         let sql = "SELECT id::text FROM shop.outbox WHERE sent_at IS NULL LIMIT 10";

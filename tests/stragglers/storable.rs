@@ -50,7 +50,9 @@ async fn what_the_databases_encoding_has_not_is_stored_and_the_stream_goes_on() 
     let database = Database::create_in("LATIN1", "latin").await;
     database.init(&["--payload", "text"], &[]).await;
     let attempts = ("WALPOST_RETRY_MAX_ATTEMPTS", "100000");
-    let walpost = database.start(&[&QUICK[..], &[attempts]].concat()).await;
+    let age = ("WALPOST_STRAGGLER_AGE", "1s");
+    let settings = [&QUICK[..], &[attempts, age]].concat();
+    let walpost = database.start(&settings).await;
     insert(&database, "t", "k", "before").await;
     database.wait_all_confirmed(DEADLINE).await;
     let topic = database.topic("t");
@@ -76,7 +78,10 @@ async fn what_the_databases_encoding_has_not_is_stored_and_the_stream_goes_on() 
             r#""aggregatetype": "t", "aggregateid": "p", "headers": {"name": "\u9375 \ud83d\ude00"}"#,
         ),
         envelope("key", r#""aggregatetype": "t", "aggregateid": "\u9375""#),
-        envelope("topic", r#""aggregatetype": "\u9375", "aggregateid": "k""#),
+        envelope(
+            "topic",
+            r#""aggregatetype": "t", "aggregateid": "k", "topic": "persistent://public/nowhere-at-all/\u9375""#,
+        ),
         row("\u{e9}"),
         "COMMIT".to_owned(),
     ];

@@ -1,98 +1,61 @@
-//! A Pulsar broker in this process that can be told to misbehave, for what a real one cannot be made to say.
+//! Pulsar brokers in this process that can be told to misbehave, for what real ones cannot be made to say.
 //!
-//! It listens on loopback, speaks the binary protocol, and without a script is a healthy broker: it answers, stores what
+//! A broker listens on loopback, speaks the binary protocol, and without a script is a healthy broker: it answers, stores what
 //! it is sent in the order of arrival, and sends receipts in that order. A test scripts what differs:
 //!
 //! * [`FakeBroker::script`]: [`Reaction`]s to the next commands of one kind ([`Asked`]), one each, in order;
 //! * [`FakeBroker::script_rest`]: a closure for all commands that no script is left for;
+//! * [`FakeBroker::set`]: what is set on a topic: limits, rates, who else has it ([`Settings`]);
+//! * topics: [`create`](FakeBroker::create), [`create_partitioned`](FakeBroker::create_partitioned),
+//!   [`delete`](FakeBroker::delete), [`unload`](FakeBroker::unload), …; by themselves they come into being when a producer
+//!   asks for them ([`FakeBroker::auto_create`]);
 //! * unasked: [`FakeBroker::ping`], [`close_producers`](FakeBroker::close_producers), [`say`](FakeBroker::say),
 //!   [`disconnect`](FakeBroker::disconnect), [`stall`](FakeBroker::stall), [`stop`](FakeBroker::stop).
 //!
-//! Several fake brokers make a cluster ([`FakeBroker::beside`]): what is stored is theirs together, the rest is each one's.
-//! As a real broker it drops what is sent to a producer that it has closed, goes on taking what stands behind a frame with a
-//! wrong checksum, and fails what stands behind any other refused send until the producer is made anew.
+//! Several fake brokers make a cluster ([`FakeBroker::beside`]): topics are theirs together, scripts and limits each one's.
+//! What decides is a state machine ([`model`]) without sockets and clock, written after the real broker's sources; `net` is
+//! the sockets and the clock.
 //!
 //! What no client may do (a wrong checksum, a send to a producer that never was, sequence ids that fall, …) is noted, and
-//! fails the test when the broker is dropped. One lock holds all of a broker's state; nothing awaits under it.
+//! fails the test when the broker is dropped.
 
+mod answers;
 mod commands;
-mod state;
-mod storage;
+mod model;
+mod net;
+mod orders;
+mod producers;
+mod script;
+mod sends;
+mod topics;
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
-use pulsar::message::proto::{BaseCommand, ServerError};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
+use pulsar::message::proto::BaseCommand;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::eventually;
-use state::{State, kind, lock};
-use storage::Storage;
-pub(crate) use {commands::reason, storage::StoredEvent};
-
-/// A kind of command that a client sends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Asked {
-    Connect,
-    AuthResponse,
-    Partitions,
-    Lookup,
-    Producer,
-    CloseProducer,
-    Send,
-    Ping,
-    Pong,
-}
-
-/// Where a lookup is answered to.
-#[derive(Clone, Debug)]
-pub(crate) struct Target {
-    pub(crate) url: String,
-    /// Ask there again, instead of: the topic is there.
-    pub(crate) redirect: bool,
-    pub(crate) authoritative: bool,
-    pub(crate) through_service_url: bool,
-}
-
-/// What is done about one command.
-#[derive(Clone, Debug)]
-pub(crate) enum Reaction {
-    /// What a healthy broker does.
-    Obey,
-    /// Refused, in the form that belongs to the command; nothing is stored.
-    Fail(ServerError),
-    /// The answer to a lookup.
-    LookAt(Target),
-    /// A producer must wait its turn: "not ready" now, "ready" at [`FakeBroker::release`].
-    NotReady,
-    /// Obeyed; the answer waits for [`FakeBroker::release`].
-    Hold,
-    /// Obeyed; the answer never comes.
-    Lose,
-    /// Neither obeyed nor answered.
-    Ignore,
-    /// A send is handed to storage, and neither succeeds nor fails before [`FakeBroker::settle`].
-    Pend,
-    /// The connection ends, and the command was not obeyed.
-    Close,
-    /// Obeyed, and the connection ends in place of the answer.
-    ObeyAndClose,
-    /// Obeyed, and the connection ends in the middle of the answer.
-    CutShort,
-    /// These bytes in place of the answer.
-    Say(Vec<u8>),
-    /// `AUTH_CHALLENGE` in place of CONNECTED.
-    Challenge,
-}
+use answers::Held;
+use model::{Broker, Cluster};
+use net::Shared;
+use script::Script;
+use topics::Topics;
+pub(crate) use {
+    commands::{close_producer, reason, topic_migrated},
+    script::{Asked, Reaction, Target},
+    topics::{PublishRate, Settings, StoredEvent, partition_name},
+};
 
 /// A running broker; it ends with the test.
 pub(crate) struct FakeBroker {
     addr: SocketAddr,
-    state: Arc<Mutex<State>>,
+    world: Shared,
+    /// Its place in the cluster.
+    index: usize,
     stalled: watch::Sender<bool>,
     accepting: Option<JoinHandle<()>>,
 }
@@ -100,33 +63,30 @@ pub(crate) struct FakeBroker {
 impl FakeBroker {
     /// Starts a broker on a free port of loopback.
     pub(crate) async fn start() -> Self {
-        Self::with(Arc::default()).await
+        Self::with(Shared::default()).await
     }
 
     /// The same, in a namespace that deduplicates.
     pub(crate) async fn start_deduplicating() -> Self {
         let broker = Self::start().await;
-        broker.storage(|storage| storage.deduplicates = true);
+        broker.topics(|topics| topics.deduplicates = true);
         broker
     }
 
     /// Another broker of the same cluster.
     pub(crate) async fn beside(&self) -> Self {
-        let storage = Arc::clone(&self.state().storage);
-        Self::with(storage).await
+        Self::with(Arc::clone(&self.world)).await
     }
 
-    async fn with(storage: Arc<Mutex<Storage>>) -> Self {
+    async fn with(world: Shared) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let addr = listener.local_addr().expect("a bound socket");
-        let state = State {
-            url: format!("pulsar://{addr}"),
-            storage,
-            ..State::default()
-        };
+        let url = format!("pulsar://{addr}");
+        let index = net::with(&world, |cluster| cluster.add_broker(url));
         let mut broker = Self {
             addr,
-            state: Arc::new(Mutex::new(state)),
+            world,
+            index,
             stalled: watch::Sender::new(false),
             accepting: None,
         };
@@ -135,14 +95,9 @@ impl FakeBroker {
     }
 
     fn listen(&mut self, listener: TcpListener) {
-        let (state, stalled) = (Arc::clone(&self.state), self.stalled.subscribe());
-        self.accepting = Some(tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let (say, says) = mpsc::unbounded_channel();
-                let id = lock(&state).accept(say);
-                tokio::spawn(serve(Arc::clone(&state), id, stream, says, stalled.clone()));
-            }
-        }));
+        let stalled = self.stalled.subscribe();
+        let accepting = net::listen(&self.world, self.index, listener, stalled);
+        self.accepting = Some(accepting);
     }
 
     /// `pulsar://host:port`
@@ -157,8 +112,7 @@ impl FakeBroker {
 
     /// Adds reactions for the next commands of this kind, one each.
     pub(crate) fn script(&self, asked: Asked, reactions: impl IntoIterator<Item = Reaction>) {
-        let mut state = self.state();
-        state.script.entry(asked).or_default().extend(reactions);
+        self.own_script(|script| script.add(asked, reactions));
     }
 
     /// Decides about every command that no script is left for.
@@ -166,36 +120,101 @@ impl FakeBroker {
         &self,
         decide: impl FnMut(Asked, &BaseCommand) -> Reaction + Send + 'static,
     ) {
-        self.state().rest = Some(Box::new(decide));
+        self.own_script(|script| script.set_rest(Box::new(decide)));
     }
 
-    /// Forgets every script: a healthy broker from now on.
+    /// Forgets every script: a healthy broker from now on. What is set on topics stays.
     pub(crate) fn heal(&self) {
-        let mut state = self.state();
-        state.rest = None;
-        state.script.clear();
+        self.own_script(Script::clear);
     }
 
     /// The `max_message_size` that CONNECTED tells from now on.
     pub(crate) fn limit(&self, max_message_bytes: i32) {
-        self.state().max_message_bytes = Some(max_message_bytes);
+        self.own(|broker| broker.max_message_bytes = Some(max_message_bytes));
+    }
+
+    /// Changes what is set on a topic, or on all partitions of one.
+    pub(crate) fn set(&self, topic: &str, change: impl FnOnce(&mut Settings)) {
+        self.cluster(|cluster| cluster.set(topic, change));
+    }
+
+    /// Whether topics are made when a producer asks for one that does not exist; they are, unless this says otherwise.
+    pub(crate) fn auto_create(&self, allowed: bool) {
+        self.topics(|topics| topics.auto_creation = allowed);
+    }
+
+    /// How many partitions topics have that are made by themselves; 0, at first: they are not partitioned.
+    pub(crate) fn auto_partitions(&self, count: u32) {
+        self.topics(|topics| topics.auto_partitions = count);
+    }
+
+    /// Answers as brokers before PIP-344: a topic that does not exist has 0 partitions.
+    pub(crate) fn missing_has_no_partitions(&self) {
+        self.topics(|topics| topics.missing_has_no_partitions = true);
+    }
+
+    /// Makes a topic without partitions.
+    pub(crate) fn create(&self, topic: &str) {
+        self.topics(|topics| topics.create(topic));
+    }
+
+    /// Makes a partitioned topic, or gives it more partitions.
+    pub(crate) fn create_partitioned(&self, topic: &str, partitions: u32) {
+        self.topics(|topics| topics.create_partitioned(topic, partitions));
+    }
+
+    /// Deletes a topic without partitions by force.
+    pub(crate) fn delete(&self, topic: &str) {
+        self.cluster(|cluster| cluster.delete(topic));
+    }
+
+    /// Deletes the partitions of a topic by force; its metadata is still there.
+    pub(crate) fn begin_deletion(&self, topic: &str) {
+        self.cluster(|cluster| cluster.begin_deletion(topic));
+    }
+
+    /// Deletes the metadata of a partitioned topic.
+    pub(crate) fn end_deletion(&self, topic: &str) {
+        self.topics(|topics| topics.end_deletion(topic));
+    }
+
+    /// Unloads a topic: closes its producers, naming the next broker if one is given; what pends is stored, with receipts that come
+    /// late, or given up without a word.
+    pub(crate) fn unload(&self, topic: &str, next: Option<&str>, written: bool) {
+        self.cluster(|cluster| cluster.unload(topic, next, written));
+    }
+
+    /// The names of all topics without partitions and of all partitions.
+    pub(crate) fn topic_names(&self) -> Vec<String> {
+        self.topics(|topics| topics.names())
+    }
+
+    /// Topics that no consumer of the whole finds: partitions without metadata, and plain ones beside partitions.
+    pub(crate) fn misshapen(&self) -> Vec<String> {
+        self.topics(|topics| topics.misshapen())
+    }
+
+    /// What clients did that no client may do; from now on it is forgiven.
+    pub(crate) fn forgive(&self) -> Vec<String> {
+        self.cluster(|cluster| std::mem::take(&mut cluster.faults))
     }
 
     /// Every command of this kind that came so far, in order.
     pub(crate) fn seen(&self, asked: Asked) -> Vec<BaseCommand> {
-        let state = self.state();
-        let of_kind = state
-            .seen
-            .iter()
-            .filter(|command| kind(command) == Some(asked));
-        of_kind.cloned().collect()
+        self.own_script(|script| {
+            let seen = script.seen.iter();
+            let of_kind = seen.filter(|command| Asked::of(command) == Some(asked));
+            of_kind.cloned().collect()
+        })
     }
 
     /// How many of them.
     pub(crate) fn count(&self, asked: Asked) -> usize {
-        let state = self.state();
-        let seen = state.seen.iter();
-        seen.filter(|command| kind(command) == Some(asked)).count()
+        self.own_script(|script| {
+            let seen = script.seen.iter();
+            seen.filter(|command| Asked::of(command) == Some(asked))
+                .count()
+        })
     }
 
     /// Waits until so many commands of this kind have come.
@@ -209,64 +228,60 @@ impl FakeBroker {
 
     /// Every frame with an entry that came so far, byte for byte (without its first four bytes).
     pub(crate) fn frames(&self) -> Vec<Vec<u8>> {
-        self.state().frames.clone()
+        self.own_script(|script| script.frames.clone())
     }
 
     /// Forgets what was said to it and what it has stored, so that a bench may send for as long as it likes.
     pub(crate) fn forget(&self) {
-        {
-            let mut state = self.state();
-            state.seen.clear();
-            state.frames.clear();
-        }
-        self.storage(|storage| storage.events.clear());
+        self.own_script(Script::forget);
+        self.topics(Topics::forget);
     }
 
     /// How many connections were made so far.
     pub(crate) fn connections(&self) -> u64 {
-        self.state().accepted
+        self.own(|broker| broker.accepted)
     }
 
-    /// What the cluster has stored, in order.
+    /// What the cluster has stored, in order, also in topics that are deleted now.
     pub(crate) fn stored(&self) -> Vec<StoredEvent> {
-        self.storage(|storage| storage.events.clone())
+        self.topics(|topics| topics.stored())
+    }
+
+    /// What a consumer of this topic finds, in the order of storing.
+    pub(crate) fn readable(&self, topic: &str) -> Vec<StoredEvent> {
+        self.topics(|topics| topics.readable(topic))
     }
 
     /// Sends the answers that wait, in this order: `order` gets them oldest first.
-    pub(crate) fn release(&self, order: impl FnOnce(&mut Vec<(u64, Vec<u8>)>)) {
-        let mut state = self.state();
-        let mut held = std::mem::take(&mut state.held);
-        order(&mut held);
-        for (connection, bytes) in held {
-            state.say(connection, bytes);
-        }
+    pub(crate) fn release(&self, order: impl FnOnce(&mut Vec<Held>)) {
+        self.cluster(|cluster| {
+            cluster.answers.release(order);
+            cluster.finish_closes();
+        });
     }
 
     /// Sends the oldest answer that waits; false when there is none.
     pub(crate) fn release_one(&self) -> bool {
-        let mut state = self.state();
-        if state.held.is_empty() {
-            return false;
-        }
-        let (connection, bytes) = state.held.remove(0);
-        state.say(connection, bytes);
-        true
+        self.cluster(|cluster| {
+            let released = cluster.answers.release_one();
+            cluster.finish_closes();
+            released
+        })
     }
 
     /// Ends the writes that pend: stored, or failed. A topic whose write failed is fenced: its producers are closed.
     pub(crate) fn settle(&self, written: bool) {
-        self.storage(|storage| storage.settle(written));
-        if !written {
-            self.close_producers(None);
-        }
+        self.cluster(|cluster| cluster.settle(written));
+    }
+
+    /// Lets the creations of producers go on that a script has stalled.
+    pub(crate) fn resume(&self) {
+        self.cluster(Cluster::resume);
     }
 
     /// Says these bytes on every connection.
     pub(crate) fn say(&self, bytes: &[u8]) {
-        let state = self.state();
-        for &connection in state.connections.keys() {
-            state.say(connection, bytes.to_vec());
-        }
+        self.cluster(|cluster| cluster.say(self.index, bytes));
     }
 
     /// PING on every connection.
@@ -281,25 +296,28 @@ impl FakeBroker {
 
     /// A receipt for one of the batches that a producer of some connection sent, whether it is due or not.
     pub(crate) fn say_receipt(&self, producer_id: u64, sequence_id: u64) {
-        self.say(&commands::receipt(
-            producer_id,
-            (sequence_id, sequence_id),
-            Some(0),
-        ));
+        let ids = (sequence_id, sequence_id);
+        self.say(&commands::receipt(producer_id, ids, Some(0)));
     }
 
-    /// Closes every producer, naming the broker that has their topics now if one is given.
+    /// The receipt (-1, -1) for ids that a producer of some connection sent, whether they were stored before or not.
+    pub(crate) fn say_duplicate(&self, producer_id: u64, ids: (u64, u64)) {
+        self.say(&commands::receipt(producer_id, ids, None));
+    }
+
+    /// Closes every producer, after saying that its topic has moved to the cluster with this service URL.
+    pub(crate) fn migrate(&self, cluster_url: &str) {
+        self.cluster(|cluster| cluster.migrate(self.index, cluster_url));
+    }
+
+    /// Closes every producer, naming the broker that has their topics now if one is given. What they have sent is not waited for.
     pub(crate) fn close_producers(&self, next: Option<&str>) {
-        let mut state = self.state();
-        for ((connection, producer_id), _) in std::mem::take(&mut state.producers) {
-            state.closed.insert((connection, producer_id));
-            state.say(connection, commands::close_producer(producer_id, next));
-        }
+        self.cluster(|cluster| cluster.close_producers(self.index, next));
     }
 
     /// Ends every connection.
     pub(crate) fn disconnect(&self) {
-        self.state().connections.clear();
+        self.cluster(|cluster| cluster.end_connections(self.index));
     }
 
     /// Reads and says nothing while it is true, and the connections stay: the far side of a half-open one.
@@ -325,12 +343,20 @@ impl FakeBroker {
         self.listen(listener);
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+    fn cluster<T>(&self, input: impl FnOnce(&mut Cluster) -> T) -> T {
+        net::with(&self.world, input)
     }
 
-    fn storage<T>(&self, with: impl FnOnce(&mut Storage) -> T) -> T {
-        self.state().storage(with)
+    fn own<T>(&self, with: impl FnOnce(&mut Broker) -> T) -> T {
+        self.cluster(|cluster| with(&mut cluster.brokers[self.index]))
+    }
+
+    fn own_script<T>(&self, with: impl FnOnce(&mut Script) -> T) -> T {
+        self.own(|broker| with(&mut broker.script))
+    }
+
+    fn topics<T>(&self, with: impl FnOnce(&mut Topics) -> T) -> T {
+        self.cluster(|cluster| with(&mut cluster.topics))
     }
 }
 
@@ -339,10 +365,8 @@ impl Drop for FakeBroker {
         if let Some(accepting) = self.accepting.take() {
             accepting.abort();
         }
-        let mut state = self.state();
-        state.connections.clear();
-        let faults = std::mem::take(&mut state.faults);
-        drop(state);
+        self.disconnect();
+        let faults = self.forgive();
         // Not a second panic while the test's own one is on its way.
         if std::thread::panicking() {
             eprintln!("what the fake broker saw: {faults:?}");
@@ -353,50 +377,4 @@ impl Drop for FakeBroker {
             );
         }
     }
-}
-
-/// One connection, to its end.
-async fn serve(
-    state: Arc<Mutex<State>>,
-    id: u64,
-    stream: TcpStream,
-    mut says: mpsc::UnboundedReceiver<Vec<u8>>,
-    mut stalled: watch::Receiver<bool>,
-) {
-    let (mut reader, mut writer) = stream.into_split();
-    let mut inbox = Vec::new();
-    loop {
-        let is_stalled = *stalled.borrow_and_update();
-        // What is to be said first. All are cancel safe.
-        tokio::select! {
-            biased;
-            said = says.recv(), if !is_stalled => {
-                let Some(bytes) = said else { break };
-                if writer.write_all(&bytes).await.is_err() {
-                    break;
-                }
-            }
-            changed = stalled.changed() => if changed.is_err() { break },
-            read = reader.read_buf(&mut inbox), if !is_stalled => {
-                if read.unwrap_or(0) == 0 {
-                    break;
-                }
-                while let Some(frame) = take_frame(&mut inbox) {
-                    if !lock(&state).frame(id, &frame) {
-                        break;
-                    }
-                }
-            }
-        }
-    }
-    lock(&state).gone(id);
-}
-
-/// Takes the next whole frame, without its first four bytes.
-fn take_frame(inbox: &mut Vec<u8>) -> Option<Vec<u8>> {
-    let size = u32::from_be_bytes(*inbox.first_chunk::<4>()?) as usize;
-    let rest = inbox.get(4 + size..)?.to_vec();
-    let frame = inbox[4..4 + size].to_vec();
-    *inbox = rest;
-    Some(frame)
 }

@@ -43,6 +43,29 @@ pub(crate) async fn java_partitions(
     }
 }
 
+/// For each name, the topic that a Java client's producer of that name reaches; none where there is no such topic, or where
+/// it is one partition of another.
+pub(crate) async fn java_topics(servers: &Servers, names: &[String]) -> Vec<Option<String>> {
+    let mut input = String::new();
+    for name in names {
+        for byte in name.bytes() {
+            write!(input, "{byte:02x}").expect("a String takes everything");
+        }
+        input.push('\n');
+    }
+    let said = run(servers, "topics.bsh", &input).await;
+    let topics: Vec<Option<String>> = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("topic"))
+        .map(|topic| {
+            let topic = topic.strip_prefix(' ')?;
+            Some(String::from_utf8(super::hex(topic)).expect("UTF-8"))
+        })
+        .collect();
+    assert_eq!(topics.len(), names.len(), "topics.bsh said:\n{said}");
+    topics
+}
+
 /// Runs a program of this folder to its end and returns what it printed.
 async fn run(servers: &Servers, program: &str, input: &str) -> String {
     let java = Path::new(servers.var("WALPOST_LOCAL_JAVA_HOME")).join("bin/java");

@@ -13,7 +13,7 @@
 //! * [`read_entries`]: the same on the wire's level: batch metadata, sequence ids, tombstones.
 //! * [`Python`]: Pulsar's C++ client, an independent judge, driven by the `*.py` programs of this folder.
 //! * [`tool`]: Debian's Prometheus, promtool and Chromium, as `deploy/local/tool` has them.
-//! * [`java_partitions`]: the partitions that Pulsar's Java client chooses.
+//! * [`java_partitions`]: the partitions that Pulsar's Java client chooses; [`java_topics`]: what it makes of names.
 //! * [`eventually`]: waits for a condition with a deadline; no test sleeps instead of waiting.
 //!
 //! Everything here panics with a sentence when it cannot do its work: a test that cannot run has failed.
@@ -36,6 +36,7 @@ mod proxy;
 mod python;
 mod random;
 mod servers;
+mod topic_names;
 mod wire;
 
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -44,14 +45,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 pub(crate) use admin::{admin, admin_as, try_admin};
 pub(crate) use consume::{Received, consume, consume_as};
 pub(crate) use database::Database;
-pub(crate) use fake_broker::{Asked, FakeBroker, Reaction, StoredEvent, Target, reason};
-pub(crate) use java::java_partitions;
+pub(crate) use fake_broker::{
+    Asked, FakeBroker, PublishRate, Reaction, Settings, StoredEvent, Target, close_producer,
+    partition_name, reason, topic_migrated,
+};
+pub(crate) use java::{java_partitions, java_topics};
 pub(crate) use load::{Committed, Load, insert_many};
 pub(crate) use process::{Command, Walpost};
 pub(crate) use proxy::{Direction, Onlooker, Proxy};
 pub(crate) use python::{Judged, Python, hex};
 pub(crate) use random::Random;
 pub(crate) use servers::{OwnServers, Servers, as_owner, servers, tool};
+pub(crate) use topic_names::topic_names;
 pub(crate) use wire::{Entry, EntryMessage, parse_entry, read_entries, sized};
 
 /// Tests of cases that take a major: `name: case(more);` makes `name::on_14`, `name::on_15` and `name::on_18`, which call

@@ -11,7 +11,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -41,6 +41,8 @@ struct Controls {
     hold_replies: bool,
     hold_requests: bool,
     refuse: bool,
+    /// The answers to a request with this text, and to all behind it on its connection, are held.
+    swallow: Option<&'static str>,
     /// Counts [`Proxy::cut`]s: a connection ends when the number is not the one it began with.
     cuts: u64,
 }
@@ -137,6 +139,12 @@ impl Proxy {
     /// Stops (or goes on) passing what the client says.
     pub(crate) fn hold_requests(&self, hold: bool) {
         self.change(|controls| controls.hold_requests = hold);
+    }
+
+    /// Holds what the server says on a connection once the client has said `text` there; `None` lets all of it go on. (The text must come in
+    /// one piece, as a statement of moderate length does.)
+    pub(crate) fn swallow_answer_to(&self, text: Option<&'static str>) {
+        self.change(|controls| controls.swallow = text);
     }
 
     /// Drops every connection there is; what was held is lost. New ones are welcome.
@@ -244,12 +252,15 @@ async fn relay(
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = upstream.into_split();
     let cuts = watched.borrow().cuts;
+    let swallows = AtomicBool::new(false);
     let requests = Pump {
         from: from_client,
         to: to_server,
         watched: watched.clone(),
         held: |controls| controls.hold_requests,
         cuts,
+        swallows: &swallows,
+        is_answering: false,
         frames: None,
         count: &counters.to_server_bytes,
         onlooker: onlooker
@@ -262,6 +273,8 @@ async fn relay(
         watched,
         held: |controls| controls.hold_replies,
         cuts,
+        swallows: &swallows,
+        is_answering: true,
         frames: readdress.map(|readdress| Frames {
             readdress,
             unfinished: Vec::new(),
@@ -284,6 +297,10 @@ struct Pump<'a> {
     held: fn(&Controls) -> bool,
     /// [`Controls::cuts`] when the connection began.
     cuts: u64,
+    /// This connection has had the text whose answer is swallowed.
+    swallows: &'a AtomicBool,
+    /// This is the server's direction.
+    is_answering: bool,
     /// Set where a broker's address is replaced.
     frames: Option<Frames>,
     count: &'a AtomicU64,
@@ -315,6 +332,14 @@ impl Pump<'_> {
             // A hold that came while these bytes were read holds them too.
             self.while_held().await?;
             let read_at = Instant::now();
+            let swallowed = self.watched.borrow().swallow.filter(|_| !self.is_answering);
+            if let Some(text) = swallowed
+                && passed
+                    .windows(text.len())
+                    .any(|seen| seen == text.as_bytes())
+            {
+                self.swallows.store(true, Ordering::Relaxed);
+            }
             self.show(Direction::ToClient, read_at, passed);
             tokio::select! {
                 biased;
@@ -338,9 +363,12 @@ impl Pump<'_> {
     /// Returns when this direction is not held; an error ends the connection.
     async fn while_held(&mut self) -> io::Result<()> {
         let (held, cuts) = (self.held, self.cuts);
+        let swallows = |controls: &Controls| {
+            self.is_answering && controls.swallow.is_some() && self.swallows.load(Ordering::Relaxed)
+        };
         let controls = self
             .watched
-            .wait_for(|controls| controls.cuts != cuts || !held(controls))
+            .wait_for(|controls| controls.cuts != cuts || !(held(controls) || swallows(controls)))
             .await
             .map_err(|_| gone())?;
         if controls.cuts == cuts {

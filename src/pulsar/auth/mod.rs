@@ -14,6 +14,7 @@ use base64::prelude::BASE64_STANDARD;
 pub use oauth2::{ClientCredentials, OAuth2};
 
 use crate::Result;
+use crate::aside::read_aside;
 use crate::config::{Secret, SecretSource};
 
 /// One kind of credentials. `Debug` never shows a secret.
@@ -106,7 +107,10 @@ impl Auth {
                 data: None,
                 fresh: true,
             }),
-            Self::Token(source) => Ok(Credentials::new("token", source.token()?)),
+            Self::Token(source) => {
+                let token = read_secret("the token file", source, SecretSource::token);
+                Ok(Credentials::new("token", token.await?))
+            }
             Self::OAuth2(oauth2) => {
                 let stale = stale.and_then(|credentials| credentials.data.as_ref());
                 let (token, fresh) = oauth2.token(stale).await?;
@@ -115,10 +119,12 @@ impl Auth {
                     ..Credentials::new("token", token)
                 })
             }
-            Self::Basic { user, password } => Ok(Credentials::new(
-                "basic",
-                Secret::new(format!("{user}:{}", password.password()?.expose())),
-            )),
+            Self::Basic { user, password } => {
+                let read = SecretSource::password;
+                let password = read_secret("the password file", password, read).await?;
+                let both = format!("{user}:{}", password.expose());
+                Ok(Credentials::new("basic", Secret::new(both)))
+            }
             // As Pulsar's own clients: the method's name, and data that says nothing.
             Self::Tls => Ok(Credentials::new("tls", Secret::new(""))),
         }
@@ -155,6 +161,19 @@ impl Auth {
     }
 }
 
+/// The secret as it is now; one in a file is read on another thread.
+async fn read_secret(
+    what: &'static str,
+    source: &SecretSource,
+    read: fn(&SecretSource) -> Result<Secret>,
+) -> Result<Secret> {
+    if let SecretSource::Value(_) = source {
+        return read(source);
+    }
+    let source = source.clone();
+    read_aside(what, move || read(&source)).await
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,6 +207,22 @@ mod tests {
             );
             let authorization = auth.authorization().await.unwrap();
             assert_eq!(authorization.as_ref().map(Secret::expose), header);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_without_an_end_holds_up_nobody() {
+        let pipe = crate::aside::tests::Pipe::make("token");
+        let source = SecretSource::File(pipe.path.clone());
+        let basic = Auth::Basic {
+            user: "walpost".to_owned(),
+            password: source.clone(),
+        };
+        for auth in [Auth::Token(source), basic] {
+            let error = auth.credentials(None).await.unwrap_err();
+            assert!(error.is_temporary());
+            let said = error.report();
+            assert!(said.contains("there is no end of it"), "{said}");
         }
     }
 

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::super::tls::TlsFiles;
+use crate::aside::read_aside;
 use crate::config::{Secret, SecretSource};
 use crate::http::{self, HttpUrl, Request};
 use crate::{Error, Result};
@@ -134,7 +135,8 @@ impl OAuth2 {
     }
 
     async fn fetch(&self) -> Result<(Secret, Option<Duration>)> {
-        let key = self.key()?;
+        let client = self.client.clone();
+        let key = read_aside("the OAuth2 key or secret file", move || key_of(&client)).await?;
         let issuer = self.issuer.as_ref().or(key.issuer.as_ref());
         let issuer = issuer.ok_or_else(|| {
             Error::temporary("the OAuth2 key file names no issuer_url any more")
@@ -203,12 +205,14 @@ impl OAuth2 {
         url: &HttpUrl,
         body: Option<(&'static str, String)>,
     ) -> Result<Result<Value, Refusal>> {
+        let tls = self.tls.clone();
+        let tls = read_aside(TlsFiles::WHAT, move || tls.config_for_others()).await?;
         let response = http::send(Request {
             method,
             url,
             authorization: None,
             body,
-            tls: Some(self.tls.config_for_others()?),
+            tls: Some(tls),
             peer: PEER,
         })
         .await?;
@@ -238,21 +242,22 @@ impl OAuth2 {
         });
         Ok(Err(Refusal { status, code }))
     }
+}
 
-    fn key(&self) -> Result<Key> {
-        match &self.client {
-            ClientCredentials::Given { id, secret } => Ok(Key {
-                id: id.clone(),
-                secret: secret.password()?,
-                issuer: None,
+/// The client's id and secret, as they are now.
+fn key_of(client: &ClientCredentials) -> Result<Key> {
+    match client {
+        ClientCredentials::Given { id, secret } => Ok(Key {
+            id: id.clone(),
+            secret: secret.password()?,
+            issuer: None,
+        }),
+        ClientCredentials::KeyFile(path) => std::fs::read_to_string(path)
+            .map_err(|error| format!("it cannot be read: {error}"))
+            .and_then(|text| parse_key(&text))
+            .map_err(|why| {
+                Error::temporary(format!("the OAuth2 key file {}: {why}", path.display()))
             }),
-            ClientCredentials::KeyFile(path) => std::fs::read_to_string(path)
-                .map_err(|error| format!("it cannot be read: {error}"))
-                .and_then(|text| parse_key(&text))
-                .map_err(|why| {
-                    Error::temporary(format!("the OAuth2 key file {}: {why}", path.display()))
-                }),
-        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a broker says, as frames.
 
+use prost::Message as _;
 use pulsar::message::proto::{
     AuthData, BaseCommand, CommandAuthChallenge, CommandConnected, CommandError,
     CommandLookupTopicResponse, CommandPartitionedTopicMetadataResponse, CommandPing, CommandPong,
@@ -9,12 +10,12 @@ use pulsar::message::proto::{
 };
 
 use super::super::wire::command_frame;
-use super::{Asked, Target};
+use super::script::{Asked, Target};
 
 /// The newest protocol that the crate's commands know.
 const PROTOCOL_VERSION: i32 = 19;
 /// What a broker says in the place of a request id where nothing was asked.
-const UNASKED: u64 = u64::MAX;
+pub(super) const UNASKED: u64 = u64::MAX;
 
 fn command(kind: Type) -> BaseCommand {
     BaseCommand {
@@ -126,13 +127,18 @@ pub(super) fn receipt(producer_id: u64, ids: (u64, u64), entry: Option<u64>) -> 
 }
 
 /// The refusal of a send; real brokers name a batch's highest id.
-pub(super) fn send_error(producer_id: u64, sequence_id: u64, error: ServerError) -> Vec<u8> {
+pub(super) fn send_error(
+    producer_id: u64,
+    sequence_id: u64,
+    error: ServerError,
+    text: &str,
+) -> Vec<u8> {
     command_frame(&BaseCommand {
         send_error: Some(CommandSendError {
             producer_id,
             sequence_id,
             error: error.into(),
-            message: reason(error),
+            message: text.to_owned(),
         }),
         ..command(Type::SendError)
     })
@@ -153,9 +159,8 @@ pub(super) fn pong() -> Vec<u8> {
 }
 
 /// The refusal of a request, in the form that belongs to it.
-pub(super) fn refusal(asked: Asked, request_id: Option<u64>, error: ServerError) -> Vec<u8> {
-    let request_id = request_id.unwrap_or(UNASKED);
-    let message = Some(reason(error));
+pub(super) fn refusal(asked: Asked, request_id: u64, error: ServerError, text: &str) -> Vec<u8> {
+    let message = Some(text.to_owned());
     let code = Some(error.into());
     command_frame(&match asked {
         Asked::Partitions => BaseCommand {
@@ -182,21 +187,21 @@ pub(super) fn refusal(asked: Asked, request_id: Option<u64>, error: ServerError)
             error: Some(CommandError {
                 request_id,
                 error: error.into(),
-                message: reason(error),
+                message: text.to_owned(),
             }),
             ..command(Type::Error)
         },
     })
 }
 
-/// The sentence that goes with an error, to be found again in a log.
+/// The sentence that goes with an error of a script, to be found again in a log.
 pub(crate) fn reason(error: ServerError) -> String {
     format!("the fake broker says {}", error.as_str_name())
 }
 
 /// The broker closes a producer. Newer brokers name the next one (`CommandCloseProducer` of the present
 /// `PulsarApi.proto`), which the crate's older commands cannot say.
-pub(super) fn close_producer(producer_id: u64, next: Option<&str>) -> Vec<u8> {
+pub(crate) fn close_producer(producer_id: u64, next: Option<&str>) -> Vec<u8> {
     command_frame(&CloseProducerCommand {
         r#type: Type::CloseProducer.into(),
         close_producer: CloseProducer {
@@ -226,4 +231,58 @@ struct CloseProducer {
     assigned_broker_service_url: Option<String>,
     #[prost(string, optional, tag = "4")]
     assigned_broker_service_url_tls: Option<String>,
+}
+
+/// The topic is at another cluster now (`CommandTopicMigrated`, which the crate's older commands cannot say).
+pub(crate) fn topic_migrated(producer_id: u64, url: &str) -> Vec<u8> {
+    command_frame(&TopicMigratedCommand {
+        r#type: TOPIC_MIGRATED,
+        topic_migrated: TopicMigrated {
+            resource_id: producer_id,
+            // A producer.
+            resource_type: 0,
+            broker_service_url: Some(url.to_owned()),
+        },
+    })
+}
+
+/// `BaseCommand.Type.TOPIC_MIGRATED`.
+const TOPIC_MIGRATED: i32 = 68;
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct TopicMigratedCommand {
+    #[prost(int32, required, tag = "1")]
+    r#type: i32,
+    #[prost(message, required, tag = "68")]
+    topic_migrated: TopicMigrated,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct TopicMigrated {
+    #[prost(uint64, required, tag = "1")]
+    resource_id: u64,
+    #[prost(int32, required, tag = "2")]
+    resource_type: i32,
+    #[prost(string, optional, tag = "3")]
+    broker_service_url: Option<String>,
+}
+
+/// Whether a question for partitions may make the topic (`metadata_auto_creation_enabled` of PIP-344, true where it is left
+/// out), which the crate's older commands do not know.
+pub(super) fn may_create(command: &[u8]) -> bool {
+    let question = PartitionsCommand::decode(command).unwrap_or_default();
+    let asked = question.partition_metadata;
+    asked.and_then(|asked| asked.may_create).unwrap_or(true)
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct PartitionsCommand {
+    #[prost(message, optional, tag = "21")]
+    partition_metadata: Option<Partitions>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Partitions {
+    #[prost(bool, optional, tag = "6")]
+    may_create: Option<bool>,
 }

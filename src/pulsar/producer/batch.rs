@@ -4,23 +4,28 @@
 //! that its header says (the schema version that the broker gave the producer, the time). From then on the frame never
 //! changes: a resend repeats it byte for byte, which is what deduplication on the broker's side builds on.
 
+use std::time::Duration;
+
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::time::Instant;
 
-use super::compression::Codec;
 use super::memory::Memory;
 use super::outgoing::RowTag;
 use super::route::Held;
-use super::rows::{Row, Rows};
-use super::wire::{self, BatchHeader};
+
+use super::Now;
 use crate::Lsn;
 use crate::ack::TxnNo;
+use crate::pulsar::compression::Codec;
+use crate::pulsar::rows::{Row, Rows};
+use crate::pulsar::wire::{self, BatchHeader};
 
-/// Whom a batch's header names.
+/// What a batch's header says of its producer.
 #[derive(Debug)]
-pub(super) struct Producer {
-    pub id: u64,
+pub(super) struct Named {
     pub name: String,
+    /// The name without what [`rename`](Self::rename) adds.
+    base_len: usize,
     /// The lane: the dispatch key of every entry.
     pub ordering_key: [u8; 4],
     /// Bytes of the gap in front of the messages.
@@ -28,6 +33,27 @@ pub(super) struct Producer {
     /// The broker's name for the schema that the producer was opened with.
     pub schema_version: Option<Bytes>,
     pub compression: Codec,
+}
+
+impl Named {
+    pub(super) fn new(name: String, lane: u32, compression: Codec) -> Self {
+        let ordering_key = lane.to_be_bytes();
+        Self {
+            headroom: wire::headroom(&name, &ordering_key),
+            base_len: name.len(),
+            name,
+            ordering_key,
+            schema_version: None,
+            compression,
+        }
+    }
+
+    /// The name's number `number`.
+    pub(super) fn rename(&mut self, number: u32) {
+        self.name.truncate(self.base_len);
+        self.name.push('~');
+        self.name.push_str(&number.to_string());
+    }
 }
 
 /// Consecutive messages of one transaction.
@@ -50,11 +76,15 @@ pub(super) struct Batch {
     rows: Vec<RowTag>,
     /// The ids of the rows that are to be told of, where messages said so.
     pub marks: Option<Box<Rows>>,
-    /// Bytes its messages are counted with.
+    /// Bytes of its messages.
     pub bytes: usize,
+    /// Memory that it is counted with.
+    counted: usize,
+    /// How much later than it was sent it is to be delivered.
+    delay: Duration,
     /// A delayed message travels alone.
     pub deliver_at_ms: Option<i64>,
-    /// It is not written before this many diverted events are safe (see `divert`).
+    /// It is not written before this many diverted events are safe (see `diversion`).
     pub after: u64,
     /// Why it is never written.
     pub refused: Option<Box<str>>,
@@ -65,8 +95,13 @@ pub(super) struct Batch {
 enum Body {
     /// The gap and the messages.
     Waiting(BytesMut),
-    /// The frame, and when it was last written to a connection.
-    Sent { frame: Bytes, at: Instant },
+    /// The frame, as it was made for this producer id; when it was last written, and how often.
+    Sent {
+        frame: Bytes,
+        producer_id: u64,
+        at: Instant,
+        times: u32,
+    },
 }
 
 impl Batch {
@@ -80,6 +115,8 @@ impl Batch {
             rows: Vec::with_capacity(likely),
             marks: None,
             bytes: 0,
+            counted: 0,
+            delay: Duration::ZERO,
             deliver_at_ms,
             after: 0,
             refused: None,
@@ -95,7 +132,11 @@ impl Batch {
         (txn, commit_lsn, row): (TxnNo, Lsn, RowTag),
         mark: Option<Row<'_>>,
     ) {
-        debug_assert!(self.messages == 0 || sequence_id > self.last_sequence_id);
+        assert!(
+            self.messages == 0 || sequence_id > self.last_sequence_id,
+            "sequence ids rise: {sequence_id} behind {} of {commit_lsn}",
+            self.last_sequence_id
+        );
         self.last_sequence_id = sequence_id;
         if let Some(mark) = mark {
             let marks = self.marks.get_or_insert_default();
@@ -134,47 +175,160 @@ impl Batch {
         }
     }
 
-    /// The frame to write now: made the first time, the same ever after.
-    pub(super) fn send(&mut self, producer: &Producer, now: Instant, memory: &mut Memory) -> Bytes {
-        let frame = match &mut self.body {
-            Body::Sent { frame, .. } => frame.clone(),
+    /// The frame to write now: made the first time; ever after the same, but for its command when that names another producer.
+    pub(super) fn send(
+        &mut self,
+        named: &Named,
+        producer_id: u64,
+        now: Now,
+        memory: &mut Memory,
+    ) -> Bytes {
+        match &mut self.body {
+            Body::Sent {
+                frame,
+                producer_id: made_for,
+                at,
+                times,
+            } => {
+                *at = now.at;
+                *times = times.saturating_add(1);
+                if *made_for != producer_id {
+                    let ids = (self.first_sequence_id, self.last_sequence_id);
+                    *frame = wire::readdress(frame, producer_id, ids, self.messages);
+                    *made_for = producer_id;
+                }
+                frame.clone()
+            }
             Body::Waiting(buffer) => {
                 let buffer = std::mem::take(buffer);
-                self.frame(buffer, producer, memory)
+                let frame = self.frame(buffer, named, producer_id, now, memory);
+                self.body = Body::Sent {
+                    frame: frame.clone(),
+                    producer_id,
+                    at: now.at,
+                    times: 1,
+                };
+                frame
             }
-        };
-        self.body = Body::Sent {
-            frame: frame.clone(),
-            at: now,
-        };
-        frame
+        }
     }
 
-    fn frame(&self, mut buffer: BytesMut, producer: &Producer, memory: &mut Memory) -> Bytes {
-        let uncompressed_bytes = buffer.len() - producer.headroom;
-        let smaller = producer
+    fn frame(
+        &mut self,
+        mut buffer: BytesMut,
+        named: &Named,
+        producer_id: u64,
+        now: Now,
+        memory: &mut Memory,
+    ) -> Bytes {
+        let uncompressed_bytes = buffer.len() - named.headroom;
+        let smaller = named
             .compression
-            .compress(&buffer[producer.headroom..], producer.headroom);
+            .compress(&buffer[named.headroom..], named.headroom);
         let compressed = smaller.map(|smaller| {
             memory.give_back(std::mem::replace(&mut buffer, smaller).freeze());
-            (producer.compression.wire(), uncompressed_bytes)
+            (named.compression.wire(), uncompressed_bytes)
         });
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap_or_default();
+        if let Some(at_ms) = self.deliver_at_ms {
+            let ahead_ms = u64::try_from(at_ms)
+                .unwrap_or(0)
+                .saturating_sub(now.unix_ms);
+            self.delay = Duration::from_millis(ahead_ms);
+        }
         let header = BatchHeader {
-            producer_id: producer.id,
-            producer_name: &producer.name,
-            ordering_key: &producer.ordering_key,
+            producer_id,
+            producer_name: &named.name,
+            ordering_key: &named.ordering_key,
             lowest_sequence_id: self.first_sequence_id,
             highest_sequence_id: self.last_sequence_id,
             messages: self.messages,
-            publish_time_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+            publish_time_ms: now.unix_ms,
             deliver_at_ms: self.deliver_at_ms,
-            schema_version: producer.schema_version.as_deref(),
+            schema_version: named.schema_version.as_deref(),
             compressed,
         };
-        wire::seal(buffer, producer.headroom, &header, &mut memory.header)
+        wire::seal(buffer, named.headroom, &header, &mut memory.header)
+    }
+
+    /// Bytes of its frame that a broker measures against a topic's limit: what stands behind the command. 0 before it is sent.
+    pub(super) fn entry_bytes(&self) -> usize {
+        match &self.body {
+            Body::Waiting(_) => 0,
+            Body::Sent { frame, .. } => wire::entry_len(frame),
+        }
+    }
+
+    /// True when its frame is, or would be, larger than a broker takes. Rare, so it may cost.
+    pub(super) fn is_larger_than(&self, largest: usize, codec: Codec, headroom: usize) -> bool {
+        match &self.body {
+            Body::Sent { frame, .. } => wire::entry_len(frame) > largest,
+            Body::Waiting(buffer) if buffer.len() <= largest => false,
+            Body::Waiting(buffer) => {
+                let compressed = codec.compress(&buffer[headroom..], 0);
+                compressed.is_none_or(|compressed| compressed.len() + headroom > largest)
+            }
+        }
+    }
+
+    /// How much later than it was sent it is to be delivered.
+    pub(super) fn delay(&self) -> Duration {
+        self.delay
+    }
+
+    /// True when its frame was written before it was last written.
+    pub(super) fn was_written_before(&self) -> bool {
+        matches!(self.body, Body::Sent { times: 2.., .. })
+    }
+
+    /// True when the id is one of a batch that was written, and not its last.
+    pub(super) fn is_cut_by(&self, sequence_id: u64) -> bool {
+        self.sent_at().is_some()
+            && (self.first_sequence_id..self.last_sequence_id).contains(&sequence_id)
+    }
+
+    // --- memory ---
+
+    /// Counts its memory again while messages are added; returns by how much it has grown. `capacity` is that of the buffer.
+    pub(super) fn count_memory(&mut self, capacity: usize) -> usize {
+        let marks = self.marks.as_ref().map_or(0, |marks| marks.memory());
+        let counted = size_of::<Self>()
+            + capacity
+            + self.owners.capacity() * size_of::<Owner>()
+            + self.rows.capacity() * size_of::<RowTag>()
+            + marks;
+        let grown = counted.saturating_sub(self.counted);
+        self.counted += grown;
+        grown
+    }
+
+    /// The same from the beginning, for a batch that is closed.
+    pub(super) fn recount_memory(&mut self) -> usize {
+        let capacity = match &self.body {
+            Body::Waiting(buffer) => buffer.capacity(),
+            Body::Sent { frame, .. } => frame.len(),
+        };
+        self.counted = 0;
+        self.count_memory(capacity)
+    }
+
+    /// What it is counted with.
+    pub(super) fn counted(&self) -> usize {
+        self.counted
+    }
+
+    /// Gives back what it has allocated and does not need.
+    pub(super) fn shrink(&mut self, memory: &mut Memory) {
+        if let Body::Waiting(buffer) = &mut self.body
+            && buffer.capacity() > 2 * buffer.len()
+        {
+            let needed = BytesMut::from(&buffer[..]);
+            memory.give_back(std::mem::replace(buffer, needed).freeze());
+        }
+        if self.rows.capacity() > 2 * self.rows.len() {
+            self.rows.shrink_to_fit();
+            self.owners.shrink_to_fit();
+        }
+        self.recount_memory();
     }
 
     /// It has its receipt: the next batch may have its memory.
@@ -253,6 +407,15 @@ impl Batch {
             "a batch holds all its messages"
         );
         events
+    }
+
+    /// True when it has a message of one of these keys.
+    pub(super) fn has_key(&self, keys: &[String], headroom: usize) -> bool {
+        let mut messages = wire::messages(self.payload(headroom).unwrap_or_default());
+        messages.any(|(metadata, _)| {
+            let key = metadata.partition_key.unwrap_or_default();
+            keys.contains(&key)
+        })
     }
 
     /// Ids of its rows, to name them in an error.

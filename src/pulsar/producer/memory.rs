@@ -9,9 +9,9 @@
 
 use bytes::{Bytes, BytesMut};
 
-const MIN_BUFFER_BYTES: usize = 4 * 1024;
-/// 4 KiB to 1 MiB. What is larger is left to the allocator.
-const SIZES: usize = 9;
+const MIN_BUFFER_BYTES: usize = 1024;
+/// 1 KiB to 1 MiB. What is larger is left to the allocator.
+const SIZES: usize = 11;
 /// Free buffers are worth keeping up to this; a drain has about as much under way.
 const MAX_FREE_BYTES: usize = 4 * 1024 * 1024;
 
@@ -154,7 +154,7 @@ mod tests {
         let mut memory = Memory::default();
         let (large, _) = frame(&mut memory, (1 << 21) + 1);
         memory.give_back(large);
-        memory.give_back(Bytes::copy_from_slice(&[1; 4000]));
+        memory.give_back(Bytes::copy_from_slice(&[1; 1000]));
         memory.give_back(Bytes::from_static(&[1; 5000]));
         memory.give_back(Bytes::new());
         assert_eq!(memory.free_bytes, 0);

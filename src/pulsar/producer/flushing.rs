@@ -15,9 +15,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::publisher::Publisher;
+use super::lane::Lane;
+use super::{Now, Producer};
 
-/// Which open batches [`Publisher::flush`] seals.
+/// Which open batches [`Producer::flush`] seals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flush {
     /// Those whose lane has nothing under way, and those that have waited for the linger time.
@@ -34,21 +35,26 @@ const BACKLOG_WAIT: u32 = 4;
 /// The longest wait in a backlog: at full speed a lane's batch is full before that.
 const BACKLOG_MAX_WAIT: Duration = Duration::from_millis(64);
 
-impl Publisher {
+impl Producer {
     /// Seals the open batches that are due. Call when there is nothing more to read at once, with [`Flush::Due`].
-    pub fn flush(&mut self, what: Flush) {
-        let linger = self.config.batch_linger;
+    pub(in crate::pulsar) fn flush(&mut self, what: Flush, now: Now) {
+        self.now = now;
+        self.flush_now(what);
+    }
+
+    pub(super) fn flush_now(&mut self, what: Flush) {
+        let linger = self.settings.batch_linger;
         self.backlog = matches!(what, Flush::Backlog(_));
         self.linger = match what {
             Flush::Due | Flush::All => linger,
             Flush::Backlog(late) => backlog_linger(linger, late, self.receipt_delay),
         };
-        let due = Instant::now().checked_sub(self.linger);
+        let due = self.now.at.checked_sub(self.linger);
         for _ in 0..self.filling.len() {
             let Some(id) = self.filling.pop_front() else {
                 return;
             };
-            let lane = &mut self.lanes[id];
+            let lane = &self.lanes[id];
             let Some(since) = lane.open_since() else {
                 continue;
             };
@@ -58,7 +64,7 @@ impl Publisher {
             }
             let quiet = what == Flush::Due && lane.is_quiet();
             if what == Flush::All || quiet || due.is_some_and(|due| since <= due) {
-                lane.seal(&mut self.memory);
+                self.with_lane(id, Lane::seal);
             } else {
                 self.filling.push_back(id);
             }
@@ -66,7 +72,7 @@ impl Publisher {
     }
 
     /// When the oldest open batch has waited long enough; `None` when there is none.
-    pub fn next_flush(&self) -> Option<Instant> {
+    pub(in crate::pulsar) fn next_flush(&self) -> Option<Instant> {
         let since = self
             .filling
             .iter()

@@ -1,8 +1,8 @@
 //! What the publisher is given: one event, as it is to go out.
 
-use super::rows::Row;
 use crate::Lsn;
 use crate::ack::TxnNo;
+use crate::pulsar::rows::Row;
 
 /// One event on its way to the broker; everything is borrowed from the replication buffer.
 #[derive(Clone, Copy, Debug)]
@@ -21,7 +21,7 @@ pub struct Outgoing<'a> {
     pub commit_lsn: Lsn,
     /// Which of the transaction's rows it is.
     pub row: RowTag,
-    /// The row whose id is to be told when the receipt has come ([`super::rows`]).
+    /// The row whose id is to be told when the receipt has come ([`crate::pulsar::rows`]).
     pub mark: Option<Row<'a>>,
 }
 

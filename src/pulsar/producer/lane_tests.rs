@@ -5,7 +5,15 @@ use super::*;
 const COMMIT: Lsn = Lsn::new(0x1000);
 
 fn lane() -> Lane {
-    Lane::new(0, 0, 0, "unit".to_owned(), Codec::None, (false, 0), 0)
+    let identity = Identity {
+        topic: 0,
+        number: 0,
+        name: "unit".to_owned(),
+        dedicated: false,
+        epoch: 0,
+        anew: false,
+    };
+    Lane::new(identity, Codec::None, 0, Instant::now())
 }
 
 /// The id of the transaction's event with this ordinal.

@@ -1,35 +1,22 @@
 //! A route: a topic as the router names it, and the broker topics behind it: itself, or its partitions.
 //!
-//! How many partitions there are is known only when a broker has said so. Until then, and while a partition count changes,
-//! the route's events are *held*: kept whole, in order, counted in the publisher's limits, and without a sequence id. So a
+//! How many partitions there are is known only when a broker has said so. Until then, and while a partition count changes (see `shape`),
+//! the route's events are *held*: kept whole, in order, counted in the producer's limits, and without a sequence id. So a
 //! topic whose metadata cannot be had delays its own events only.
-//!
-//! # Growth
-//!
-//! A topic that gets more partitions sends some keys elsewhere. The new count is taken only when everything sent under the
-//! old one has its receipt, so a key's later events never overtake its earlier ones; and when everything that was diverted is
-//! stored, because nothing in a new partition would wait for that. The count is part of the producers' names (see
-//! `publisher`), because a key's sequence ids in its new partition must not be measured by what other keys did there before.
-//! An event that was sent under the old count, and whose confirmation was lost with the process or with Postgres, therefore
-//! comes again under the new one: the moment of growth is at least once, also with deduplication.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use pulsar::message::proto::SingleMessageMetadata;
-use tokio::sync::Notify;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tracing::{info, warn};
 
-use super::opener;
 use super::outgoing::{Outgoing, RowTag};
-use super::publisher::{Drain, Placed, Publisher, Topic};
-use super::rows::{Row, Rows};
+use super::trouble::Trouble;
+use super::{Placed, Producer};
 use crate::ack::TxnNo;
 use crate::meter::TopicId;
 use crate::outbox::{RowNumber, key_hash};
+use crate::pulsar::rows::{Row, Rows};
 use crate::retry::Backoff;
 use crate::{Error, Lsn, Result};
 
@@ -43,14 +30,16 @@ pub(super) struct Route {
     /// Zero for a topic without.
     pub partitions: u32,
     pub held: VecDeque<Held>,
-    pub resolver: Option<JoinHandle<()>>,
-    /// Makes the resolver give up a topic that is refused.
-    pub hurry: Arc<Notify>,
+    pub question: Question,
+    /// Paces questions that are not answered.
+    pub backoff: Backoff,
+    /// Why they are not.
+    pub trouble: Option<Trouble>,
     /// Why its events are diverted although nothing is known of it.
     pub refused: Option<String>,
     /// How many events were diverted when the last one was that waited here.
     pub last_diverted: u64,
-    /// The transaction of that event: what it has here beyond that one is diverted too (see `divert`).
+    /// The transaction of that event: what it has here beyond that one is diverted too (see `diversion`).
     pub unrouted: Option<Lsn>,
     /// When the partitions are counted again.
     pub refresh_at: Instant,
@@ -69,24 +58,42 @@ pub(super) enum State {
     /// There are that many now, and what was sent by the old count awaits its receipts.
     Changing {
         to: u32,
+        /// Some of the old partitions are no more: the names of the new producers must be ones that were never used.
+        anew: bool,
     },
 }
 
+/// The question for the partitions.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Question {
+    /// The number of the one that is not answered yet.
+    pub asked: Option<u64>,
+    /// The number of the last that was answered, and when.
+    pub answered: Option<(u64, Instant)>,
+    /// It is asked again then.
+    pub again_at: Option<Instant>,
+    /// The last answer was this, and is to be confirmed by a second one.
+    pub suspect: Option<u32>,
+    /// Since when the broker has said that there is no such topic.
+    pub missing_since: Option<Instant>,
+}
+
 impl Route {
-    pub(super) fn new(name: String, metered: TopicId) -> Self {
+    pub(super) fn new(name: String, metered: TopicId, backoff: Backoff, now: Instant) -> Self {
         Self {
             name,
             state: State::Unknown,
             topics: Vec::new(),
             partitions: 0,
             held: VecDeque::new(),
-            resolver: None,
-            hurry: Arc::default(),
+            question: Question::default(),
+            backoff,
+            trouble: None,
             refused: None,
             last_diverted: 0,
             unrouted: None,
-            refresh_at: Instant::now(),
-            since: Instant::now(),
+            refresh_at: now,
+            since: now,
             metered,
         }
     }
@@ -114,9 +121,9 @@ const FIRST_ANSWER: Duration = Duration::from_secs(2);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Naming {
     /// A checksum of all that decides which lane and ordinal an event gets.
-    routing: u32,
+    pub(super) routing: u32,
     /// In which the sequence ids count.
-    epoch: u64,
+    pub(super) epoch: u64,
 }
 
 impl std::fmt::Display for Naming {
@@ -129,12 +136,12 @@ impl std::fmt::Display for Naming {
     }
 }
 
-impl Publisher {
+impl Producer {
     /// True while the answer about a new topic may come any moment. One that cannot be had soon must not hold up the others.
     pub(super) fn is_asking(&self) -> bool {
         let unknown = |route: &&Route| route.state == State::Unknown && route.refused.is_none();
         let mut routes = self.routes.iter().filter(unknown);
-        routes.any(|route| route.since.elapsed() < FIRST_ANSWER)
+        routes.any(|route| self.now.at - route.since < FIRST_ANSWER)
     }
 
     pub(super) fn route(&mut self, name: &str) -> usize {
@@ -146,184 +153,16 @@ impl Publisher {
             index
         } else {
             let index = self.routes.len();
-            let metered = self.config.meter.topic(name);
-            self.routes.push(Route::new(name.to_owned(), metered));
+            let metered = self.settings.meter.topic(name);
+            let (initial, max) = self.settings.reconnect;
+            let backoff = Backoff::new(initial, max);
+            let route = Route::new(name.to_owned(), metered, backoff, self.now.at);
+            self.routes.push(route);
             self.route_index.insert(name.to_owned(), index);
-            let hurry = Arc::clone(&self.routes[index].hurry);
-            let directory = self.directory.clone();
-            let work = opener::count_partitions(directory, index, name.to_owned(), hurry);
-            self.routes[index].resolver = Some(tokio::spawn(work));
+            self.ask(index);
             index
         };
         self.last_route
-    }
-
-    /// Counts the partitions of topics again whose time has come. A topic without partitions never gets any.
-    pub(super) fn refresh_partitions(&mut self, now: Instant) {
-        for (index, route) in self.routes.iter_mut().enumerate() {
-            if route.partitions > 0 && route.resolver.is_none() && route.refresh_at <= now {
-                let (directory, name) = (self.directory.clone(), route.name.clone());
-                let work = opener::recount_partitions(directory, index, name);
-                route.resolver = Some(tokio::spawn(work));
-            }
-        }
-    }
-
-    /// A broker said how many partitions a route has.
-    pub(super) fn partitions_counted(&mut self, index: usize, partitions: u32) {
-        let refresh_at = Instant::now() + self.config.partition_refresh;
-        let route = &mut self.routes[index];
-        route.resolver = None;
-        route.refresh_at = refresh_at;
-        match route.state {
-            State::Known if route.partitions == partitions => {}
-            // Not lanes of the same names anew: they would begin to count in mid-transaction.
-            State::Changing { .. } if route.partitions == partitions => route.state = State::Known,
-            State::Unknown => self.take_partitions(index, partitions),
-            State::Known | State::Changing { .. } if partitions == 0 => {
-                warn!(
-                    topic = route.name,
-                    partitions = route.partitions,
-                    "a partitioned topic has no partitions any more; going on with those it had"
-                );
-            }
-            State::Known | State::Changing { .. } => {
-                info!(
-                    topic = route.name,
-                    from = route.partitions,
-                    to = partitions,
-                    "the topic's partitions have changed in number"
-                );
-                route.state = State::Changing { to: partitions };
-                self.changing_routes = true;
-            }
-        }
-    }
-
-    /// They could not be counted again: later once more.
-    pub(super) fn partitions_unknown(&mut self, index: usize) {
-        let route = &mut self.routes[index];
-        route.resolver = None;
-        route.refresh_at = Instant::now() + self.config.partition_refresh;
-    }
-
-    /// Ends the changes of those routes whose lanes have got all their receipts.
-    pub(super) fn finish_changes(&mut self) {
-        if !self.changing_routes {
-            return;
-        }
-        self.changing_routes = false;
-        for index in 0..self.routes.len() {
-            let State::Changing { to } = self.routes[index].state else {
-                continue;
-            };
-            let topics = self.routes[index].topics.iter();
-            let mut lanes = topics.flat_map(|&topic| self.topics[topic].lanes.iter().flatten());
-            // An opener at work would come back with a producer of the old name.
-            let busy = |topic: &usize| self.topics[*topic].opener.is_some();
-            if lanes.all(|&lane| self.lanes[lane].is_empty())
-                && !self.routes[index].topics.iter().any(busy)
-                && self.dedicated.is_empty()
-                && self.is_stored(index)
-            {
-                self.take_partitions(index, to);
-                continue;
-            }
-            self.changing_routes = true;
-            // More of its transaction may be held here than there is room for, and its end would never be read.
-            let is_tail =
-                |(lane, _): &(usize, Lsn)| self.topics[self.lanes[*lane].topic].route == index;
-            if self.draining.is_none() && self.dedicated.keys().any(is_tail) {
-                self.drain(Drain::AfterTail);
-            }
-        }
-    }
-
-    /// True when what was diverted on a route is safe.
-    fn is_stored(&self, index: usize) -> bool {
-        let route = &self.routes[index];
-        let topics = route.topics.iter();
-        let of_topics = topics.map(|&topic| self.topics[topic].last_diverted);
-        of_topics.fold(route.last_diverted, u64::max) <= self.stored_events
-    }
-
-    fn take_partitions(&mut self, index: usize, partitions: u32) {
-        let naming = self.naming(partitions);
-        let names = self.routes[index].topic_names(partitions);
-        let topics = names
-            .iter()
-            .map(|name| self.topic(name, naming, index))
-            .collect();
-        let route = &mut self.routes[index];
-        route.topics = topics;
-        route.partitions = partitions;
-        route.state = State::Known;
-    }
-
-    /// A checksum of all that decides which lane and ordinal an event gets; see the publisher's documentation.
-    fn naming(&self, partitions: u32) -> Naming {
-        let config = &self.config;
-        let text = format!(
-            "{}\n{}\n{partitions}\n{:?}",
-            config.routing, config.lanes, config.hashing
-        );
-        Naming {
-            routing: crc32c::crc32c(text.as_bytes()),
-            epoch: self.epoch,
-        }
-    }
-
-    /// From now on events are of this epoch. The lanes must be empty.
-    pub(super) fn begin_epoch(&mut self, epoch: u64) {
-        self.epoch = epoch;
-        for topic in 0..self.topics.len() {
-            let routing = self.topics[topic].naming.routing;
-            self.rename(topic, Naming { routing, epoch });
-        }
-    }
-
-    /// The topic of that name, whose producers' names end in `naming` from now on. Its lanes must be empty. Lanes of a name that it
-    /// had before are taken up again: they know how far they have counted, and what they have written.
-    fn topic(&mut self, name: &str, naming: Naming, route: usize) -> usize {
-        let place = (route, name.to_owned());
-        if let Some(&index) = self.topic_index.get(&place) {
-            self.rename(index, naming);
-            return index;
-        }
-        let lanes = vec![None; self.config.lanes as usize];
-        let (initial, max) = self.config.reconnect;
-        let index = self.topics.len();
-        self.topics.push(Topic {
-            name: name.to_owned(),
-            lanes,
-            opener: None,
-            backoff: Backoff::new(initial, max),
-            troubled: false,
-            next_broker: None,
-            naming,
-            earlier_lanes: HashMap::new(),
-            route,
-            refused: None,
-            last_diverted: 0,
-        });
-        self.topic_index.insert(place, index);
-        index
-    }
-
-    /// See [`Publisher::topic`].
-    fn rename(&mut self, index: usize, naming: Naming) {
-        let topic = &mut self.topics[index];
-        if topic.naming == naming {
-            return;
-        }
-        let lanes = topic.earlier_lanes.remove(&naming);
-        let lanes = lanes.unwrap_or_else(|| vec![None; self.config.lanes as usize]);
-        let old = std::mem::replace(&mut topic.lanes, lanes);
-        for &lane in old.iter().flatten() {
-            self.lanes[lane].close();
-        }
-        topic.earlier_lanes.insert(topic.naming, old);
-        topic.naming = naming;
     }
 
     /// Keeps an event that cannot go into its lane yet.
@@ -362,14 +201,6 @@ impl Publisher {
             }
         }
         Ok(())
-    }
-}
-
-impl Drop for Route {
-    fn drop(&mut self) {
-        if let Some(resolver) = &self.resolver {
-            resolver.abort();
-        }
     }
 }
 

@@ -1,0 +1,92 @@
+//! One producer: made and closed, each in one attempt.
+
+use bytes::Bytes;
+use pulsar::message::proto::{BaseCommand, CommandProducer, Schema, base_command::Type};
+
+use super::connection::{self, Connection};
+use super::producer::Created;
+use super::schema::SchemaConfig;
+use super::verdict;
+use super::wire::MAX_SCHEMA_VERSION_BYTES;
+use crate::{Error, Result};
+
+/// Asks for a producer, and waits for the answer as long as the connection lasts: whoever gives up closes the producer.
+pub(super) async fn create(
+    connection: &Connection,
+    topic: &str,
+    (producer_id, producer_name): (u64, &str),
+    schema: Option<&SchemaConfig>,
+) -> Result<Created> {
+    let schema = match schema {
+        Some(schema) => Some(schema.read_for(topic).await?),
+        None => None,
+    };
+    let schema = schema.as_ref();
+    let answer = connection
+        .request(|request_id| BaseCommand {
+            r#type: Type::Producer as i32,
+            producer: Some(CommandProducer {
+                topic: topic.to_owned(),
+                producer_id,
+                request_id,
+                producer_name: Some(producer_name.to_owned()),
+                user_provided_producer_name: Some(true),
+                schema: schema.cloned(),
+                ..CommandProducer::default()
+            }),
+            ..BaseCommand::default()
+        })
+        .await?;
+    if let Some(error) = answer.error {
+        return Err(verdict::of_open(
+            topic,
+            Some(error.error),
+            Some(&error.message),
+        ));
+    }
+    let success = answer.producer_success.ok_or_else(|| {
+        Error::temporary(format!(
+            "the creation of a producer on {topic} got another answer"
+        ))
+    })?;
+    // -1: the broker knows no sequence of this name.
+    let last_sequence_id = success
+        .last_sequence_id
+        .and_then(|id| u64::try_from(id).ok());
+    Ok(Created {
+        last_sequence_id,
+        schema_version: schema_version(topic, schema, success.schema_version)?,
+    })
+}
+
+/// What the batches say of their schema: the broker's version of it, where producers have one.
+fn schema_version(
+    topic: &str,
+    schema: Option<&Schema>,
+    version: Option<Vec<u8>>,
+) -> Result<Option<Bytes>> {
+    let version = version.filter(|version| schema.is_some() && !version.is_empty());
+    match version {
+        Some(long) if long.len() > MAX_SCHEMA_VERSION_BYTES => Err(Error::bug(format!(
+            "the broker's schema version of {topic} has {} bytes, and there is room for {MAX_SCHEMA_VERSION_BYTES}",
+            long.len()
+        ))),
+        version => Ok(version.map(Bytes::from)),
+    }
+}
+
+/// Closes a producer, or what may become one, and waits until the broker has: what was sent to it has its receipt then. When the
+/// connection is gone so is the producer.
+pub(super) async fn close(connection: &Connection, producer_id: u64) {
+    let answer = connection
+        .request(|id| connection::close_producer(producer_id, id))
+        .await;
+    if answer.is_err() {
+        connection.close("a producer could not be closed");
+    }
+}
+
+/// The error for a connection that is no more.
+pub(super) fn is_over() -> Error {
+    Error::temporary("the connection to the Pulsar broker has ended")
+}
