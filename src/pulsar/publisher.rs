@@ -116,9 +116,11 @@ pub struct Publisher {
     answering: mpsc::UnboundedSender<Signal>,
     /// An answer that waits until `events` is empty.
     answer: Option<Signal>,
+    /// Those that the producer knows, by number.
     connections: HashMap<u64, Connection>,
-    /// Connections that were found and that the producer does not know yet.
+    /// One task for each question that has no answer yet.
     questions: JoinSet<()>,
+    /// Connections that were found and that the producer does not know yet.
     found: mpsc::UnboundedReceiver<Connection>,
     finding: mpsc::UnboundedSender<Connection>,
 }

@@ -326,7 +326,7 @@ impl Producer {
         self.in_flight_messages += taken.len();
         self.held_messages += taken.len();
         self.in_flight_bytes += taken.iter().map(|held| held.bytes).sum::<usize>();
-        // What was held before may have been taken out of other lanes, and is no later than these.
+        // Some of what was held before may have been taken out of other lanes, so that both must be put in order together.
         let route = &mut self.routes[self.topics[topic].route];
         taken.extend(route.held.drain(..));
         taken.sort_by_key(|held| (held.commit_lsn, held.row.ordinal()));
