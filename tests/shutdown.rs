@@ -49,8 +49,11 @@ async fn what_has_no_receipt_when_the_grace_is_over_is_exit_75_and_comes_at_the_
     let settings = [
         ("WALPOST_PULSAR_URL", &*url),
         ("WALPOST_SHUTDOWN_GRACE", "2s"),
+        ("WALPOST_BATCH_MAX_MESSAGES", "1"),
     ];
     let mut walpost = database.start(&settings).await;
+    // The topic accepts something larger than all that comes, so that nothing waits behind the first of its size.
+    insert_many(&database.client, &"x".repeat(200), 1).await;
     insert_many(&database.client, "key", 1).await;
     database.wait_all_confirmed(DEADLINE).await;
     proxy.hold_upstream_replies(true);
