@@ -34,5 +34,8 @@ alter table walpost.progress add column if not exists streamed jsonb;
 -- Version of the publication and of the tables' definitions, read before "delivered" (in a gap: "scan_upto"). A different version now means that one
 -- of them was changed.
 alter table walpost.progress add column if not exists catalog text;
+-- Part of the names of the producers. A process raises it when the broker may have left out an event and stored a later one under the names in use: it
+-- would call the event "stored before". The next process then uses names that the broker does not know.
+alter table walpost.progress add column if not exists producer_generation bigint not null default 0;
 
 do $walpost$ begin perform pg_catalog.set_config('search_path', pg_catalog.current_setting('walpost.search_path'), false); end $walpost$;

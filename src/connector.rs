@@ -60,6 +60,7 @@ use crate::retry::Backoff;
 use crate::scanner::handover::{Carried, Handover};
 use crate::scanner::keeper::Keeper;
 use crate::scanner::modes::Modes;
+use crate::scanner::name_mark::NameMark;
 use crate::scanner::poll;
 use crate::scanner::progress::{self, Claim};
 use crate::scanner::recovery::{self, Session};
@@ -109,9 +110,20 @@ pub async fn run(
         keeper: None,
         left: None,
         modes: Modes::default(),
+        mark: NameMark::default(),
         unreadable: Unreadable::default(),
         repeats: Repeats::default(),
     };
+    let ended = keep_streaming(&mut connector, shutdown.as_mut()).await;
+    // The lock is held until the mark is stored.
+    connector.mark.end(ended, shutdown).await
+}
+
+/// Opens, streams, and opens again.
+async fn keep_streaming<F: Future<Output = ()>>(
+    connector: &mut Connector,
+    mut shutdown: Shutdown<'_, F>,
+) -> Result<()> {
     let mut backoff = Backoff::new(
         connector.config.reconnect_initial,
         connector.config.reconnect_max,
@@ -226,6 +238,8 @@ struct Connector {
     left: Option<Left>,
     /// What works on the tables beside the stream.
     modes: Modes,
+    /// Whether another process may use the names of this one's producers.
+    mark: NameMark,
     unreadable: Unreadable,
     repeats: Repeats,
 }
@@ -239,12 +253,15 @@ impl Connector {
         self.meter.set_troubles(Troubles::default());
     }
 
-    fn pipe(&mut self) -> &mut Pipe {
-        let (_, pipe) = self
-            .pipe
-            .as_mut()
-            .expect("made by open, before anything streams");
-        pipe
+    /// The pipe that opening has made.
+    ///
+    /// # Errors
+    /// Temporary where it was dropped since, because the lease was lost for too long ([`Self::give_way`]).
+    fn pipe(&mut self) -> Result<&mut Pipe> {
+        match &mut self.pipe {
+            Some((_, pipe)) => Ok(pipe),
+            None => Err(lease::lost()),
+        }
     }
 
     /// Closes the publisher when Postgres has been lost for so long that another instance may want its producers' names.
@@ -338,7 +355,7 @@ impl Connector {
         let mut keeper = self.keeper.take();
         let lease = self.lease.clone();
         let ended = pump(
-            self.pipe(),
+            self.pipe()?,
             &mut stream,
             &mut feedback,
             keeper.as_mut(),
@@ -348,13 +365,14 @@ impl Connector {
         )
         .await;
         self.keeper = keeper;
-        let ended = ended.map_err(|error| {
-            let is_stuck = self.repeats.is_stuck(&error);
-            self.pipe().locate(error, is_stuck)
-        });
+        let is_stuck = ended
+            .as_ref()
+            .is_err_and(|error| self.repeats.is_stuck(error));
+        let pipe = self.pipe()?;
+        let ended = ended.map_err(|error| pipe.locate(error, is_stuck));
+        pipe.streaming(false);
         // A stream that ended before its first status update has told nothing: what the one before told still holds.
         self.session.told = feedback.told().or(self.session.told);
-        self.pipe().streaming(false);
         match ended {
             Ok(Stopped::Shutdown { told_at }) => {
                 self.meter.set_phase(Phase::Stopping);
@@ -386,7 +404,7 @@ impl Connector {
                 Ok(Ended::NeedsText)
             }
             Err(error) => {
-                let transactions = self.pipe().counters().transactions;
+                let transactions = self.pipe()?.counters().transactions;
                 match self.unreadable.judge(&error, transactions) {
                     Remedy::None => {}
                     remedy => {
@@ -437,7 +455,7 @@ impl Connector {
         info!("the stream ends, so that rows it left out can be published from the table");
         let grace = self.config.shutdown_grace;
         let lease = self.lease.clone();
-        let pipe = self.pipe();
+        let pipe = self.pipe()?;
         while pipe.unfinished() > 0 {
             pipe.publisher().flush(Flush::All);
             tokio::select! {
@@ -500,8 +518,10 @@ impl Connector {
     /// since the last note.
     async fn note_stop(&mut self) {
         let left = self.end_keeper().await;
-        let confirmed = self.pipe().flush_lsn();
-        let (Some(hold), Some(claim)) = (&self.hold, self.claimed.take()) else {
+        let confirmed = self.pipe.as_mut().map(|(_, pipe)| pipe.flush_lsn());
+        let (Some(confirmed), Some(hold), Some(claim)) =
+            (confirmed, &self.hold, self.claimed.take())
+        else {
             return;
         };
         let tables = &self.config.outbox_tables;
@@ -523,7 +543,7 @@ impl Connector {
         by: Instant,
     ) -> Result<()> {
         let lease = self.lease.clone();
-        let pipe = self.pipe();
+        let pipe = self.pipe()?;
         // Half of what is left, should that be less than the goodbye takes.
         let now = Instant::now();
         let left = by.saturating_duration_since(now);

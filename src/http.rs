@@ -18,11 +18,11 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use crate::config::Secret;
+use crate::reach::reach;
 use crate::{Error, Result};
 
 /// To connect, and for the TLS handshake.
@@ -158,11 +158,8 @@ pub(crate) async fn send(request: Request<'_>) -> Result<Response> {
     let peer = format!("{} at {}", request.peer, url.authority());
     let away = |error: io::Error| Error::temporary(format!("cannot reach {peer}")).caused_by(error);
     let late = || Error::temporary(format!("{peer} does not answer"));
-    let connecting = TcpStream::connect((url.host.as_str(), url.port));
-    let stream = timeout(CONNECT_TIMEOUT, connecting)
-        .await
-        .map_err(|_| away(io::ErrorKind::TimedOut.into()))?
-        .map_err(away)?;
+    let connecting = reach(&url.host, url.port, 0, CONNECT_TIMEOUT);
+    let stream = connecting.await.map_err(away)?;
     if !url.tls {
         let answer = timeout(ANSWER_TIMEOUT, exchange(stream, &request, &peer));
         return answer.await.map_err(|_| late())?;

@@ -25,6 +25,14 @@
 //! The loss is the end of the session, or where it only fell silent the last question that it answered. A dropped
 //! publisher ends its connections, so the broker closes its producers and the successor may open producers of the same names.
 //!
+//! # A process that is stopped
+//!
+//! Its kernel still acknowledges what arrives, so neither TCP nor the server's keepalive finds it dead, and without a limit it would hold the lock
+//! as long as it is stopped. So the session has an `idle_session_timeout` of [`SERVER_PATIENCE`]: asked once a second, it ends only where nobody asks any more. The
+//! slot itself is free when the walsender has given up, after `wal_sender_timeout` (60 s by default; it asks for a status after half of that). Then the
+//! successor streams. The broker closes the old connection after two keepalive intervals of its own (30 s each), or 5 s after a
+//! successor has asked for a producer of the same name, whichever comes first.
+//!
 //! # Why nothing is published behind a successor's back
 //!
 //! 1. A connection's task asks [`Lease::holds`] in the same poll that writes (`pulsar::connection`). So a process that was stopped for longer
@@ -71,6 +79,8 @@ pub const TERM: Duration = Duration::from_secs(5);
 const INTERVAL: Duration = Duration::from_secs(1);
 /// A session that takes longer than this to answer counts as ended. With the pause between questions it is below [`CLOSE_BY`].
 pub const ANSWER: Duration = Duration::from_secs(8);
+/// The server ends the session of a process that has not asked for this long: by then the lease does not hold, and the session counts as ended here.
+const SERVER_PATIENCE: Duration = Duration::from_secs(15);
 /// How long after the loss a publisher without unfinished events stays open.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 /// How long after the loss any publisher stays open.
@@ -222,6 +232,12 @@ impl Lease {
         lease
     }
 
+    /// One whose session was lost at that time.
+    #[cfg(test)]
+    pub(crate) fn lost_at(since: Instant) -> Self {
+        Self(Some(Arc::new(watch::Sender::new(State::Lost { since }))))
+    }
+
     /// Ends it.
     #[cfg(test)]
     pub(crate) fn end(&self) {
@@ -249,14 +265,18 @@ impl Lease {
     }
 
     /// Holds it as long as this session answers, which holds the slot's lock. Nothing else that takes long may run on the session
-    /// while something is to be published.
+    /// while something is to be published. From here on the server ends the session when nothing is asked.
     ///
     /// # Errors
     /// Temporary when the session does not answer now.
     pub async fn hold(self, client: Client) -> Result<Hold> {
         let client = Arc::new(client);
+        let limits = format!(
+            "SET idle_session_timeout = {0}; SET idle_in_transaction_session_timeout = {0}",
+            SERVER_PATIENCE.as_millis()
+        );
         let asked = Asked::now();
-        match ask(&client).await {
+        match ask(&client, &limits).await {
             Answer::Yes => {}
             Answer::None => return Err(silent()),
             Answer::Ended(error) => return Err(error),
@@ -278,8 +298,8 @@ enum Answer {
     Ended(Error),
 }
 
-async fn ask(client: &Client) -> Answer {
-    match timeout(ANSWER, client.batch_execute("SELECT")).await {
+async fn ask(client: &Client, question: &str) -> Answer {
+    match timeout(ANSWER, client.batch_execute(question)).await {
         Ok(Ok(())) => Answer::Yes,
         Ok(Err(error)) => Answer::Ended(sql_error("ask the session that holds the lock", error)),
         Err(_) => Answer::None,
@@ -291,7 +311,7 @@ async fn keep(lease: Lease, client: Arc<Client>) {
     loop {
         sleep(INTERVAL).await;
         let asked = Asked::now();
-        match ask(&client).await {
+        match ask(&client, "SELECT").await {
             Answer::Yes => lease.prove(asked),
             Answer::None => return lease.lose(true),
             Answer::Ended(error) => {
@@ -397,5 +417,7 @@ mod tests {
     #[test]
     fn a_silent_session_is_given_up_before_every_publisher_is_closed() {
         assert!(TERM < ANSWER && INTERVAL + ANSWER < CLOSE_BY);
+        // Nor does the server end one that is still asked.
+        assert!(INTERVAL + ANSWER < SERVER_PATIENCE);
     }
 }

@@ -23,6 +23,7 @@
 //! | every committed row reaches Pulsar, whatever dies | only acknowledged transactions are confirmed ([`ack`]); what is not comes again | `tests/crash.rs`, `tests/walsender.rs`, `tests/broker_restart.rs`, `tests/topic_moves.rs` |
 //! | a key's messages are in commit order | one key, one lane; a lane resends from the oldest, and sends nothing behind a message that may be refused ([`pulsar`]) | `tests/delivery.rs`, `tests/manners/order.rs`, `tests/key_shared.rs` |
 //! | exactly once, where the broker deduplicates | sequence ids are a function of the log and of the routing, both in the producer's name with the epoch of the log; no batch holds old and new, and a "stored before" that cannot be true is not believed ([`pulsar`]) | `tests/effectively_once.rs`, `tests/deduplication.rs`, `tests/epochs.rs`, `tests/restored.rs`, `tests/manners/doubt.rs`, `tests/manners/random.rs` |
+//! | a process believes the broker only as far as the one before could | names in doubt are marked in `walpost.progress`, at once and before an exit, and the next process uses others ([`scanner::name_mark`]) | `tests/bookkeeping/name_mark.rs` |
 //! | what the log cannot bring comes from the table | snapshots around the slot's making and of what is delivered ([`scanner`]) | `tests/gap.rs`, `tests/failover.rs`, `tests/poll.rs` |
 //! | a row that the table holds and the stream did not bring is published, and counts as delivered only then | the rows of both are counted by `txid` and compared before a snapshot is noted ([`scanner::reconcile`]) | `tests/reconcile.rs` |
 //! | a leaf table is covered by what is delivered only if its rows were seen, and what is not covered is neither shown as sent nor removed | one function moves the coverage, and takes what a scan or a comparison has seen (`scanner::coverage`) | `tests/reconcile/coverage.rs` |
@@ -41,7 +42,7 @@
 //! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]); in the stream, in a scan, and in poll mode | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs`, `tests/manners/apart.rs` |
 //! | a topic that is deleted or replaced is followed, and what is sent lies where its consumers find it | its partitions are counted before producers are opened, and before anything is sent ([`pulsar`]) | `tests/manners/shape.rs`, `tests/partitions.rs` |
 //! | the confirmed LSN passes no unacknowledged event | one function decides it ([`ack`]) | `tests/confirmed_lsn.rs` |
-//! | memory is bounded | in-flight limits in messages and bytes pause the intake ([`pulsar`], [`pipe`]) | `tests/memory.rs` |
+//! | memory is bounded | in-flight limits in messages and bytes pause the intake ([`pulsar`], [`pipe`]); topics without work are forgotten | `tests/memory.rs`, `tests/manners/idle.rs` |
 //! | an idle outbox pins no WAL | the keepalive's WAL end counts while nothing is in flight ([`ack`]) | `tests/idle_slot.rs` |
 //! | a rolled-back transaction is never published | Postgres sends only committed ones ([`pgoutput`]) | `tests/delivery.rs` |
 //! | an event that cannot be published is not lost | it is stored before the LSN, or the scan, passes it, and retried ([`scanner::straggler`]); without that table nothing passes it: walpost stops and names its row ([`outlet`]) | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs` |
@@ -109,6 +110,7 @@ pub mod pgoutput;
 pub mod pipe;
 pub mod postgres;
 pub mod pulsar;
+mod reach;
 pub mod retry;
 pub mod scanner;
 mod tls;

@@ -10,6 +10,8 @@ mod compare_and_set;
 mod hand_made_slots;
 #[path = "bookkeeping/missing_tables.rs"]
 mod missing_tables;
+#[path = "bookkeeping/name_mark.rs"]
+mod name_mark;
 #[path = "bookkeeping/other_types.rs"]
 mod other_types;
 #[path = "bookkeeping/settled.rs"]

@@ -2,8 +2,14 @@
 //! the broker's side nothing is lost, doubled or reordered. One that is cut off from Postgres, or stopped, gives way, and does nothing
 //! behind its successor's back.
 
+#[path = "ha/frozen.rs"]
+mod frozen;
+#[path = "ha/long_stop.rs"]
+mod long_stop;
 #[path = "ha/marks.rs"]
 mod marks;
+#[path = "ha/stalled.rs"]
+mod stalled;
 mod support;
 #[path = "ha/takeover.rs"]
 mod takeover;

@@ -14,6 +14,8 @@ mod connections;
 mod doubt;
 #[path = "manners/finding.rs"]
 mod finding;
+#[path = "manners/idle.rs"]
+mod idle;
 #[path = "manners/opening.rs"]
 mod opening;
 #[path = "manners/order.rs"]

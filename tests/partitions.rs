@@ -242,6 +242,51 @@ async fn partitions_added_while_running_are_used_and_nothing_is_lost_or_reordere
     committed.assert_exactly_once(&by_key_and_partition(received));
 }
 
+#[tokio::test]
+async fn a_namespace_that_allows_more_producers_again_gets_them_and_nothing_is_lost_or_reordered() {
+    // GIVEN a namespace that allows three producers on a topic, under load
+    const LIMIT: usize = 3;
+    let mut database = Database::create("few").await;
+    let url = &servers().pulsar_admin_url;
+    let limit = LIMIT.to_string();
+    let policies = [("maxProducersPerTopic", &*limit, &*limit)];
+    database.own_namespace(url, &policies).await;
+    let topic = Load::topic(&database);
+    Load::prepare(&database).await;
+    let walpost = database.start(&[("WALPOST_PARTITION_REFRESH", "1s")]).await;
+    let load = Load::start(&database, 4);
+    load.more(200).await;
+    let producers = async || {
+        let stats = stats(&topic).await;
+        stats["publishers"].as_array().map_or(0, Vec::len)
+    };
+    eventually(DEADLINE, "as many producers as there may be", async || {
+        (producers().await == LIMIT).then_some(())
+    })
+    .await;
+    load.more(200).await;
+
+    // WHEN it allows more
+    let path = format!("/admin/v2/namespaces/public/{}", database.name);
+    let path = format!("{path}/maxProducersPerTopic");
+    admin(url, "POST", &path, "100").await;
+
+    // THEN they are used without a restart
+    eventually(DEADLINE, "more producers", async || {
+        (producers().await > 2 * LIMIT).then_some(())
+    })
+    .await;
+    load.more(200).await;
+    load.stop();
+    database.wait_all_confirmed(DEADLINE).await;
+    walpost.stop().await;
+
+    // AND everything is there once, each key's events in order
+    let committed = Committed::read(&database).await;
+    let received = consume(&servers().pulsar_url, &topic, committed.len(), DEADLINE).await;
+    committed.assert_exactly_once(&received);
+}
+
 /// The connector is killed while it streams, each time after some more work, and started again.
 async fn kill(database: &Database, load: &Load, walpost: &mut Walpost, settings: &[(&str, &str)]) {
     load.more(60).await;

@@ -24,6 +24,8 @@ mod scan_refused;
 #[path = "stragglers/storable.rs"]
 mod storable;
 mod support;
+#[path = "stragglers/unanswered.rs"]
+mod unanswered;
 #[path = "stragglers/walk.rs"]
 mod walk;
 

@@ -8,7 +8,7 @@ use walpost::Lsn;
 use walpost::ack::{AckTracker, TxnNo};
 use walpost::outbox::key_hash;
 use walpost::pulsar::{
-    Auth, Codec, Flush, HashingScheme, Outgoing, Publisher, PublisherConfig, RowTag,
+    Auth, Codec, Doubts, Flush, HashingScheme, Outgoing, Publisher, PublisherConfig, RowTag,
 };
 
 use super::{Latencies, rows};
@@ -31,6 +31,7 @@ pub(crate) fn publisher_config(broker: (String, u16)) -> PublisherConfig {
         auth: Auth::default(),
         tls: None,
         rows: None,
+        doubts: Doubts::default(),
         keepalive_interval: Duration::from_secs(30),
         producer_name: super::tests::unique("bench"),
         routing: String::new(),

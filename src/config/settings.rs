@@ -302,7 +302,7 @@ settings! {
     );
     PARTITION_REFRESH = Setting::new(
         "WALPOST_PARTITION_REFRESH", Value("60s"), Kind::Duration { min: ms(100), max: minutes(24 * 60) },
-        "how often the partitions of a topic in use are counted, to notice when there are more",
+        "how often the partitions of a topic in use are counted, to notice when there are more; and how often, at first, one producer more is asked for where a topic allows fewer than there are lanes",
     );
     PRODUCER_IDLE = Setting::new(
         "WALPOST_PRODUCER_IDLE", Value("5m"), Kind::Duration { min: ms(100), max: minutes(24 * 60) },
@@ -343,7 +343,7 @@ settings! {
     );
     SEND_TIMEOUT = Setting::new(
         "WALPOST_SEND_TIMEOUT", Value("30s"), Kind::Duration { min: ms(100), max: minutes(60) },
-        "no receipt for this long, while one is due, forces a new connection to the broker; nothing is dropped",
+        "no receipt for this long, while one is due: the topic's producer is opened again where the broker answers what was sent later, else the connection ends; nothing is dropped",
     );
     RECONNECT_INITIAL = Setting::new(
         "WALPOST_RECONNECT_INITIAL", Value("100ms"), Kind::Duration { min: ms(1), max: minutes(60) },
@@ -388,7 +388,8 @@ settings! {
     );
     STRAGGLER_AGE = Setting::new(
         "WALPOST_STRAGGLER_AGE", Value("5m"), Kind::Duration { min: ms(100), max: minutes(7 * 24 * 60) },
-        "a topic that takes nothing (not found, quota, or any other answer while other topics get receipts) makes stragglers of its events after this long; in \
+        "a topic that takes nothing (not found, quota, or any other answer while other topics get receipts; four times as long while none does) makes \
+         stragglers of its events after this long; in \
          the modes mark and delete a row older than this that is still not marked, or there, is published again",
     );
     STRAGGLER_LIMIT = Setting::new(

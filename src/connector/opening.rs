@@ -30,6 +30,7 @@ use crate::scanner::gap::{self, Gap};
 use crate::scanner::handover::Carried;
 use crate::scanner::keeper::Keeper;
 use crate::scanner::modes;
+use crate::scanner::name_mark::Place;
 use crate::scanner::outbox::OutboxTable;
 use crate::scanner::overlap::Overlap;
 use crate::scanner::progress::{self, Claim};
@@ -72,7 +73,13 @@ impl Connector {
             self.keep_pipe(shutdown.as_mut()).await?
         } else {
             let making = Box::pin(self.make_pipe(client, &mut found, confirmed, shutdown.as_mut()));
-            making.await?
+            match making.await {
+                // While the lock is held.
+                Err(error) if !error.is_temporary() => {
+                    return self.mark.end(Err(error), shutdown).await;
+                }
+                made => made?,
+            }
         };
         if ready.is_none() {
             return Ok(None);
@@ -81,9 +88,9 @@ impl Connector {
         let Some(stream) = beginning.await? else {
             return Ok(None);
         };
-        self.pipe().streaming(true);
+        self.pipe()?.streaming(true);
         self.meter.set_phase(Phase::Streaming);
-        let from = self.pipe().flush_lsn();
+        let from = self.pipe()?.flush_lsn();
         info!(slot = self.config.slot, %from, "streaming");
         self.hold = Some(hold);
         self.left = None;
@@ -103,13 +110,13 @@ impl Connector {
         // Another instance may have had the slot meanwhile, and this one's next claim has the name of its last one.
         self.set_right(Right::Suspended);
         let session = self.session.clone();
-        let checking = async {
+        let checking = Box::pin(async {
             // Waited for: were it held a moment longer, we would take ourselves for another instance.
             if let Some(client) = locked {
                 recovery::unlock(&client).await;
             }
             check(&config, &session).await
-        };
+        });
         let Some(checked) = self.attend(checking, shutdown.as_mut()).await? else {
             return Ok(None);
         };
@@ -141,7 +148,7 @@ impl Connector {
             tokio::select! {
                 biased;
                 () = shutdown.as_mut() => return Ok(None),
-                connected = self.pipe().publisher().connect() => connected?,
+                connected = self.pipe()?.publisher().connect() => connected?,
             }
             self.is_closed = false;
         }
@@ -163,11 +170,13 @@ impl Connector {
                 "another cluster or timeline answers: starting with new producer names"
             );
         }
-        let mut settings = self.publishing_for(identity);
-        self.start_modes(&found.tables, identity);
-        settings.rows = self.modes.queue();
         // The old ones end first: two tasks would answer for one table.
         self.drop_pipe();
+        let mut settings = self
+            .publishing_for(client, identity, found.prepared.as_ref())
+            .await?;
+        self.start_modes(&found.tables, identity, &settings);
+        settings.rows = self.modes.queue();
         let right: Right = self.claimed.clone().into();
         self.modes.set_right(right.clone());
         let (config, lease) = (self.config.clone(), self.lease.clone());
@@ -218,23 +227,23 @@ impl Connector {
         {
             // (One that there is has the same settings, and tells the rest.)
             let facts = keeper_facts(client, &config, prepared, carried.as_ref());
-            let asked = answered("look at what is to be noted", facts);
+            let asked = Box::pin(answered("look at what is to be noted", facts));
             let facts = self.attend_on(asked).await??;
             self.keep(prepared, carried, facts)?;
         }
         let (binary, claim) = (self.binary, self.claimed.clone());
-        self.pipe().begin_stream(binary, found.relations);
+        self.pipe()?.begin_stream(binary, found.relations);
         let beginning = begin_stream(
             client,
             found.connection,
             (&config.slot, known),
             claim.as_ref(),
             (&config.publication, binary),
-            self.pipe().flush_lsn(),
+            self.pipe()?.flush_lsn(),
         );
         let (stream, log_end) = self.attend_on(beginning).await??;
-        self.pipe().publisher().set_log_end(log_end);
-        let refreshed = self.pipe().refresh();
+        self.pipe()?.publisher().set_log_end(log_end);
+        let refreshed = self.pipe()?.refresh();
         let lease = self.lease.clone();
         let refreshed = lease.during(async {
             refreshed.await;
@@ -364,8 +373,9 @@ impl Connector {
             catalog,
         } = facts;
         let was_changed = prepared.progress.catalog != catalog;
+        // Dropped while the facts were asked for.
         let Some((log, _)) = &self.pipe else {
-            return Err(Error::bug("there is no pipe to note anything of"));
+            return Err(lease::lost());
         };
         let config = &self.config;
         let is_known = carried
@@ -403,7 +413,7 @@ impl Connector {
         };
         self.keeper = Some(Keeper::start(start));
         if self.config.reconcile {
-            self.pipe().count_streamed();
+            self.pipe()?.count_streamed();
         }
         Ok(())
     }
@@ -425,18 +435,37 @@ impl Connector {
         Ok(true)
     }
 
-    fn publishing_for(&self, identity: &SystemIdentity) -> PublisherConfig {
-        publisher_config(
-            &self.config,
-            &self.meter,
-            &identity.system_id.to_string(),
-            identity.timeline,
-        )
+    /// How events are published, under names that this process and others may use.
+    async fn publishing_for(
+        &mut self,
+        client: &Client,
+        identity: &SystemIdentity,
+        prepared: Option<&Prepared>,
+    ) -> Result<PublisherConfig> {
+        let config = &self.config;
+        let place = prepared.map(|prepared| Place {
+            postgres: config.postgres.clone(),
+            log: identity.into(),
+            claim: prepared.claim.clone(),
+            reconnect: (config.reconnect_initial, config.reconnect_max),
+        });
+        let stored = prepared.map_or(0, |prepared| prepared.progress.generation);
+        let (generation, doubts) = self.mark.begin(client, place, stored).await?;
+        let system_id = identity.system_id.to_string();
+        let timeline = identity.timeline;
+        Ok(PublisherConfig {
+            doubts,
+            ..publisher_config(config, &self.meter, &system_id, timeline, generation)
+        })
     }
 
-    fn start_modes(&mut self, tables: &[OutboxTable], identity: &SystemIdentity) {
-        let publisher = self.publishing_for(identity);
-        let routes = (routing(&self.config), publisher, self.lease.clone());
+    fn start_modes(
+        &mut self,
+        tables: &[OutboxTable],
+        identity: &SystemIdentity,
+        publisher: &PublisherConfig,
+    ) {
+        let routes = (routing(&self.config), publisher.clone(), self.lease.clone());
         let way = Way::Stream(self.progress.subscribe());
         self.modes
             .start(&self.config, tables, &identity.into(), routes, way);

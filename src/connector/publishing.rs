@@ -8,7 +8,7 @@ use crate::meter::Meter;
 use crate::outbox::Role;
 use crate::pipe::Routing;
 use crate::postgres::Subscription;
-use crate::pulsar::{Diversion, PublisherConfig};
+use crate::pulsar::{Diversion, Doubts, PublisherConfig};
 use crate::scanner::outbox::{SEQ, TXID};
 use crate::scanner::straggler::Stragglers;
 
@@ -40,13 +40,19 @@ pub(crate) fn subscription(config: &Config) -> Subscription {
     }
 }
 
-/// How events of this cluster and timeline are published.
+/// How events of this cluster and timeline are published, under names of this generation ([`crate::scanner::name_mark`]).
 pub(crate) fn publisher_config(
     config: &Config,
     meter: &Arc<Meter>,
     system_id: &str,
     timeline: u32,
+    generation: u64,
 ) -> PublisherConfig {
+    // As names were before there were generations.
+    let generation = match generation {
+        0 => String::new(),
+        generation => format!("g{generation}"),
+    };
     PublisherConfig {
         service: config.pulsar_url.hosts.clone(),
         auth: config.pulsar_auth.clone(),
@@ -54,7 +60,10 @@ pub(crate) fn publisher_config(
         keepalive_interval: config.pulsar_keepalive_interval,
         // A failover or a restored copy may hand out the same LSNs again: under the old name their events would be taken for
         // duplicates.
-        producer_name: format!("{}-{system_id}-{timeline}", config.producer_name),
+        producer_name: format!(
+            "{}-{system_id}-{timeline}{generation}",
+            config.producer_name
+        ),
         routing: routing(config).to_string(),
         lanes: u32::try_from(config.lanes).unwrap_or(u32::MAX),
         hashing: config.hashing,
@@ -63,6 +72,7 @@ pub(crate) fn publisher_config(
         compression: config.compression,
         diversion: None,
         rows: None,
+        doubts: Doubts::default(),
         schema: config.schema.clone(),
         batch_max_messages: u32::try_from(config.batch_max_messages).unwrap_or(u32::MAX),
         batch_max_bytes: usize::try_from(config.batch_max_bytes).unwrap_or(usize::MAX),
@@ -80,7 +90,28 @@ pub(crate) fn diversion(config: &Config, stragglers: Option<&Stragglers>) -> Opt
     stragglers.map(|_| Diversion {
         grace: REFUSED_GRACE,
         age: config.straggler_age,
+        unclear: Diversion::UNCLEAR_AGES * config.straggler_age,
         park: config.keep_key_order,
         quiet: false,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(generation: u64) -> String {
+        let config = Config::load(&|_| None, &|name| {
+            (name == "PGUSER").then(|| "postgres".to_owned())
+        });
+        let config = config.expect("all else has a default");
+        publisher_config(&config, &Arc::default(), "4711", 3, generation).producer_name
+    }
+
+    #[test]
+    fn names_of_the_first_generation_are_as_before_and_each_later_one_has_its_own() {
+        assert_eq!(name(0), "walpost-walpost-4711-3");
+        assert_eq!(name(1), "walpost-walpost-4711-3g1");
+        assert_eq!(name(12), "walpost-walpost-4711-3g12");
+    }
 }

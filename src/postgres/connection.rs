@@ -14,17 +14,20 @@ use std::time::Duration;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio_postgres::SimpleQueryMessage;
 use tokio_postgres::config::{ChannelBinding, SslMode as ClientSslMode, SslNegotiation};
 use tracing::debug;
 
+use super::answer::ANSWER;
 use super::channel_binding::tls_server_end_point;
 use super::config::{
     ChannelBindingMode, Host, PostgresConfig, SslMode, TargetSession, socket_path,
 };
 use super::server_error::{sql_error, sqlstate};
 use super::session;
-use super::stream::{Established, Stream};
+use super::stream::Stream;
 use super::tls;
+use super::watch::{self, AtWork, Established, Process, Watched};
 use crate::aside::read_aside;
 use crate::{Error, Result};
 
@@ -130,6 +133,7 @@ impl Login for SqlLogin<'_> {
         } else {
             settings.ssl_mode(ClientSslMode::Disable);
         }
+        let (stream, traffic) = Watched::new(stream);
         let (client, connection) =
             settings
                 .connect_raw(stream, Established)
@@ -139,19 +143,49 @@ impl Login for SqlLogin<'_> {
                     sql_error(&doing, error)
                 })?;
         check_target(wanted, |name| connection.parameter(name))?;
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                debug!(%error, "an SQL connection ended");
-            }
-        });
-        if self.of == Settings::Walpost {
-            let set = client
-                .batch_execute(&session::statements().join("; "))
-                .await;
-            set.map_err(|error| sql_error("set up the session", error))?;
-        }
+        let (tell, told) = tokio::sync::watch::channel(None);
+        let config = config.clone();
+        let ask = move || at_work(config.clone(), told.borrow().clone());
+        tokio::spawn(watch::drive(connection, traffic, ask, ANSWER));
+        let settings = if self.of == Settings::Walpost {
+            format!("{}; ", session::statements().join("; "))
+        } else {
+            String::new()
+        };
+        let statements = format!("{settings}{}", watch::process());
+        let set = client.simple_query(&statements).await;
+        let answers = set.map_err(|error| sql_error("set up the session", error))?;
+        tell.send_replace(process(&answers));
         Ok(client)
     }
+}
+
+/// The process of a session, of the last row of these answers.
+fn process(answers: &[SimpleQueryMessage]) -> Option<Process> {
+    let rows = answers.iter().filter_map(|answer| match answer {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    let row = rows.last()?;
+    Process::new(row.get(0)?, row.get(1)?)
+}
+
+/// Asks in a session of its own whether a process of the server is at work.
+fn at_work(config: PostgresConfig, process: Option<Process>) -> AtWork {
+    Box::pin(async move {
+        let process = process?;
+        let client = match connect_sql(&config, "walpost watch").await {
+            Ok(client) => client,
+            // A server that has no room for another session (53) is there, and may be at work.
+            Err(error) => return sqlstate(&error)?.starts_with("53").then_some(true),
+        };
+        let row = client
+            .query_one(&watch::is_idle(&process), &[])
+            .await
+            .ok()?;
+        let (is_same_server, is_idle): (bool, bool) = (row.get(0), row.get(1));
+        is_same_server.then_some(!is_idle)
+    })
 }
 
 /// Tries the hosts in order until `login` succeeds with one.
@@ -362,9 +396,11 @@ async fn open(
         }
     }
     let (ssl, host_name) = (config.ssl.clone(), name.to_owned());
-    let reading = read_aside("a file of sslrootcert, sslcert or sslkey", move || {
-        tls::client_config(&ssl, &host_name)
-    });
+    let (kind, files) = (
+        "a file of sslrootcert, sslcert or sslkey",
+        format!("{ssl:?}"),
+    );
+    let reading = read_aside(kind, files, move || tls::client_config(&ssl, &host_name));
     let (settings, server_name) = reading.await?;
     let stream = tokio_rustls::TlsConnector::from(settings)
         .connect(server_name, socket)

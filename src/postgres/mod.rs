@@ -4,7 +4,8 @@
 //! picks a host, [`stream`] is what it returns; [`session`] says which settings every session has; [`startup`] logs in a replication connection; [`replication`] speaks its
 //! commands and turns it into a [`replication_stream::ReplicationStream`], whose bytes [`frame`] takes apart.
 //! [`slot`], [`published`] and [`mod@preflight`] ask an ordinary SQL connection about slot, publication, tables and rights; [`row_security`]
-//! looks for policies that hide rows, [`answer`] limits how long an answer is waited for, [`waiting`] names transactions that are waited for; [`names`]
+//! looks for policies that hide rows, [`answer`] limits how long an answer is waited for, `watch` ends a session whose
+//! answer is lost, [`waiting`] names transactions that are waited for; [`names`]
 //! quotes what goes into SQL; [`server_error`] says what a server's refusal means for the process.
 //!
 //! Input: a [`PostgresConfig`]. Output: a [`tokio_postgres::Client`] for SQL, and borrowed [`Frame`]s for the pipe.
@@ -30,8 +31,9 @@ pub mod stream;
 pub mod tls;
 mod url;
 pub mod waiting;
+mod watch;
 
-pub use answer::answered;
+pub use answer::{answered, answered_to};
 pub use config::PostgresConfig;
 pub use connection::{connect_application, connect_sql};
 pub use frame::{Frame, StandbyStatus};

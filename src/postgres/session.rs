@@ -39,6 +39,7 @@
 //! | `walpost.progress`: `delivered`, the scan's position, what is missing ([`crate::scanner::progress`]) | local | rows count as sent, and retention deletes them, by it; a loss would only repeat rows |
 //! | the same: `scan_before` before a slot is made, `scan_upto` behind | local | a slot outlives a crash of the server; without its snapshots the rows before it would count as delivered |
 //! | the same: `session`, `timeline`, `confirmed_lsn`, `streamed` | local | an old `confirmed_lsn` would make a slot look as if somebody had advanced it |
+//! | the same: `producer_generation` ([`crate::scanner::name_mark`]) | local | the next start believes the broker by it; a loss could lose an event |
 //! | replication slot: make, drop | none | Postgres flushes a slot's file by itself |
 //! | `walpost.after_publish`: mode and since ([`crate::scanner::modes`]) | local | rows that are older than `since` are never looked for |
 //! | outbox: `sent_at`, DELETE after receipt ([`crate::scanner::after_publish`]) | off | a loss leaves the row unmarked: [`crate::scanner::unmarked`] finds it, and it may come twice |

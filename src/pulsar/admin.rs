@@ -126,7 +126,10 @@ impl Admin {
         let url = self.url.join(path);
         let authorization = self.auth.authorization().await?;
         let tls = self.tls.clone();
-        let tls = read_aside(TlsFiles::WHAT, move || tls.client_config()).await?;
+        let tls = read_aside(TlsFiles::WHAT, self.tls.names(), move || {
+            tls.client_config()
+        })
+        .await?;
         http::send(Request {
             method,
             url: &url,

@@ -65,6 +65,10 @@ const READ_BUFFER_BYTES: usize = 16 * 1024;
 /// Events that the publisher has had no room for: with so many, nothing more is read. One more read may add a buffer's worth of
 /// receipts, some 500; an event takes about a hundred bytes.
 const MAX_UNDELIVERED: usize = 256;
+/// The number of a request whose answer concerns nobody.
+const NO_REQUEST: u64 = u64::MAX;
+/// Why a connection ends of which nobody has a handle.
+pub(super) const NOT_NEEDED: &str = "no longer needed";
 /// Topics that have moved to other clusters, each until the broker closes its producer, which is the next thing it says of it.
 const MAX_MIGRATED: usize = 1024;
 
@@ -161,13 +165,13 @@ impl Connection {
         manner: &Manner,
         events: mpsc::Sender<Event>,
     ) -> Result<Self> {
-        Self::open_within(REQUEST_TIMEOUT, endpoint, id, manner, events).await
+        Self::open_within(REQUEST_TIMEOUT, (endpoint, 0), id, manner, events).await
     }
 
-    /// The same, with another time for each request.
+    /// The same, with another time for each request, and so many addresses of the endpoint tried behind the others.
     pub(super) async fn open_within(
         request_timeout: Duration,
-        endpoint: &Endpoint,
+        (endpoint, skip): (&Endpoint, usize),
         id: u64,
         manner: &Manner,
         events: mpsc::Sender<Event>,
@@ -175,7 +179,8 @@ impl Connection {
         // Boxed, all three: they are large, short-lived, and part of every future that may connect.
         // Before the network: credentials that cannot be had are told even when the broker is away.
         let credentials = Box::pin(manner.auth.credentials(None)).await?;
-        let (reader, writer) = Box::pin(socket::connect(endpoint, manner.tls.as_ref())).await?;
+        let (reader, writer) =
+            Box::pin(socket::connect(endpoint, skip, manner.tls.as_ref())).await?;
         let (outgoing, commands) = mpsc::unbounded_channel();
         let unwritten_bytes = Arc::new(AtomicUsize::new(0));
         let mut driver = Driver {
@@ -426,17 +431,39 @@ impl Driver {
 
     async fn run(mut self) {
         let reason = self.drive().await;
-        let connection = self.id;
-        let (events, mut undelivered) =
-            (self.events.clone(), std::mem::take(&mut self.undelivered));
-        // Before anything is waited for: the socket goes, and requests that nobody will answer any more, and the channel, so that
+        let Self {
+            id: connection,
+            reader,
+            writer,
+            mut commands,
+            mut requests,
+            mut undelivered,
+            events,
+            ..
+        } = self;
+        // Before anything is waited for: the socket goes, and questions that nobody will answer any more, and the channel, so that
         // whoever sees `Disconnected` also sees `is_closed`.
-        drop(self);
+        drop((reader, writer));
+        commands.close();
+        while let Ok(command) = commands.try_recv() {
+            if let Outgoing::Command {
+                request: Some(request),
+                ..
+            } = command
+            {
+                requests.add(request, Instant::now());
+            }
+        }
+        requests.end_questions();
         let ended = Event::Disconnected { connection, reason };
         undelivered.push_back(Undelivered::Event(ended));
+        // In their order. Whoever waits to hear that a producer is closed, or is not, hears it behind all that came of it.
         for event in undelivered {
-            if let Undelivered::Event(event) = event {
-                let _publisher_is_gone = events.send(event).await;
+            match event {
+                Undelivered::Event(event) => {
+                    let _publisher_is_gone = events.send(event).await;
+                }
+                Undelivered::Answer(id, command) => requests.answer(id, *command),
             }
         }
     }
@@ -452,7 +479,11 @@ impl Driver {
         loop {
             // Of what is still queued nobody would hear the receipt.
             if self.commands.is_closed() {
-                return "no longer needed".to_owned();
+                return NOT_NEEDED.to_owned();
+            }
+            while let Some(producer_id) = self.requests.next_to_close() {
+                let close = encode_command(&close_producer(producer_id, NO_REQUEST));
+                self.unwritten.push_command(close, None, Some(producer_id));
             }
             let reads = self.undelivered.len() < MAX_UNDELIVERED;
             let deadline = self.requests.next_deadline();
@@ -484,7 +515,7 @@ impl Driver {
                 }
                 // 4. New work; all of it at once, so that one write carries many frames.
                 command = self.commands.recv() => {
-                    let Some(mut command) = command else { return "no longer needed".to_owned() };
+                    let Some(mut command) = command else { return NOT_NEEDED.to_owned() };
                     loop {
                         if let Err(reason) = self.queue(command) { return reason; }
                         match self.commands.try_recv() {

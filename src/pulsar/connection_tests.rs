@@ -2,8 +2,8 @@
 
 use bytes::{BufMut as _, BytesMut};
 use pulsar::message::proto::{
-    CommandCloseProducer, CommandPing, CommandProducer, CommandSendReceipt, CommandSuccess,
-    base_command::Type,
+    CommandCloseProducer, CommandPing, CommandProducer, CommandProducerSuccess, CommandSendReceipt,
+    CommandSuccess, base_command::Type,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -40,7 +40,7 @@ async fn open_as(manner: &Manner, request_timeout: Duration, events: usize) -> S
         via_proxy_to: None,
     };
     let (sender, events) = mpsc::channel(events);
-    let connecting = Connection::open_within(request_timeout, &endpoint, 1, manner, sender);
+    let connecting = Connection::open_within(request_timeout, (&endpoint, 0), 1, manner, sender);
     let accepting = async {
         let (mut stream, _) = listener.accept().await.unwrap();
         let mut inbox = BytesMut::new();
@@ -155,6 +155,44 @@ fn ping_command() -> BaseCommand {
 }
 
 #[tokio::test]
+async fn the_end_of_a_producer_is_told_behind_its_receipts_also_where_the_connection_ends() {
+    // GIVEN a publisher that has room for one event, a producer that is to be closed, and a question
+    const RECEIPTS: u64 = 5;
+    let mut side = open(REQUEST_TIMEOUT, 1).await;
+    let closing = side.connection.clone();
+    let closed = tokio::spawn(async move { closing.request(|id| close_producer(1, id)).await });
+    assert!(side.next().await.close_producer.is_some());
+    let asking = side.connection.clone();
+    let asked = tokio::spawn(async move { asking.request(lookup).await });
+    assert!(side.next().await.lookup_topic.is_some());
+
+    // WHEN the broker sends receipts and ends the connection without an answer
+    for sequence_id in 0..RECEIPTS {
+        side.say(&receipt(sequence_id)).await;
+    }
+    side.stream.shutdown().await.unwrap();
+
+    // THEN the question ends, and the CLOSE not before the receipts and the end were heard
+    let asked = timeout(DEADLINE, asked).await.expect("in time");
+    asked.unwrap().unwrap_err();
+    assert!(side.connection.is_closed());
+    for expected in 0..RECEIPTS {
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!closed.is_finished(), "before receipt {expected}");
+        match side.next_event().await {
+            Event::Receipt { sequence_id, .. } => assert_eq!(sequence_id, expected),
+            other => panic!("{other:?}"),
+        }
+    }
+    let ended = side.next_event().await;
+    assert!(matches!(ended, Event::Disconnected { .. }), "{ended:?}");
+    let closed = timeout(DEADLINE, closed).await.expect("in time");
+    closed.unwrap().unwrap_err();
+}
+
+#[tokio::test]
 async fn requests_and_answers_to_pings_go_before_the_data_of_other_producers() {
     // GIVEN a broker that does not read, and more data than its socket takes
     let mut side = open(REQUEST_TIMEOUT, 16).await;
@@ -215,6 +253,32 @@ async fn a_request_that_is_not_answered_ends_and_the_connection_stays() {
 
     side.say(&ping_command()).await;
     while side.next().await.pong.is_none() {}
+    assert!(!side.connection.is_closed());
+}
+
+#[tokio::test]
+async fn a_producer_that_is_made_when_nobody_waits_for_it_any_more_is_closed() {
+    // GIVEN a creation that is not answered in time
+    let mut side = open(Duration::from_millis(50), 16).await;
+    let answer = side.connection.request(|id| create(7, id)).await;
+    assert!(answer.is_err());
+    let asked = side.next().await.producer.expect("a creation");
+
+    // WHEN it completes THEN the producer is closed, and the connection stays
+    side.say(&BaseCommand {
+        r#type: Type::ProducerSuccess as i32,
+        producer_success: Some(CommandProducerSuccess {
+            request_id: asked.request_id,
+            ..CommandProducerSuccess::default()
+        }),
+        ..BaseCommand::default()
+    })
+    .await;
+    let close = side.next().await.close_producer.expect("a close");
+    assert_eq!(close.producer_id, 7);
+    side.say(&success(close.request_id)).await;
+    side.say(&ping_command()).await;
+    assert!(side.next().await.pong.is_some());
     assert!(!side.connection.is_closed());
 }
 

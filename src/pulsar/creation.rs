@@ -6,11 +6,12 @@ use pulsar::message::proto::{BaseCommand, CommandProducer, Schema, base_command:
 use super::connection::{self, Connection};
 use super::producer::Created;
 use super::schema::SchemaConfig;
-use super::verdict;
+use super::verdict::{self, OfTopic};
 use super::wire::MAX_SCHEMA_VERSION_BYTES;
 use crate::{Error, Result};
 
-/// Asks for a producer, and waits for the answer as long as the connection lasts: whoever gives up closes the producer.
+/// Asks for a producer, and waits for the answer longer than anybody who asks: whoever gives up closes the producer. (What is made later still, the connection
+/// closes: see `requests`.)
 pub(super) async fn create(
     connection: &Connection,
     topic: &str,
@@ -67,23 +68,35 @@ fn schema_version(
 ) -> Result<Option<Bytes>> {
     let version = version.filter(|version| schema.is_some() && !version.is_empty());
     match version {
-        Some(long) if long.len() > MAX_SCHEMA_VERSION_BYTES => Err(Error::bug(format!(
-            "the broker's schema version of {topic} has {} bytes, and there is room for {MAX_SCHEMA_VERSION_BYTES}",
-            long.len()
-        ))),
+        Some(long) if long.len() > MAX_SCHEMA_VERSION_BYTES => {
+            let why = format!(
+                "the broker's schema version of {topic} has {} bytes, and there is room for {MAX_SCHEMA_VERSION_BYTES}",
+                long.len()
+            );
+            Err(Error::bug(why.clone()).caused_by(OfTopic::mend(why)))
+        }
         version => Ok(version.map(Bytes::from)),
     }
 }
 
-/// Closes a producer, or what may become one, and waits until the broker has: what was sent to it has its receipt then. When the
-/// connection is gone so is the producer.
-pub(super) async fn close(connection: &Connection, producer_id: u64) {
-    let answer = connection
-        .request(|id| connection::close_producer(producer_id, id))
-        .await;
-    if answer.is_err() {
-        connection.close("a producer could not be closed");
+/// The id of a producer that never is: a broker answers at once that it is closed (`ServerCnx.handleCloseProducer`).
+const NO_PRODUCER: u64 = u64::MAX >> 1;
+
+/// Closes a producer, or what may become one, and waits until the broker has: what was sent to it has its receipt then. False when there is no
+/// answer: the connection ends, and the producer with it, and the connection's last event says so, behind the receipts.
+///
+/// A broker answers when the writes under way have ended, which may never be: that is the topic's trouble. When it does not answer in time
+/// but answers something else that came later, it has read all that was sent to the producer, and nothing that is sent to the topic
+/// from then on comes before that. It refuses the producer's name until it is closed. One that answers nothing does not read the connection, which ends.
+pub(super) async fn close(connection: &Connection, producer_id: u64) -> bool {
+    for id in [producer_id, NO_PRODUCER] {
+        let answer = connection.request(|request| connection::close_producer(id, request));
+        if answer.await.is_ok() {
+            return true;
+        }
     }
+    connection.close("a producer could not be closed");
+    false
 }
 
 /// The error for a connection that is no more.

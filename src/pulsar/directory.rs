@@ -18,15 +18,19 @@ use pulsar::message::proto::{
     command_lookup_topic_response::LookupType,
 };
 use tokio::sync::{Mutex, mpsc};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::connection::{Connection, Endpoint, Event, Manner, REQUEST_TIMEOUT};
-use super::verdict;
+use super::verdict::{self, Fault};
 use super::wire::{self, NextBroker};
 use crate::{Error, Result};
 
 /// As the Java client's `maxLookupRedirects`.
 const MAX_REDIRECTS: usize = 20;
+
+/// A host that gives so many answers in a row that may be about itself (`ServiceNotReady`) is passed over.
+const MAX_UNCLEAR: usize = 8;
 
 /// The shard of lookups, and of topics that have no connection of their own.
 pub(super) const SHARED: u32 = 0;
@@ -47,6 +51,10 @@ pub(super) struct Directory {
     next_connection: AtomicU64,
     /// How many hosts of the service URL were passed over; tells which one is asked.
     turn: AtomicUsize,
+    /// How many connections could not be made, or did not answer. Of a name with several addresses another comes first then.
+    misses: AtomicUsize,
+    /// So many answers in a row, of one host, were of the kind that may be about the host itself.
+    unclear: AtomicUsize,
     /// The last lookup said that brokers are reached through the service URL's proxy.
     behind_proxy: AtomicBool,
 }
@@ -84,6 +92,8 @@ impl Directory {
             connections: std::sync::Mutex::default(),
             next_connection: AtomicU64::new(1),
             turn: AtomicUsize::new(0),
+            misses: AtomicUsize::new(0),
+            unclear: AtomicUsize::new(0),
             behind_proxy: AtomicBool::new(false),
         }
     }
@@ -107,11 +117,14 @@ impl Directory {
         }
         let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
         let (manner, events) = (&self.manner, self.events.clone());
+        let endpoint = (endpoint, self.misses.load(Ordering::Relaxed));
         let opened =
             Connection::open_within(self.request_timeout, endpoint, id, manner, events).await;
-        match &opened {
-            Ok(opened) => place.connection = Some(opened.clone()),
-            Err(_) => place.failed_at = Some(Instant::now()),
+        if let Ok(opened) = &opened {
+            place.connection = Some(opened.clone());
+        } else {
+            place.failed_at = Some(Instant::now());
+            self.misses.fetch_add(1, Ordering::Relaxed);
         }
         opened
     }
@@ -125,6 +138,18 @@ impl Directory {
         // Brokers come and go under new names.
         slots.retain(|_, slot| Arc::strong_count(slot) > 1 || open_in(slot).is_some());
         Arc::clone(slots.entry((endpoint.clone(), shard)).or_default())
+    }
+
+    /// Whoever asks for its endpoint and shard gets another connection from now on. It ends when nobody has it any more.
+    pub(super) fn release(&self, connection: u64) {
+        let slots = self
+            .connections
+            .lock()
+            .expect("nobody panics while holding it");
+        // (A slot that is locked is one where another is being made, or this one is being handed out.)
+        for mut slot in slots.values().filter_map(|slot| slot.try_lock().ok()) {
+            slot.connection.take_if(|kept| kept.id() == connection);
+        }
     }
 
     /// A connection to a host of the service URL: the one that was asked last, or the next that can be connected to.
@@ -180,6 +205,7 @@ impl Directory {
     ) -> Result<BaseCommand> {
         let answer = connection.request_framed(build).await;
         if answer.is_err() {
+            self.misses.fetch_add(1, Ordering::Relaxed);
             let mut place = self.slot(endpoint, SHARED).lock_owned().await;
             if place
                 .connection
@@ -199,9 +225,19 @@ impl Directory {
         self.judge(&host, found)
     }
 
-    /// A host that does not answer, or cannot say, is passed over: another may know more.
+    /// A host that does not answer, or cannot say again and again, is passed over: another may know more. What it says of a topic is
+    /// no reason: the next one may be dead, and everybody would wait for it.
     fn judge<T>(&self, host: &Host, result: Result<T>) -> Result<T> {
-        if result.as_ref().is_err_and(Error::is_temporary) {
+        let passes = match result.as_ref().map_err(verdict::fault) {
+            Err(Fault::Broker) => true,
+            Err(Fault::Unclear) => self.unclear.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_UNCLEAR,
+            Ok(_) | Err(Fault::Topic | Fault::Mend) => {
+                self.unclear.store(0, Ordering::Relaxed);
+                false
+            }
+        };
+        if passes {
+            self.unclear.store(0, Ordering::Relaxed);
             self.pass_over(host);
         }
         result
@@ -312,6 +348,36 @@ impl Directory {
             direct_endpoint(url, tls)?
         };
         self.connect(&endpoint, shard).await
+    }
+}
+
+/// An attempt to reach the service URL, which goes on while nobody waits for it. A host that is switched off takes longer than some wait: an
+/// attempt that ended with them would begin with that host again, and never come to the next one.
+#[derive(Debug, Default)]
+pub(super) struct ServiceAttempt {
+    /// One at most. It ends with this value.
+    task: JoinSet<Result<(Connection, Endpoint)>>,
+}
+
+impl ServiceAttempt {
+    /// As [`Directory::service`]. Cancel safe: the next call waits for the same attempt.
+    pub(super) async fn service(
+        &mut self,
+        directory: &Arc<Directory>,
+    ) -> Result<(Connection, Endpoint)> {
+        // What came of it while nobody waited may hold no more; a connection that it made is found at once.
+        let _old = self.task.try_join_next();
+        if self.task.is_empty() {
+            let directory = Arc::clone(directory);
+            self.task.spawn(async move { directory.service().await });
+        }
+        match self.task.join_next().await {
+            Some(Ok(reached)) => reached,
+            Some(Err(error)) => {
+                Err(Error::bug("the attempt to reach a broker ended").caused_by(error))
+            }
+            None => Err(Error::bug("nobody tries to reach a broker")),
+        }
     }
 }
 

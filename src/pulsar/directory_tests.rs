@@ -1,6 +1,11 @@
 //! Against peers of the test's own (see `peer`).
 
-use super::super::peer::{Peer, manner};
+use bytes::BytesMut;
+use pulsar::message::proto::ServerError;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpListener;
+
+use super::super::peer::{Peer, connected, manner, read_command};
 use super::*;
 
 /// Short, so that a test of silence is short. An answer that takes longer only costs another attempt.
@@ -77,6 +82,75 @@ async fn hosts_that_cannot_be_connected_to_are_passed_over_once() {
         assert_eq!(endpoint.port, well.host().1);
     }
     assert_eq!(directory.turn.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn an_attempt_to_reach_a_host_goes_on_when_nobody_waits_for_it() {
+    // GIVEN a host that answers only after somebody who asked has given up
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let service = vec![(
+        "127.0.0.1".to_owned(),
+        listener.local_addr().unwrap().port(),
+    )];
+    let (sender, _events) = mpsc::channel(64);
+    let directory = Arc::new(Directory::new(service, manner(), sender));
+    let mut attempt = ServiceAttempt::default();
+    let mut inbox = BytesMut::new();
+    let greeted = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let asked = read_command(&mut stream, &mut inbox).await.unwrap();
+        assert!(asked.connect.is_some());
+        stream
+    };
+    let mut stream = tokio::select! {
+        _early = attempt.service(&directory) => panic!("nobody has answered"),
+        stream = greeted => stream,
+    };
+
+    // WHEN it answers, and answers nobody else
+    stream.write_all(&connected(1024 * 1024)).await.unwrap();
+
+    // THEN who asks next has that connection
+    let (connection, _) = attempt.service(&directory).await.unwrap();
+    assert_eq!(connection.id(), 1);
+    // AND who asks again
+    let (connection, _) = attempt.service(&directory).await.unwrap();
+    assert_eq!(connection.id(), 1);
+}
+
+#[test]
+fn what_a_host_says_of_a_topic_is_no_reason_to_ask_another() {
+    let (sender, _events) = mpsc::channel(1);
+    let service = vec![("a".to_owned(), 1), ("b".to_owned(), 1)];
+    let directory = Directory::new(service, manner(), sender);
+    let host = directory.next_host();
+    let turn = || directory.turn.load(Ordering::Relaxed);
+    let say = |code: ServerError| {
+        let said = verdict::of_open(TOPIC, Some(code as i32), Some("no"));
+        directory.judge::<()>(&host, Err(said)).unwrap_err();
+    };
+
+    // WHEN one topic does not exist, and another is not ready while others are
+    for _ in 0..2 * MAX_UNCLEAR {
+        say(ServerError::TopicNotFound);
+        say(ServerError::ServiceNotReady);
+        directory.judge(&host, Ok(())).unwrap();
+    }
+    // THEN the host stays
+    assert_eq!(turn(), 0);
+
+    // WHEN it says nothing else any more THEN another is asked
+    for _ in 0..MAX_UNCLEAR {
+        assert_eq!(turn(), 0);
+        say(ServerError::ServiceNotReady);
+    }
+    assert_eq!(turn(), 1);
+
+    // WHEN one does not answer THEN another is, at once
+    let host = directory.next_host();
+    let silent = Error::temporary("the broker does not answer");
+    directory.judge::<()>(&host, Err(silent)).unwrap_err();
+    assert_eq!(turn(), 2);
 }
 
 #[tokio::test]

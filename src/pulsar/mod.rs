@@ -25,6 +25,7 @@ mod compression;
 mod connection;
 mod creation;
 mod directory;
+mod doubts;
 mod partition;
 #[cfg(test)]
 mod peer;
@@ -45,6 +46,7 @@ pub use admin::{Admin, CaughtUpTopics, Deduplication};
 pub use auth::{Auth, ClientCredentials, OAuth2};
 pub use compression::Codec;
 pub use connection::DEFAULT_MAX_MESSAGE_BYTES;
+pub use doubts::Doubts;
 pub use partition::HashingScheme;
 pub use probe::{Broker, probe, produce_to};
 pub use producer::{Diversion, Diverted, Flush, Held, Outgoing, Parked, RowTag};

@@ -119,6 +119,6 @@ async fn produce(
     // A creation that is not answered ends with the connection.
     let made = tokio::time::timeout(CREATION_TIMEOUT, made).await;
     made.map_err(|_| Error::temporary("the Pulsar broker does not answer a request"))??;
-    creation::close(&connection, producer_id).await;
+    let _ends_with_the_connection = creation::close(&connection, producer_id).await;
     Ok(())
 }

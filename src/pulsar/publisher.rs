@@ -9,7 +9,7 @@
 //!
 //! What connections say comes through one channel, and the answers to questions through another. A connection hands on what it was told
 //! before it hands on an answer that came later. So when an answer is there, everything that came before it is in the other channel, which
-//! is emptied first: a producer that is closed has had all its receipts.
+//! is emptied first: a producer that is closed has had all its receipts. A CLOSE that is not answered is told by the end of its connection alone.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,9 +22,10 @@ use tracing::debug;
 
 use super::auth::Auth;
 use super::compression::Codec;
-use super::connection::{Connection, Event, Manner};
+use super::connection::{Connection, Event, Manner, NOT_NEEDED};
 use super::creation;
-use super::directory::Directory;
+use super::directory::{Directory, ServiceAttempt};
+use super::doubts::Doubts;
 use super::partition::HashingScheme;
 use super::producer::{
     Diversion, Diverted, Effect, Flush, Link, Now, Outgoing, Parked, Producer, Settings, Signal,
@@ -85,6 +86,8 @@ pub struct PublisherConfig {
     pub send_timeout: Duration,
     /// Where the rows of acknowledged events (`Outgoing::mark`) go, if anywhere; a full queue stops the intake.
     pub rows: Option<RowQueue>,
+    /// Raised when no other process may use these names any more.
+    pub doubts: Doubts,
     /// Told of receipts and of lost connections.
     pub meter: Arc<Meter>,
     /// First and longest pause between attempts to reach a broker.
@@ -109,7 +112,10 @@ enum Happened {
 #[derive(Debug)]
 pub struct Publisher {
     producer: Producer,
+    /// Without it the connections write nothing.
+    lease: Lease,
     directory: Arc<Directory>,
+    reaching: ServiceAttempt,
     schema: Option<SchemaConfig>,
     events: mpsc::Receiver<Event>,
     answers: mpsc::UnboundedReceiver<Signal>,
@@ -159,12 +165,15 @@ impl Publisher {
             max_in_flight_bytes: config.max_in_flight_bytes,
             send_timeout: config.send_timeout,
             rows: config.rows,
+            doubts: config.doubts,
             meter: config.meter,
             reconnect: config.reconnect,
         };
         Self {
             producer: Producer::new(settings, now()),
+            lease: lease.clone(),
             directory: Arc::new(directory),
+            reaching: ServiceAttempt::default(),
             schema: config.schema,
             events,
             answers,
@@ -178,9 +187,9 @@ impl Publisher {
     }
 
     /// Connects to the service URL once: learns the broker's message limit, and finds wrong credentials before the first
-    /// event is read.
+    /// event is read. Cancel safe: the next call goes on with the attempt.
     pub async fn connect(&mut self) -> Result<()> {
-        let (connection, endpoint) = self.directory.service().await?;
+        let (connection, endpoint) = self.reaching.service(&self.directory).await?;
         let max_message_bytes = connection.max_message_bytes();
         self.producer.set_max_message_bytes(max_message_bytes);
         debug!(broker = %endpoint, max_message_bytes, "broker reached");
@@ -213,7 +222,7 @@ impl Publisher {
         self.producer.in_flight()
     }
 
-    /// The topics that get no receipts because of what a broker said of them. Looks at all topics: to be asked about once a second.
+    /// The topics that get no receipts because of what a broker said of them. Looks at all of these: to be asked about once a second.
     pub fn troubles(&self) -> Troubles {
         self.producer.troubles()
     }
@@ -240,6 +249,7 @@ impl Publisher {
 
     /// Looks at the clock, about once a second: send deadlines, partitions to be counted again, producers without work.
     pub fn tick(&mut self, at: Instant) {
+        self.producer.hold_connections(!self.lease.holds(), at);
         self.producer.tick(Now { at, ..now() });
         self.carry_out_if_any();
     }
@@ -426,6 +436,11 @@ impl Publisher {
                 producer_id,
                 next_broker,
             },
+            // Nobody had it any more.
+            Event::Disconnected { connection, reason } if reason == NOT_NEEDED => {
+                debug!(connection, "broker connection ended: {reason}");
+                return Happened::Nothing;
+            }
             Event::Disconnected { connection, reason } => {
                 Signal::Disconnected { connection, reason }
             }
@@ -469,6 +484,10 @@ impl Publisher {
                     if let Some(connection) = connection(id) {
                         connection.ping();
                     }
+                }
+                Effect::Release { connection } => {
+                    self.directory.release(connection);
+                    self.connections.remove(&connection);
                 }
                 Effect::Disconnect {
                     connection: id,
@@ -600,8 +619,11 @@ impl Asker<'_> {
     ) -> impl Future<Output = ()> + Send + use<> {
         let answering = self.answering.clone();
         async move {
-            if let Some(connection) = connection {
-                creation::close(&connection, producer_id).await;
+            if let Some(connection) = connection
+                && !creation::close(&connection, producer_id).await
+            {
+                // The end of the connection is told, and ends the producer.
+                return;
             }
             let _publisher_is_gone = answering.send(Signal::Closed { producer_id });
         }

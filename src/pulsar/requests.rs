@@ -5,6 +5,10 @@
 //!
 //! `PRODUCER` and `SUBSCRIBE` have two answers: their own, and a `CLOSE_PRODUCER` or `CLOSE_CONSUMER` that comes in its place
 //! (`ServerCnx.buildProducerAndAddTopic`, where a topic has moved to another cluster).
+//!
+//! A broker may complete a creation long after whoever asked has closed the producer, because a close of a producer that is still being authorized
+//! is answered at once. So a creation that was not answered for twice the usual time ends, and only its number and its producer's are kept: the answer that comes late names
+//! the producer that is to be closed. There is room for [`MAX_LATE`] of them; with more the connection ends, and with it whatever is made late.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -51,8 +55,10 @@ impl Opening {
 pub(super) struct Request {
     pub id: u64,
     opening: Option<Opening>,
-    /// Only the answer or the end of the connection ends it: a producer that is made late must be known to somebody.
-    lasts: bool,
+    /// A producer that is made late must be known to somebody.
+    makes: Option<u64>,
+    /// It opens or closes a producer: its end, too, comes behind the receipts that came before.
+    of_producer: bool,
     reply: oneshot::Sender<Result<BaseCommand>>,
 }
 
@@ -65,7 +71,11 @@ impl Request {
         Self {
             id,
             opening: Opening::of(command),
-            lasts: command.producer.is_some(),
+            makes: command
+                .producer
+                .as_ref()
+                .map(|producer| producer.producer_id),
+            of_producer: command.producer.is_some() || command.close_producer.is_some(),
             reply,
         }
     }
@@ -77,6 +87,9 @@ struct Waiting {
     is_written: bool,
 }
 
+/// Creations that were given up and may complete: some MiB at most.
+const MAX_LATE: usize = 65_536;
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Requests {
@@ -85,6 +98,12 @@ pub(super) struct Requests {
     opening: HashMap<Resource, u64>,
     /// When the written ones are due, earliest first; what is answered stays until its turn comes.
     due: VecDeque<(Instant, u64)>,
+    /// The same for creations.
+    due_creations: VecDeque<(Instant, u64)>,
+    /// The producers of creations that were given up, by request.
+    late: HashMap<u64, u64>,
+    /// Those of them that were made.
+    to_close: Vec<u64>,
     /// How many are not written.
     unwritten: usize,
     /// When there was last none of those, or the socket took bytes.
@@ -98,6 +117,9 @@ impl Requests {
             waiting: HashMap::new(),
             opening: HashMap::new(),
             due: VecDeque::new(),
+            due_creations: VecDeque::new(),
+            late: HashMap::new(),
+            to_close: Vec::new(),
             unwritten: 0,
             progress_at: now,
         }
@@ -139,7 +161,9 @@ impl Requests {
             && !std::mem::replace(&mut waiting.is_written, true)
         {
             self.unwritten -= 1;
-            if !waiting.request.lasts {
+            if waiting.request.makes.is_some() {
+                self.due_creations.push_back((now + 2 * self.timeout, id));
+            } else {
                 self.due.push_back((now + self.timeout, id));
             }
         }
@@ -147,7 +171,15 @@ impl Requests {
 
     /// An answer came; one that nobody waits for is dropped.
     pub(super) fn answer(&mut self, id: u64, command: BaseCommand) {
+        let late = self.late.remove(&id);
+        self.to_close
+            .extend(late.filter(|_| command.producer_success.is_some()));
         self.end(id, Ok(command));
+    }
+
+    /// A producer that was made too late, and is to be closed.
+    pub(super) fn next_to_close(&mut self) -> Option<u64> {
+        self.to_close.pop()
     }
 
     /// The broker closed something; true when that was the answer to the request that opens it.
@@ -165,25 +197,46 @@ impl Requests {
 
     /// When something is to be done next, if nothing else happens.
     pub(super) fn next_deadline(&mut self) -> Option<Instant> {
-        while let Some((_, id)) = self.due.front() {
-            if self.waiting.contains_key(id) {
-                break;
+        for due in [&mut self.due, &mut self.due_creations] {
+            while let Some((_, id)) = due.front() {
+                if self.waiting.contains_key(id) {
+                    break;
+                }
+                due.pop_front();
             }
-            self.due.pop_front();
         }
         let answer = self.due.front().map(|(at, _)| *at);
+        let creation = self.due_creations.front().map(|(at, _)| *at);
         let socket = (self.unwritten > 0).then(|| self.progress_at + self.timeout);
-        [answer, socket].into_iter().flatten().min()
+        [answer, creation, socket].into_iter().flatten().min()
     }
 
-    /// Ends the requests that have waited for too long; an error when the socket is dead.
+    /// Ends the requests that have waited for too long; an error when the socket is dead, or too many creations may complete late.
     pub(super) fn expire(&mut self, now: Instant) -> std::result::Result<(), String> {
         while let Some(&(at, id)) = self.due.front()
             && at <= now
         {
             self.due.pop_front();
-            let error = Error::temporary("the Pulsar broker does not answer a request");
+            self.end(id, Err(verdict::not_answered()));
+        }
+        while let Some(&(at, id)) = self.due_creations.front()
+            && at <= now
+        {
+            self.due_creations.pop_front();
+            let Some(waiting) = self.waiting.get(&id) else {
+                continue;
+            };
+            if let Some(producer_id) = waiting.request.makes {
+                self.late.insert(id, producer_id);
+            }
+            let error = Error::temporary("the Pulsar broker does not answer for a producer");
             self.end(id, Err(error));
+        }
+        if self.late.len() > MAX_LATE {
+            return Err(format!(
+                "the broker has not answered for {} producers",
+                self.late.len()
+            ));
         }
         if self.unwritten > 0 && self.progress_at + self.timeout <= now {
             return Err(format!(
@@ -192,6 +245,12 @@ impl Requests {
             ));
         }
         Ok(())
+    }
+
+    /// The connection has ended: nothing more is written, and only those that open or close producers are waited for.
+    pub(super) fn end_questions(&mut self) {
+        self.waiting
+            .retain(|_, waiting| waiting.request.of_producer);
     }
 
     fn end(&mut self, id: u64, result: Result<BaseCommand>) {
@@ -212,7 +271,7 @@ impl Requests {
 
 #[cfg(test)]
 mod tests {
-    use pulsar::message::proto::CommandProducer;
+    use pulsar::message::proto::{CommandProducer, CommandProducerSuccess};
 
     use super::*;
 
@@ -261,6 +320,8 @@ mod tests {
         requests.expire(now + TIMEOUT).unwrap();
         let error = answer.try_recv().unwrap().unwrap_err();
         assert!(error.to_string().contains("does not answer"), "{error}");
+        // It is given up where other topics get receipts.
+        assert_eq!(verdict::fault(&error), verdict::Fault::Unclear);
         assert_eq!(requests.next_deadline(), None);
     }
 
@@ -298,6 +359,69 @@ mod tests {
         // An answer that comes too late, or twice, is nothing.
         requests.answer(2, BaseCommand::default());
         requests.answer(1, BaseCommand::default());
+    }
+
+    /// A request for this producer that is written now.
+    fn create(requests: &mut Requests, id: u64, producer_id: u64, now: Instant) -> Answer {
+        let command = BaseCommand {
+            producer: Some(CommandProducer {
+                producer_id,
+                ..CommandProducer::default()
+            }),
+            ..BaseCommand::default()
+        };
+        let (request, answer) = request(id, &command);
+        requests.add(request, now);
+        requests.written(id, now);
+        answer
+    }
+
+    #[test]
+    fn a_creation_without_an_answer_ends_and_the_producer_is_closed_when_it_is_made_late() {
+        // GIVEN two creations that the broker does not answer
+        let (mut requests, begin) = begin();
+        let mut answers = [
+            create(&mut requests, 1, 11, begin),
+            create(&mut requests, 2, 12, begin),
+        ];
+        assert_eq!(requests.next_deadline(), Some(begin + 2 * TIMEOUT));
+        requests.expire(begin + TIMEOUT + ALMOST).unwrap();
+        assert!(answers[0].try_recv().is_err(), "has not ended");
+
+        // WHEN their time is over THEN nobody waits any more
+        requests.expire(begin + 2 * TIMEOUT).unwrap();
+        for answer in &mut answers {
+            assert!(answer.try_recv().unwrap().is_err());
+        }
+        assert!(requests.waiting.is_empty() && requests.opening.is_empty());
+        assert_eq!(requests.next_deadline(), None);
+
+        // WHEN one is made late, and the other refused THEN the one is to be closed, once
+        let made = BaseCommand {
+            producer_success: Some(CommandProducerSuccess::default()),
+            ..BaseCommand::default()
+        };
+        requests.answer(1, made.clone());
+        requests.answer(2, BaseCommand::default());
+        requests.answer(1, made);
+        assert_eq!(requests.next_to_close(), Some(11));
+        assert_eq!(requests.next_to_close(), None);
+        assert!(requests.late.is_empty());
+    }
+
+    #[test]
+    fn a_broker_that_answers_for_no_producer_is_left_before_they_are_too_many() {
+        let (mut requests, mut now) = begin();
+        let id_of = |count: usize| u64::try_from(count).unwrap();
+        for count in 0..MAX_LATE {
+            drop(create(&mut requests, id_of(count), id_of(count), now));
+        }
+        now += 2 * TIMEOUT;
+        requests.expire(now).unwrap();
+        let count = id_of(MAX_LATE);
+        drop(create(&mut requests, count, count, now));
+        let reason = requests.expire(now + 2 * TIMEOUT).unwrap_err();
+        assert!(reason.contains("has not answered"), "{reason}");
     }
 
     #[test]

@@ -76,7 +76,8 @@ impl SchemaConfig {
             return self.of_topic(topic);
         }
         let (config, name) = (self.clone(), topic.to_owned());
-        let read = read_aside("the schema file", move || config.of_topic(&name)).await;
+        let file = self.file_of(topic);
+        let read = read_aside("the schema file", file, move || config.of_topic(&name)).await;
         read.map_err(|error| {
             if matches!(verdict::fault(&error), verdict::Fault::Broker) {
                 of_topic(format!("the schema file of {topic} cannot be read"), &error)
@@ -86,20 +87,24 @@ impl SchemaConfig {
         })
     }
 
+    /// Where the topic's definition is.
+    fn file_of(&self, topic: &str) -> String {
+        let (tenant, namespace, name) = parts(topic);
+        // Values of a topic's name cannot hold a '/', so they cannot lead out of the folder that the template names.
+        self.file
+            .replace("{tenant}", tenant)
+            .replace("{namespace}", namespace)
+            .replace("{topic}", name)
+    }
+
     /// The schema for a topic, its definition read afresh.
     ///
     /// # Errors
     /// Temporary, since the file can be put right while walpost runs: it cannot be read, or holds no JSON.
     pub(super) fn of_topic(&self, topic: &str) -> Result<Schema> {
-        let (tenant, namespace, name) = parts(topic);
+        let (_, _, name) = parts(topic);
         let definition = if self.kind.needs_file() {
-            // Values of a topic's name cannot hold a '/', so they cannot lead out of the folder that the template names.
-            let path = self
-                .file
-                .replace("{tenant}", tenant)
-                .replace("{namespace}", namespace)
-                .replace("{topic}", name);
-            definition(Path::new(&path)).map_err(|error| {
+            definition(Path::new(&self.file_of(topic))).map_err(|error| {
                 error.hint(format!(
                     "put the schema of topic {topic} there, or change WALPOST_SCHEMA_FILE"
                 ))

@@ -18,6 +18,7 @@ use tokio_rustls::client::TlsStream;
 use super::tls::TlsFiles;
 use super::unwritten::Unwritten;
 use crate::aside::read_aside;
+use crate::reach::reach;
 use crate::{Error, Result, tls};
 
 /// For TCP, for the TLS handshake and for CONNECT, each.
@@ -57,8 +58,10 @@ pub(super) enum Writer {
 }
 
 /// Connects to `endpoint`; with `tls`, the certificate must be for the endpoint's host (behind a proxy: the proxy's).
+/// So many of its addresses are tried behind the others.
 pub(super) async fn connect(
     endpoint: &Endpoint,
+    skip: usize,
     tls: Option<&TlsFiles>,
 ) -> Result<(Reader, Writer)> {
     let away = |error: io::Error| {
@@ -66,14 +69,14 @@ pub(super) async fn connect(
     };
     // Before the network: a file that cannot be used is told even when the broker is away.
     let config = match tls.cloned() {
-        Some(tls) => Some(read_aside(TlsFiles::WHAT, move || tls.client_config()).await?),
+        Some(tls) => {
+            let read = read_aside(TlsFiles::WHAT, tls.names(), move || tls.client_config());
+            Some(read.await?)
+        }
         None => None,
     };
-    let connecting = TcpStream::connect((endpoint.host.as_str(), endpoint.port));
-    let stream = timeout(CONNECT_TIMEOUT, connecting)
-        .await
-        .map_err(|_| away(io::ErrorKind::TimedOut.into()))?
-        .map_err(away)?;
+    let connecting = reach(&endpoint.host, endpoint.port, skip, CONNECT_TIMEOUT);
+    let stream = connecting.await.map_err(away)?;
     stream.set_nodelay(true).map_err(away)?;
     let Some(config) = config else {
         let (reader, writer) = stream.into_split();

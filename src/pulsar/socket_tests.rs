@@ -78,7 +78,7 @@ async fn what_tls_has_taken_reaches_the_peer_without_another_write() {
     };
     let acceptor = acceptor(&folder.file("server.crt"), &folder.file("server.key"));
     let accepting = async { acceptor.accept(listener.accept().await.unwrap().0).await };
-    let (connected, peer) = tokio::join!(connect(&endpoint, Some(&files)), accepting);
+    let (connected, peer) = tokio::join!(connect(&endpoint, 0, Some(&files)), accepting);
     let ((_reader, mut writer), mut peer) = (connected.unwrap(), peer.unwrap());
     assert!(writer.is_tls());
 

@@ -24,6 +24,11 @@ impl TlsFiles {
     pub(super) const WHAT: &str =
         "a file of WALPOST_PULSAR_CA_FILE, WALPOST_PULSAR_CERT_FILE or WALPOST_PULSAR_KEY_FILE";
 
+    /// Which files these are.
+    pub(super) fn names(&self) -> String {
+        format!("{self:?}")
+    }
+
     /// A configuration from the files as they are now.
     ///
     /// # Errors

@@ -7,21 +7,23 @@
 //! | `NotAllowedError` to a batch of several messages | says nothing of each: they are sent one by one, and batches are smaller from then on | `tests/manners/refused.rs`, `tests/manners/doubt.rs` |
 //! | `NotAllowedError` to a single message | it will never be taken, and becomes a straggler; without a table for those: stop with exit code 69, naming its row | `tests/manners/refused.rs` |
 //! | `ChecksumError`, `TopicTerminatedError`, `PersistenceError`, `ServiceNotReady`, quota, anything else | not known to be stored: lookup, new producer, all again in order; under another name if something behind it is stored | `tests/manners/sending.rs`, `tests/manners/doubt.rs` |
-//! | a receipt for a batch that is not the oldest | the two sides disagree: new connection, under another name if something behind the oldest is stored (behind a refused message: stored) | `tests/manners/sending.rs` |
+//! | a receipt for a batch that is not the oldest | the two sides disagree: new producer, under another name if something behind the oldest is stored (behind a refused message: stored) | `tests/manners/sending.rs` |
 //! | "stored before", of a batch that cannot be | another name, all again in order | `tests/manners/doubt.rs` |
-//! | any of these to all sends of a topic, while other topics get receipts | its events become stragglers after `WALPOST_STRAGGLER_AGE` | `tests/manners/apart.rs` |
-//! | nothing, for `WALPOST_SEND_TIMEOUT` | new connection | `tests/manners` |
+//! | any of these to all sends of a topic, while other topics get receipts | its events become stragglers after `WALPOST_STRAGGLER_AGE` (after four times as long while none does) | `tests/manners/apart.rs` |
+//! | nothing, for `WALPOST_SEND_TIMEOUT` | new connection; where the broker has answered what was sent later, a new producer | `tests/manners` |
 //! | **to a lookup, a question for partitions, a producer's creation** | | |
 //! | `ServiceNotReady`, `ProducerBusy`, `MetadataError`, `TooManyRequests`, `TopicNotFound`, both quota errors, anything unknown | again, with backoff (a warning each time) | `tests/manners`, `tests/topic_moves.rs` |
 //! | `AuthorizationError`, `AuthenticationError`, `TopicTerminatedError`, `IncompatibleSchema`, `ProducerFenced`, `InvalidTopicName`, `UnsupportedVersionError`, `NotAllowedError` | somebody must mend it: the same, as an error with what to do; the topic's events become stragglers, or wait; other topics go on | `tests/manners`, `tests/stragglers.rs` |
 //! | a redirect, a proxy, TLS addresses | followed | `tests/manners` |
-//! | any refusal, for `WALPOST_STRAGGLER_AGE`, while other topics get receipts | the topic's events become stragglers | `tests/manners/apart.rs` |
-//! | "reached max producers limit" | the producers that it has take the events of all lanes | `tests/manners/apart.rs` |
+//! | any refusal, for `WALPOST_STRAGGLER_AGE`, while other topics get receipts, or four times as long | the topic's events become stragglers | `tests/manners/apart.rs` |
+//! | "reached max producers limit" | as many lanes as there may be take the events of all; one more is tried now and then | `producer::few`, `tests/manners/apart.rs` |
 //! | another number of partitions, or none | see `producer::shape` | `tests/manners/shape.rs`, `tests/partitions.rs` |
 //! | "not ready" (`producer_ready = false`) | waits for the second answer | `tests/manners` |
 //! | nothing, for 30 s after it was written, to a creation | closes the producer that may be half made, then again | `tests/manners` |
-//! | nothing to a lookup or a question for partitions | the next host of the service URL, and a new connection | `tests/manners` |
+//! | nothing to a lookup or a question for partitions | the next host of the service URL, and a new connection; for `WALPOST_STRAGGLER_AGE`, while other topics get receipts, as a refusal | `tests/manners` |
+//! | an answer about a topic | the host stays, unless it gives nothing but such answers as `ServiceNotReady` again and again | `directory` |
 //! | `CLOSE_PRODUCER`, in place of the answer to a creation | as when the producer was open | `tests/manners` |
+//! | nothing, to the close of a producer | again under the same name, which is refused until that is closed; where nothing that was sent later is answered either, a new connection | `tests/manners/apart.rs` |
 //! | **on its own** | | |
 //! | `CLOSE_PRODUCER` (unload, bundle split, load shedding) | to the broker it names, else a lookup; all again in order | `tests/manners`, `tests/topic_moves.rs` |
 //! | `TOPIC_MIGRATED` | lookup at the cluster that it names | `tests/manners` |
@@ -29,7 +31,7 @@
 //! | `CONNECTED` with `max_message_size` | the limit of a message and of a batch | `tests/manners`, `tests/unpublishable.rs` |
 //! | silence for two keepalive intervals, a half-open connection, bytes that are no frame, the end | new connection, with backoff | `tests/manners` |
 //! | **to CONNECT** | | |
-//! | `AuthenticationError`, `AuthorizationError` | at the start: exit 69; later: as a topic that must be mended (a token file may be renewed) | `tests/security.rs` |
+//! | `AuthenticationError`, `AuthorizationError` | at the start: exit 69; later: the broker's trouble, told as an error with what to do, and tried again (a token file may be renewed). The same for a certificate that is refused and a token that cannot be had | `tests/security.rs` |
 //!
 //! Sources: Pulsar's `PulsarApi.proto` (`ServerError`), and how the Java client's `ProducerImpl` and `ClientCnx` sort them.
 //! That client fails a producer for good where somebody must mend something; here the topic is tried again, because a
@@ -97,15 +99,16 @@ pub(super) enum Fault {
     Topic,
     /// The broker said it of the topic, and may say the same of all.
     Unclear,
-    /// The broker's, or that of the way to it: every topic has it.
+    /// The broker's, or that of the way to it: every topic has it. Somebody may have to mend that too (credentials, certificates).
     Broker,
 }
 
-/// Marks a temporary answer of a broker about one topic; `surely` when it cannot be about others too.
+/// Marks what was said about one topic. An error without this mark is about the broker, also when it is final.
 #[derive(Debug)]
 pub(super) struct OfTopic {
     message: String,
-    surely: bool,
+    fault: Fault,
+    is_producer_limit: bool,
 }
 
 impl std::fmt::Display for OfTopic {
@@ -117,31 +120,39 @@ impl std::fmt::Display for OfTopic {
 impl std::error::Error for OfTopic {}
 
 impl OfTopic {
-    /// What concerns this topic alone.
-    pub(super) fn surely(message: String) -> Self {
+    fn new(message: String, fault: Fault) -> Self {
         Self {
             message,
-            surely: true,
+            fault,
+            is_producer_limit: false,
         }
+    }
+
+    /// What concerns this topic alone.
+    pub(super) fn surely(message: String) -> Self {
+        Self::new(message, Fault::Topic)
+    }
+
+    /// What concerns this topic alone, and does not pass.
+    pub(super) fn mend(message: String) -> Self {
+        Self::new(message, Fault::Mend)
+    }
+
+    /// The mark of an error, if there is one.
+    fn on(error: &Error) -> Option<&Self> {
+        let mut source = std::error::Error::source(error);
+        while let Some(cause) = source {
+            if let Some(of_topic) = cause.downcast_ref::<Self>() {
+                return Some(of_topic);
+            }
+            source = cause.source();
+        }
+        None
     }
 }
 
 pub(super) fn fault(error: &Error) -> Fault {
-    if !error.is_temporary() {
-        return Fault::Mend;
-    }
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        if let Some(of_topic) = cause.downcast_ref::<OfTopic>() {
-            return if of_topic.surely {
-                Fault::Topic
-            } else {
-                Fault::Unclear
-            };
-        }
-        source = cause.source();
-    }
-    Fault::Broker
+    OfTopic::on(error).map_or(Fault::Broker, |of_topic| of_topic.fault)
 }
 
 /// What the broker says when a topic has as many producers as its namespace allows (`AbstractTopic`, `isProducersExceeded`). No code tells it from
@@ -152,7 +163,7 @@ const NAME_IN_USE: &str = "is already connected to topic";
 
 /// True for the refusal of one producer more.
 pub(super) fn is_producer_limit(error: &Error) -> bool {
-    error.to_string().contains(MAX_PRODUCERS)
+    OfTopic::on(error).is_some_and(|of_topic| of_topic.is_producer_limit)
 }
 
 /// The error for a send that was refused.
@@ -161,10 +172,7 @@ pub(super) fn of_send_error(topic: &str, message: &str) -> Error {
     Error::temporary(format!(
         "the broker refuses a send to topic {topic}: {message}"
     ))
-    .caused_by(OfTopic {
-        message,
-        surely: false,
-    })
+    .caused_by(OfTopic::new(message, Fault::Unclear))
 }
 
 /// The error for a question about a topic that the broker does not answer.
@@ -172,21 +180,20 @@ pub(super) fn no_answer(topic: &str) -> Error {
     Error::temporary(format!(
         "the Pulsar broker does not answer about topic {topic}"
     ))
-    .caused_by(OfTopic {
-        message: "no answer".to_owned(),
-        surely: false,
-    })
+    .caused_by(OfTopic::new("no answer".to_owned(), Fault::Unclear))
+}
+
+/// The error for a request that a broker does not answer over a connection that goes on: each is about one topic.
+pub(super) fn not_answered() -> Error {
+    Error::temporary("the Pulsar broker does not answer a request")
+        .caused_by(OfTopic::new("no answer".to_owned(), Fault::Unclear))
 }
 
 /// The error for a producer that is closed although batches wait for their receipts.
 pub(super) fn is_closed(topic: &str) -> Error {
     let message = "it closed the producer before it answered".to_owned();
-    Error::temporary(format!("the broker closed the producer on topic {topic}")).caused_by(
-        OfTopic {
-            message,
-            surely: false,
-        },
-    )
+    Error::temporary(format!("the broker closed the producer on topic {topic}"))
+        .caused_by(OfTopic::new(message, Fault::Unclear))
 }
 
 /// The error for a topic that was there, and is not.
@@ -231,10 +238,7 @@ pub(super) fn closed_at_open(topic: &str, next_broker: Option<NextBroker>) -> Er
     ))
     .caused_by(ClosedAtOpen {
         next_broker,
-        of_topic: OfTopic {
-            message: reason,
-            surely: false,
-        },
+        of_topic: OfTopic::new(reason, Fault::Unclear),
     })
 }
 
@@ -246,51 +250,61 @@ pub(super) fn next_broker(error: &Error) -> Option<&NextBroker> {
 
 /// The error for a lookup or creation that the broker refused; temporary where time alone may heal it.
 pub(super) fn of_open(topic: &str, code: Option<i32>, message: Option<&str>) -> Error {
-    let message = one_line(message.unwrap_or("no reason given"));
+    let whole = message.unwrap_or("no reason given");
+    // What it means is looked for in all of it, and not in the topic's name.
+    let said = whole.replace(topic, "");
+    let message = one_line(whole);
     let text = format!("the broker refuses topic {topic}: {message}");
     let code = code.and_then(|code| ServerError::try_from(code).ok());
-    match code {
-        Some(ServerError::AuthorizationError | ServerError::AuthenticationError) => Error::refused(text).hint(
-            "grant walpost's role (of its token, certificate or user) the 'produce' permission on this topic or its namespace",
-        ),
-        Some(ServerError::TopicTerminatedError) => {
-            Error::refused(text).hint("route the events to another topic, or delete and re-create this one")
+    let is_name = said.contains(NAME_IN_USE);
+    let of_topic = |fault| OfTopic {
+        message,
+        fault,
+        is_producer_limit: said.contains(MAX_PRODUCERS),
+    };
+    let (error, fault) = match code {
+        Some(ServerError::AuthorizationError | ServerError::AuthenticationError) => {
+            let hint = "grant walpost's role (of its token, certificate or user) the 'produce' permission on this topic or its namespace";
+            (Error::refused(text).hint(hint), Fault::Mend)
         }
-        Some(ServerError::IncompatibleSchema) => Error::refused(text).hint(
-            "change WALPOST_SCHEMA_FILE's definition, or the namespace's schema compatibility strategy, or delete the topic's schema",
-        ),
+        Some(ServerError::TopicTerminatedError) => {
+            let hint = "route the events to another topic, or delete and re-create this one";
+            (Error::refused(text).hint(hint), Fault::Mend)
+        }
+        Some(ServerError::IncompatibleSchema) => {
+            let hint = "change WALPOST_SCHEMA_FILE's definition, or the namespace's schema compatibility strategy, or delete the topic's schema";
+            (Error::refused(text).hint(hint), Fault::Mend)
+        }
         Some(
             ServerError::ProducerFenced
             | ServerError::InvalidTopicName
             | ServerError::UnsupportedVersionError
             | ServerError::NotAllowedError,
-        ) => Error::refused(text),
-        Some(
-            ServerError::ProducerBlockedQuotaExceededError
-            | ServerError::ProducerBlockedQuotaExceededException,
-        ) => Error::temporary(text).caused_by(OfTopic::surely(message)),
-        Some(ServerError::TopicNotFound) => Error::temporary(text)
-            .caused_by(Missing(OfTopic::surely(message)))
-            .hint("create the topic, or allow its auto-creation on the namespace"),
-        Some(ServerError::ProducerBusy) => {
-            let is_name = message.contains(NAME_IN_USE);
-            let busy = Error::temporary(text).caused_by(OfTopic {
-                message,
-                surely: !is_name,
-            });
-            if is_name {
-                busy.hint("another walpost with the same WALPOST_PRODUCER_NAME may still be connected")
-            } else {
-                busy
-            }
+        ) => (Error::refused(text), Fault::Mend),
+        Some(ServerError::TopicNotFound) => {
+            return Error::temporary(text)
+                .caused_by(Missing(of_topic(Fault::Topic)))
+                .hint("create the topic, or allow its auto-creation on the namespace");
         }
-        _ => Error::temporary(text).caused_by(OfTopic { message, surely: false }),
-    }
+        Some(ServerError::ProducerBusy) if is_name => {
+            let hint = "another walpost with the same WALPOST_PRODUCER_NAME may still be connected";
+            (Error::temporary(text).hint(hint), Fault::Unclear)
+        }
+        Some(
+            ServerError::ProducerBusy
+            | ServerError::ProducerBlockedQuotaExceededError
+            | ServerError::ProducerBlockedQuotaExceededException,
+        ) => (Error::temporary(text), Fault::Topic),
+        _ => (Error::temporary(text), Fault::Unclear),
+    };
+    error.caused_by(of_topic(fault))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const TOPIC: &str = "persistent://public/default/t";
 
     #[test]
     fn what_a_broker_says_of_a_topic_is_the_topics_fault() {
@@ -320,17 +334,45 @@ mod tests {
             ),
             (ServerError::AuthorizationError, "no", Fault::Mend),
         ] {
-            let error = of_open("t", Some(code as i32), Some(message));
+            let error = of_open(TOPIC, Some(code as i32), Some(message));
             assert_eq!(fault(&error), expected, "{code:?} {message}");
             assert_eq!(is_producer_limit(&error), message.contains("max producers"));
         }
-        assert_eq!(
-            fault(&Error::temporary("the connection ended")),
-            Fault::Broker
-        );
+        for connecting in [
+            Error::temporary("the connection ended"),
+            Error::refused("the broker refuses the connection"),
+            Error::config("no name that a certificate could be for"),
+        ] {
+            assert_eq!(fault(&connecting), Fault::Broker, "{connecting}");
+        }
         assert_eq!(fault(&of_send_error("t", "no")), Fault::Unclear);
         assert_eq!(fault(&is_gone("t")), Fault::Topic);
         assert!(is_missing(&is_gone("t")));
+    }
+
+    #[test]
+    fn the_producer_limit_is_told_by_the_whole_message_without_the_topics_name() {
+        let busy = |topic: &str, message: &str| {
+            of_open(topic, Some(ServerError::ProducerBusy as i32), Some(message))
+        };
+        let long = format!("persistent://public/default/{}", "x".repeat(400));
+        let limited = busy(&long, &format!("Topic '{long}' {MAX_PRODUCERS}"));
+        assert!(is_producer_limit(&limited));
+        let used = busy(&long, &format!("'n' {NAME_IN_USE} '{long}'"));
+        assert_eq!(fault(&used), Fault::Unclear);
+        let used = busy(
+            &long,
+            &format!("Producer '{}' {NAME_IN_USE} 't'", "n".repeat(400)),
+        );
+        assert_eq!(fault(&used), Fault::Unclear);
+
+        let named = format!("persistent://public/default/a {MAX_PRODUCERS} {NAME_IN_USE}");
+        let exclusive = busy(
+            &named,
+            &format!("Topic '{named}' has an exclusive producer"),
+        );
+        assert!(!is_producer_limit(&exclusive));
+        assert_eq!(fault(&exclusive), Fault::Topic);
     }
 
     #[test]

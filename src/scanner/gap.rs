@@ -21,7 +21,7 @@
 //!
 //! # Repeats
 //!
-//! A row's sequence id is its `seq`, and the producers are named after the scan (the end of the gap and the table), so with
+//! A row's sequence id is its `seq`, and the producers are named after the scan (a digest of the end of the gap and the table), so with
 //! deduplication on the broker's side a scan that goes on after a crash doubles nothing.
 //!
 //! # A table that cannot be read
@@ -45,6 +45,7 @@
 //! row), that is the order of commits.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
@@ -261,6 +262,13 @@ async fn close_table(
         let seen = scan.seen;
         *stragglers = scan.outlet.into_stragglers();
         if let Some(why) = why {
+            // The rest of the table would be read again under the same names.
+            if gap.publisher.doubts.is_raised() {
+                return Err(
+                    Error::temporary("a scan is begun again, under other producer names")
+                        .caused_by(why),
+                );
+            }
             return Ok(Err(why));
         }
         if !is_earlier {
@@ -436,9 +444,8 @@ impl<'a> Scan<'a> {
         let (table, upto) = (&chosen.table, &chosen.upto);
         let name = table.name.to_string();
         let after = progress.position.tables.get(&name).copied().unwrap_or(0);
-        let scan = crc32c::crc32c(format!("{upto} {name}").as_bytes());
         let settings = PublisherConfig {
-            producer_name: format!("{}-scan-{scan:08x}", gap.publisher.producer_name),
+            producer_name: producer_name(&gap.publisher.producer_name, upto, &name),
             diversion: gap.publisher.diversion.map(|diversion| Diversion {
                 age: diversion.age.min(PATIENCE),
                 ..diversion
@@ -660,6 +667,18 @@ impl<'a> Scan<'a> {
     }
 }
 
+/// What the producers of one table's scan are named after: the end of the gap and the table. With 128 bits of their digest, because poll mode makes a name
+/// with each look, and the broker remembers thousands: under the name of another scan, rows with a lower `seq` would count as stored.
+fn producer_name(of_stream: &str, upto: &str, table: &str) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, format!("{upto} {table}").as_bytes());
+    let mut name = format!("{of_stream}-scan-");
+    for byte in digest.as_ref().iter().take(16) {
+        // Writing to a `String` never fails.
+        let _never = write!(name, "{byte:02x}");
+    }
+    name
+}
+
 /// A scan that takes rows.
 struct Taking<'s, 'a, 'g> {
     scan: &'s mut Scan<'a>,
@@ -741,4 +760,24 @@ fn position(seq: i64) -> Result<Lsn> {
         // Such rows are counted, and refused with the statement that mends them, before a scan begins.
         Error::bug("a row with a seq that no scan can use was read")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn no_two_looks_have_one_name() {
+        // As many as would have thousands of pairs in 32 bits.
+        let looks = (0..300_000).map(|xmax| {
+            let upto: Snapshot = format!("{xmax}:{xmax}:");
+            producer_name("walpost", &upto, "walpost.outbox")
+        });
+        assert_eq!(looks.collect::<HashSet<_>>().len(), 300_000);
+        let name = |table| producer_name("walpost", "5:5:", table);
+        assert_eq!(name("walpost.outbox"), name("walpost.outbox"));
+        assert_ne!(name("walpost.outbox"), name("walpost.other"));
+    }
 }

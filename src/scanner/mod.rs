@@ -15,6 +15,7 @@
 //! | `coverage` | which leaf tables the delivered snapshot speaks of, and who may say so; pure |
 //! | `streamed`, `missing`, `snapshot` | the counts of the stream, what a comparison found, a snapshot taken apart; pure |
 //! | `poll` | the gap scan on a timer, where there is no logical replication; everything below works beside it too |
+//! | `name_mark` | the mark that producer names are not to be used again |
 //! | `straggler`, `straggler_task`, `straggler_retry`, `straggler_pages`, `straggler_store`, `straggler_fence` | events that cannot be published: what the pipe holds of them, who stores them, how they become messages again, how they are read for that, the SQL, which process may |
 //! | `discarded` | stragglers that somebody has discarded, until nothing can bring them again |
 //! | `outbox` | what a table has and what the role may do: which modes it can have |
@@ -102,6 +103,7 @@ mod marking;
 pub mod missing;
 pub mod modes;
 mod moment;
+pub mod name_mark;
 mod numbering;
 pub mod outbox;
 pub mod overlap;

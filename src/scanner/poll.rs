@@ -42,6 +42,7 @@ use super::cluster::{self, Log};
 use super::coverage::Leaves;
 use super::gap::{self, Gap};
 use super::modes::{self, Modes};
+use super::name_mark::{NameMark, Place};
 use super::overlap::Overlap;
 use super::progress::{self, Claim, Progress};
 use super::reconcile;
@@ -73,15 +74,25 @@ pub async fn run(
     meter: Arc<Meter>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
+    let mut shutdown = pin!(shutdown);
     let mut modes = Modes::default();
+    let mut mark = NameMark::default();
     let lease = Lease::new();
-    let ended = keep_polling(&config, &session, (&meter, &lease), &mut modes, shutdown).await;
+    let polling = keep_polling(
+        &config,
+        &session,
+        (&meter, &lease),
+        (&mut modes, &mut mark),
+        shutdown.as_mut(),
+    );
+    let ended = Box::pin(polling).await;
     let now = Instant::now();
     let by = ended.as_ref().map_or(now + GOODBYE, |stopped| stopped.by);
     modes
         .drain(by.saturating_duration_since(now).max(GOODBYE))
         .await;
-    ended.and_then(|stopped| stopped.result)
+    let ended = ended.and_then(|stopped| stopped.result);
+    mark.end(ended, shutdown).await
 }
 
 /// Connects, polls, and connects again.
@@ -89,10 +100,9 @@ async fn keep_polling(
     config: &Config,
     session: &Session,
     (meter, lease): (&Arc<Meter>, &Lease),
-    modes: &mut Modes,
-    shutdown: impl Future<Output = ()>,
+    (modes, mark): (&mut Modes, &mut NameMark),
+    mut shutdown: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<Stopped> {
-    let mut shutdown = pin!(shutdown);
     let mut backoff = Backoff::new(config.reconnect_initial, config.reconnect_max);
     let stopped = || Stopped {
         by: Instant::now() + config.shutdown_grace,
@@ -103,7 +113,7 @@ async fn keep_polling(
         let opened = tokio::select! {
             biased;
             () = shutdown.as_mut() => return Ok(stopped()),
-            opened = Poller::open(config, session, (meter, lease), modes) => opened,
+            opened = Poller::open(config, session, (meter, lease), (modes, mark)) => opened,
         };
         let error = match opened {
             Ok(mut poller) => {
@@ -113,7 +123,14 @@ async fn keep_polling(
                     backoff.reset();
                 }
                 match ended {
-                    Ok(stopped) => return Ok(stopped),
+                    // While the lock is held.
+                    Ok(Stopped { by, result }) => {
+                        let result = mark.end(result, shutdown).await;
+                        return Ok(Stopped { by, result });
+                    }
+                    Err(error) if !error.is_temporary() => {
+                        return mark.end(Err(error), shutdown).await;
+                    }
                     Err(error) => {
                         if has_looked {
                             meter.lost(Side::Postgres);
@@ -169,7 +186,7 @@ impl<'a> Poller<'a> {
         config: &'a Config,
         session: &Session,
         (meter, lease): (&'a Arc<Meter>, &'a Lease),
-        modes: &mut Modes,
+        (modes, mark): (&mut Modes, &mut NameMark),
     ) -> Result<Self> {
         let client = connect_sql(&config.postgres, APPLICATION_NAME).await?;
         let rows = connect_sql(&config.postgres, APPLICATION_NAME).await?;
@@ -186,11 +203,19 @@ impl<'a> Poller<'a> {
         let right = Right::Under(claim.clone());
         modes.set_right(right.clone());
         let system_id = &progress.system_id;
-        let mut publisher = publisher_config(config, meter, system_id, timeline);
+        let log = answered("ask for the server's log", Log::of(client)).await?;
+        let place = Place {
+            postgres: config.postgres.clone(),
+            log: log.clone(),
+            claim: claim.clone(),
+            reconnect: (config.reconnect_initial, config.reconnect_max),
+        };
+        let (generation, doubts) = mark.begin(client, Some(place), progress.generation).await?;
+        let mut publisher = publisher_config(config, meter, system_id, timeline, generation);
+        publisher.doubts = doubts;
         let looks = watch::Sender::default();
         let routes = (routing(config), publisher.clone(), lease.clone());
         let way = Way::Looks(looks.subscribe());
-        let log = answered("ask for the server's log", Log::of(client)).await?;
         modes.start(config, &tables, &log, routes, way);
         publisher.rows = modes.queue();
         let starting = Stragglers::start(config, (&publisher, lease), log, right);

@@ -64,6 +64,8 @@ pub struct Progress {
     pub catalog: Option<String>,
     /// A snapshot in it knows transactions that this cluster has not come to.
     pub ahead: bool,
+    /// Of the producers' names: see [`super::name_mark`].
+    pub generation: u64,
 }
 
 /// How far the scan of the gap is.
@@ -148,7 +150,7 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<Progress>> {
     let sql = "SELECT system_id, delivered::text, scan_before::text, scan_upto::text, scan_position::text, session, confirmed_lsn::text,
                       coalesce(greatest(pg_snapshot_xmax(delivered), pg_snapshot_xmax(scan_before), pg_snapshot_xmax(scan_upto))
                                > pg_snapshot_xmax(pg_current_snapshot()), false),
-                      timeline, tables::text, streamed::text, catalog
+                      timeline, tables::text, streamed::text, catalog, producer_generation
                FROM walpost.progress WHERE slot = $1";
     let row = client.query_opt(sql, &[&slot]).await.map_err(|error| {
         let error = sql_error("read walpost.progress", error);
@@ -178,6 +180,7 @@ pub async fn read(client: &Client, slot: &str) -> Result<Option<Progress>> {
             tables: leaves.map(|text| leaves_of(&text)).transpose()?,
             streamed: row.get(10),
             catalog: row.get(11),
+            generation: row.get::<_, i64>(12).unsigned_abs(),
         })
     })
     .transpose()
@@ -541,6 +544,18 @@ pub async fn stopped(
         &confirmed.to_string(),
         &streamed,
     ];
+    store(client, &claim.slot, sql, &values).await
+}
+
+/// Stores that names of earlier generations than this one are not to be used again. One that is as high, or higher, stays.
+///
+/// # Errors
+/// Temporary with [`is_changed`] true when another process has claimed the row.
+pub async fn raise_generation(client: &Client, claim: &Claim, generation: u64) -> Result<()> {
+    let sql = "UPDATE walpost.progress SET producer_generation = greatest(producer_generation, $3)
+               WHERE slot = $1 AND session = $2";
+    let generation = generation.cast_signed();
+    let values: [&(dyn ToSql + Sync); 3] = [&claim.slot, &claim.session, &generation];
     store(client, &claim.slot, sql, &values).await
 }
 

@@ -612,15 +612,16 @@ const UNLOCK: Duration = Duration::from_secs(1);
 
 /// Takes the slot's advisory lock, which is held until the session ends. Who holds it may write `walpost.progress` and make the slot.
 ///
-/// The session does nothing while the stream runs, so the server is told how to find out that we are gone without a word (a host
-/// without power, a network that forgot the connection), and never to end it for its silence. (On a Unix socket the first three
-/// change nothing.)
+/// The server is told how to find out that we are gone without a word (a host without power, a network that forgot the connection). That says
+/// nothing of a process that is stopped: its kernel answers. So the server also ends the session when it is idle for longer than anything that is
+/// done between the lock and the lease ([`crate::lease`], which asks it every second from then on, and shortens that). (On a Unix socket the first
+/// three change nothing.)
 ///
 /// # Errors
 /// Temporary with [`is_busy`] true while another session has it.
 pub async fn lock(client: &Client, slot: &str) -> Result<()> {
     const KEEP: &str = "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;
-                        SET idle_session_timeout = 0";
+                        SET idle_session_timeout = '5min'";
     let kept = client.batch_execute(KEEP).await;
     kept.map_err(|error| sql_error("set up the session that holds the lock", error))?;
     let sql = "SELECT pg_try_advisory_lock(hashtext('walpost'), hashtext($1))";

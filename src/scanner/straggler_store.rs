@@ -6,10 +6,22 @@
 //! behind it. Errors are
 //! temporary where another attempt may help; the session is then made anew.
 //!
+//! # Deadlines
+//!
+//! Every statement has one ([`answered`]; an INSERT gets more time for its bytes). The task of [`super::straggler_task`] waits meanwhile, and nobody
+//! else: the stream and the receipts of its topics go on until the queue of stragglers is full. A wait for a lock ends by the session's `lock_timeout`
+//! before the deadline, so that attempts leave no sessions behind that wait on the server.
+//!
+//! After a deadline it is not known whether the transaction is committed, or will be. The next session counts the table anew and tries again with the same
+//! events. The unique index lets each of them in once: the INSERT waits for a transaction that is still open, and then finds its rows there. They may
+//! have become visible after the count. So behind an INSERT that found rows of its events the rows of their keys are counted once more, and no
+//! later event of such a key passes. A transaction that is still open when another process claims the slot commits before that claim or not at all
+//! ([`super::straggler_fence`]).
+//!
 //! What the database cannot hold (an envelope is UTF-8 whatever the database's encoding) must not hold up the rest for ever:
 //! such an event is stored with its texts escaped, dead, and its payload as it was.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -26,11 +38,16 @@ use super::straggler_fence::{Fence, Right};
 use super::straggler_walk::Walk;
 use crate::config::Config;
 use crate::outbox::RowNumber;
-use crate::postgres::{self, PostgresConfig, answered, sql_error};
+use crate::postgres::{self, PostgresConfig, answered, answered_to, sql_error};
 use crate::{Error, Result};
 
 /// `application_name` of the session.
 const APPLICATION_NAME: &str = "walpost stragglers";
+/// How long a statement waits for a lock: below the deadline of an answer, so that the statement ends and leaves no session of the server behind that
+/// still waits.
+const LOCK_TIMEOUT: &str = "SET lock_timeout TO '10s'";
+/// Completes "cannot …".
+const STORING: &str = "store stragglers";
 /// Stores events: $1 slot, $2 to $13 their columns, $14 whether keys keep their order, $15 whether a dead one blocks, $16 the
 /// first pause in seconds, $17 to $19 more columns. (Where dead ones do not block, hopeless ones are nobody's predecessors.) What was
 /// discarded meanwhile is left out: see [`Insert::sql`].
@@ -157,10 +174,11 @@ impl Store {
     pub(crate) async fn connect(&mut self) -> Result<bool> {
         let client = postgres::connect_sql(&self.postgres, APPLICATION_NAME).await?;
         let consequence = "no straggler is stored or retried there";
-        answered(
-            "ask for the server's log",
-            self.log.check(&client, consequence),
-        )
+        answered("ask for the server's log", async {
+            let limited = client.batch_execute(LOCK_TIMEOUT).await;
+            limited.map_err(|error| sql_error("set up the session", error))?;
+            self.log.check(&client, consequence).await
+        })
         .await?;
         let sql = "
             select coalesce(bool_and(has_table_privilege(c.oid, p)), false)
@@ -190,7 +208,8 @@ impl Store {
         self.has_numbers = row.get(2);
         self.has_xid = row.get(4);
         if is_there {
-            self.discards = discards(&client).await?;
+            let looking = discards(&client);
+            self.discards = answered("look for walpost.discarded", looking).await?;
         }
         self.client = Some(client);
         Ok(is_there)
@@ -203,7 +222,7 @@ impl Store {
     /// Looks whether stragglers may be sent now: see [`super::straggler_fence`].
     pub(super) async fn check_claim(&self) -> Result<()> {
         let client = self.client.as_ref().ok_or_else(no_session)?;
-        self.fence.check(client).await
+        answered("look at the claim", self.fence.check(client)).await
     }
 
     pub(super) async fn rows_of(
@@ -271,18 +290,25 @@ impl Store {
             has_xid: self.has_xid,
         };
         let client = self.client.as_mut().ok_or_else(no_session)?;
-        let failed = |error| sql_error("store stragglers", error);
-        let mut transaction = self.fence.begin(client).await?;
-        let rows = match insert.all(&transaction, events).await {
+        let failed = |error| sql_error(STORING, error);
+        let mut transaction = answered(STORING, self.fence.begin(client)).await?;
+        let rows = match insert.all_in_time(&transaction, events).await? {
             Err(error) if is_about_a_value(&error) => {
-                transaction.rollback().await.map_err(failed)?;
-                transaction = self.fence.begin(client).await?;
-                insert.one_by_one(&mut transaction, events).await
+                answered(STORING, async {
+                    transaction.rollback().await.map_err(failed)
+                })
+                .await?;
+                transaction = answered(STORING, self.fence.begin(client)).await?;
+                insert.one_by_one(&mut transaction, events).await?
             }
-            rows => rows,
+            rows => rows.map_err(failed)?,
         };
-        let rows = rows.map_err(failed)?;
-        self.fence.commit(transaction).await?;
+        let found = if order && rows.len() < events.len() {
+            answered(STORING, insert.holding(&transaction, events)).await?
+        } else {
+            Vec::new()
+        };
+        answered(STORING, self.fence.commit(transaction)).await?;
         self.rows += i64::try_from(rows.len()).unwrap_or(0);
         let mut changes: HashMap<Key, i64> = HashMap::new();
         if !order {
@@ -302,6 +328,10 @@ impl Store {
                 *self.keys.entry(key.clone()).or_default() += 1;
                 *changes.entry(key).or_default() += 1;
             }
+        }
+        for (key, count) in found {
+            let known = self.keys.insert(key.clone(), count).unwrap_or(0);
+            *changes.entry(key).or_default() += count - known;
         }
         Ok(listed(changes))
     }
@@ -516,35 +546,80 @@ impl Insert {
         client.query(&self.sql(), &with).await
     }
 
+    /// The same with a deadline.
+    async fn all_in_time(
+        &self,
+        client: &impl GenericClient,
+        events: &[Straggler],
+    ) -> Result<Result<Vec<Row>, tokio_postgres::Error>> {
+        let bytes = events.iter().map(|event| event.bytes).sum();
+        answered_to(bytes, STORING, async { Ok(self.all(client, events).await) }).await
+    }
+
     /// Where one event cannot be stored as it is, it is stored as well as it can be, and the others as ever.
     async fn one_by_one(
         &self,
         transaction: &mut Transaction<'_>,
         events: &[Straggler],
-    ) -> Result<Vec<Row>, tokio_postgres::Error> {
+    ) -> Result<Vec<Row>> {
+        let failed = |error| sql_error(STORING, error);
         let mut rows = Vec::new();
         for event in events {
             for event in [event.clone(), event.with_plain_reason(), event.in_ascii()] {
-                let savepoint = transaction.savepoint("event").await?;
-                match self.all(&savepoint, std::slice::from_ref(&event)).await {
+                let savepoint = answered(STORING, async {
+                    let savepoint = transaction.savepoint("event").await;
+                    savepoint.map_err(failed)
+                });
+                let savepoint = savepoint.await?;
+                let stored = self.all_in_time(&savepoint, std::slice::from_ref(&event));
+                match stored.await? {
                     Ok(stored) => {
-                        savepoint.commit().await?;
+                        let kept = async { savepoint.commit().await.map_err(failed) };
+                        answered(STORING, kept).await?;
                         rows.extend(stored);
                         break;
                     }
                     Err(error) if is_about_a_value(&error) && !event.is_plain() => {
-                        savepoint.rollback().await?;
+                        let undone = async { savepoint.rollback().await.map_err(failed) };
+                        answered(STORING, undone).await?;
                         warn!(
                             ?event,
                             "a straggler cannot be stored as it is, and is stored with escapes: {}",
                             sql_error("store it", error).report()
                         );
                     }
-                    Err(error) => return Err(error),
+                    Err(error) => return Err(failed(error)),
                 }
             }
         }
         Ok(rows)
+    }
+
+    /// How many rows of these events' keys hold back later ones. Asked behind an INSERT that found some of the events in the table: a COMMIT whose answer
+    /// was not waited for may have stored them after the table was counted.
+    async fn holding(
+        &self,
+        client: &impl GenericClient,
+        events: &[Straggler],
+    ) -> Result<Vec<(Key, i64)>> {
+        const SQL: &str = "
+            select k.topic, k.key, (
+                select count(*) from walpost.straggler s
+                where s.slot = $1 and hashtextextended(s.key, 0) = hashtextextended(k.key, 0)
+                      and s.key = k.key and s.topic = k.topic and (s.state <> 'dead' or $4)
+            ) from unnest($2::text[], $3::text[]) k(topic, key)";
+        let keys = events.iter().filter_map(|event| {
+            let topic = event.topic.as_deref()?;
+            Some((topic, event.key.as_deref()?))
+        });
+        let keys: HashSet<(&str, &str)> = keys.collect();
+        let (topics, keys): (Vec<&str>, Vec<&str>) = keys.into_iter().unzip();
+        let rows = client
+            .query(SQL, &[&self.slot, &topics, &keys, &self.block])
+            .await
+            .map_err(|error| sql_error(STORING, error))?;
+        let row = |row: &Row| ((row.get(0), row.get(1)), row.get(2));
+        Ok(rows.iter().map(row).collect())
     }
 }
 

@@ -56,7 +56,7 @@ use super::straggler_store::{Failure, Key, Store};
 use crate::ack::TxnNo;
 use crate::config::Config;
 use crate::lease::{CLOSE_BY, Lease};
-use crate::pulsar::{Diversion, Flush, Publisher, PublisherConfig};
+use crate::pulsar::{Diversion, Doubts, Flush, Publisher, PublisherConfig};
 use crate::retry::Backoff;
 use crate::upkeep::News;
 use crate::{Error, Result};
@@ -68,7 +68,8 @@ const RELOAD_EVERY: u32 = 3;
 /// What one INSERT holds.
 const BATCH_EVENTS: usize = 1000;
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
-/// How long a broker may take to say its message limit before a scan is put off.
+/// How long a broker may take to say its message limit before a scan is put off. Less than a host that is switched off takes: the attempt
+/// goes on, and the next scan waits for the same one.
 const BROKER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Whether there may be more of what is due.
@@ -109,6 +110,8 @@ pub(super) struct Task {
     pub(super) refused: HashSet<String>,
     /// What is being stored, until it is.
     pub(super) batch: Vec<Straggler>,
+    /// How much of that one INSERT holds at most.
+    batch_events: usize,
     /// Who waits for the table to be read anew, behind that.
     pub(super) refresh: Vec<oneshot::Sender<()>>,
     /// Numbers messages for the publisher.
@@ -116,11 +119,15 @@ pub(super) struct Task {
     pub(super) scans: u32,
     /// Why no broker could be reached.
     pub(super) no_broker: News,
+    /// Nothing is asked of Postgres before that.
+    pause_end: Option<Instant>,
+    /// By how much the numbers of keys' events differ from what was told last.
+    untold: Vec<(String, String, i64)>,
 }
 
 /// The task; ends with the queue, or after it has reported a failure.
 async fn run_task(
-    mut task: Task,
+    task: &mut Task,
     mut inbox: mpsc::UnboundedReceiver<Item>,
     mut may_retry: watch::Receiver<bool>,
 ) {
@@ -128,20 +135,30 @@ async fn run_task(
     let mut scan_at = Instant::now();
     let mut tick_at = Instant::now();
     loop {
-        if let Err(error) = task.settle().await {
-            if progress::is_changed(&error) {
-                task.refused(error);
-                continue;
+        if !task.is_pausing() {
+            let settling = unless_lost(&lease, task.is_open, task.settle());
+            match settling.await {
+                Some(Ok(())) => {}
+                Some(Err(error)) if progress::is_changed(&error) => {
+                    task.refused(error);
+                    continue;
+                }
+                Some(Err(error)) if !error.is_temporary() => {
+                    let _pipe_is_gone = task.reports.send(Report::Failed(error));
+                    return;
+                }
+                Some(Err(error)) => task.pause(&error),
+                None => {
+                    task.cut_short();
+                    continue;
+                }
             }
-            if !error.is_temporary() {
-                let _pipe_is_gone = task.reports.send(Report::Failed(error));
-                return;
-            }
-            task.reconnect(&error).await;
-            continue;
         }
         task.publisher.flush(Flush::All);
-        let may_take = task.batch.is_empty() && task.refresh.is_empty();
+        let is_pausing = task.is_pausing();
+        let pause_end = task.pause_end.unwrap_or(tick_at);
+        let may_take = task.batch.is_empty() && task.refresh.is_empty() && !is_pausing;
+        let may_scan = *may_retry.borrow() && task.store.fence.is_open() && !is_pausing;
         tokio::select! {
             biased;
             // 1. The stream waits for this.
@@ -152,14 +169,16 @@ async fn run_task(
             // 2. Receipts.
             event = task.publisher.next_event() => task.heard(event),
             // 3. What is due.
-            () = sleep_until(scan_at), if *may_retry.borrow() && task.store.fence.is_open() => {
+            () = sleep_until(scan_at), if may_scan => {
                 scan_at = Instant::now() + SCAN_INTERVAL;
-                match task.scan().await {
+                // It opens the publisher.
+                match unless_lost(&lease, true, task.scan()).await {
                     // After what has come meanwhile, and what has failed is noted.
-                    Ok(Page::Full) => scan_at = Instant::now(),
-                    Ok(Page::Last) => {}
-                    Err(error) if progress::is_changed(&error) => task.refused(error),
-                    Err(error) => task.reconnect(&error).await,
+                    Some(Ok(Page::Full)) => scan_at = Instant::now(),
+                    Some(Ok(Page::Last)) => {}
+                    Some(Err(error)) if progress::is_changed(&error) => task.refused(error),
+                    Some(Err(error)) => task.pause(&error),
+                    None => task.cut_short(),
                 }
             }
             // 4. Postgres is away, and whoever has the slot may want to retry.
@@ -167,6 +186,7 @@ async fn run_task(
             // 5. What was refused may be allowed.
             is_told = task.store.fence.changed() => if !is_told { return },
             changed = may_retry.changed() => if changed.is_err() { return },
+            () = sleep_until(pause_end), if is_pausing => {}
             () = sleep_until(tick_at) => {
                 task.publisher.tick(Instant::now());
                 tick_at = Instant::now() + SCAN_INTERVAL;
@@ -184,6 +204,16 @@ pub(super) fn run(
     reports: mpsc::UnboundedSender<Report>,
     may_retry: watch::Receiver<bool>,
 ) -> impl Future<Output = ()> + Send + use<> {
+    let mut task = task(config, (publisher, lease), (store, all_outboxes), reports);
+    async move { run_task(&mut task, inbox, may_retry).await }
+}
+
+fn task(
+    config: &Config,
+    (publisher, lease): (&PublisherConfig, &Lease),
+    (store, all_outboxes): (Store, Vec<String>),
+    reports: mpsc::UnboundedSender<Report>,
+) -> Task {
     let started = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
@@ -196,6 +226,7 @@ pub(super) fn run(
     let now = Diversion {
         grace: Duration::ZERO,
         age: Duration::ZERO,
+        unclear: Diversion::UNCLEAR_AGES * config.straggler_age,
         park: false,
         quiet: true,
     };
@@ -211,9 +242,11 @@ pub(super) fn run(
         producer_name,
         batch_max_messages: 1,
         diversion: Some(now),
+        // The names are this process's own.
+        doubts: Doubts::default(),
         ..publisher.clone()
     };
-    let task = Task {
+    Task {
         store,
         outboxes,
         all_outboxes,
@@ -234,12 +267,23 @@ pub(super) fn run(
         stopped: HashSet::new(),
         refused: HashSet::new(),
         batch: Vec::new(),
+        batch_events: BATCH_EVENTS,
         refresh: Vec::new(),
         messages: 0,
         scans: 0,
         no_broker: News::default(),
-    };
-    run_task(task, inbox, may_retry)
+        pause_end: None,
+        untold: Vec::new(),
+    }
+}
+
+/// Awaits `work`; `None` when, with a publisher that may be open, the lease is lost for good before that is done.
+async fn unless_lost<T>(lease: &Lease, is_open: bool, work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        () = lost_for_good(lease), if is_open => None,
+        done = work => Some(done),
+    }
 }
 
 /// Waits until the lease has been lost for as long as any publisher may stay open. Cancel safe.
@@ -268,6 +312,16 @@ impl Task {
         }
         self.publisher = Publisher::under(self.publishing.clone(), &self.lease);
         self.is_open = false;
+    }
+
+    /// The same in the middle of a conversation with Postgres: as if that had failed.
+    fn cut_short(&mut self) {
+        self.store.disconnect();
+        self.let_go();
+    }
+
+    fn is_pausing(&self) -> bool {
+        self.pause_end.is_some_and(|end| Instant::now() < end)
     }
 
     fn report(&self, report: Report) {
@@ -345,17 +399,20 @@ impl Task {
         &mut self,
         (changes, rows): (Vec<(String, String, i64)>, u64),
     ) -> Result<()> {
+        // Counted once: what is not told now is told the next time.
+        self.untold.extend(changes);
         // Told first: a key is let go only by somebody who knows what is not to come of it.
         if let Some(discarded) = self.store.discarded(&self.all_outboxes).await? {
             self.report(Report::Discarded(discarded));
         }
+        let changes = std::mem::take(&mut self.untold);
         self.parked(changes);
         self.report(Report::Rows(rows));
         Ok(())
     }
 
-    /// The session is of no use any more; waits before the next.
-    async fn reconnect(&mut self, error: &Error) {
+    /// The session is of no use any more; the next one is made after a pause, in which receipts are taken.
+    fn pause(&mut self, error: &Error) {
         self.store.disconnect();
         let delay = self.reconnect.next_delay();
         warn!(
@@ -363,7 +420,7 @@ impl Task {
             "stragglers wait: {}",
             error.report()
         );
-        tokio::time::sleep(delay).await;
+        self.pause_end = Some(Instant::now() + delay);
     }
 
     /// Another process has the slot: nothing is attempted until the right is set again, which the report brings about.
@@ -379,11 +436,19 @@ impl Task {
     }
 
     async fn store_batch(&mut self) -> Result<()> {
-        if self.batch.is_empty() || !self.store.fence.is_open() {
-            return Ok(());
+        while !self.batch.is_empty() && self.store.fence.is_open() {
+            self.store_part().await?;
         }
-        let changes = self.store.insert(&self.batch).await?;
-        let batch = std::mem::take(&mut self.batch);
+        Ok(())
+    }
+
+    async fn store_part(&mut self) -> Result<()> {
+        // Half as many after a failure: a server that takes too long for all of them gets them in smaller parts.
+        let count = self.batch.len().min(self.batch_events);
+        self.batch_events = (count / 2).max(1);
+        let changes = self.store.insert(&self.batch[..count]).await?;
+        self.batch_events = count.saturating_mul(2).min(BATCH_EVENTS);
+        let batch: Vec<Straggler> = self.batch.drain(..count).collect();
         let mut acked: Vec<(TxnNo, u64)> = Vec::new();
         for straggler in &batch {
             match acked.last_mut().filter(|(txn, _)| *txn == straggler.txn) {
@@ -433,11 +498,14 @@ impl Task {
         for number in std::mem::take(&mut self.done) {
             keys.extend(self.take_sent(number).and_then(|sent| sent.key));
         }
+        // All are told before the first that may fail.
+        let mut healed = HashSet::new();
         for (topic, _) in &keys {
             self.report(Report::Healed(topic.clone()));
-            if self.refused.remove(topic) {
-                self.store.hurry(topic).await?;
-            }
+            healed.extend(self.refused.take(topic));
+        }
+        for topic in healed {
+            self.store.hurry(&topic).await?;
         }
         self.follow(keys).await
     }
@@ -534,5 +602,55 @@ impl Task {
         let busy: Vec<i64> = self.sent.keys().copied().chain(failed).collect();
         let copies = self.dead_letter_topic.is_some();
         self.store.due(&busy, copies).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::connector::publisher_config;
+    use crate::scanner::cluster::Log;
+    use crate::scanner::straggler_fence::Right;
+
+    #[tokio::test]
+    async fn its_publisher_is_closed_in_time_while_postgres_is_away_and_something_is_to_be_noted() {
+        // GIVEN a task whose publisher is open, with a failure to be noted in a table that cannot be reached
+        let env = |name: &str| {
+            let url = "postgres://nobody@127.0.0.1:1/nothing".to_owned();
+            (name == "WALPOST_POSTGRES_URL").then_some(url)
+        };
+        let config = Config::load(&|_| None, &env).unwrap();
+        let log = Log {
+            system_id: "1".to_owned(),
+            timeline: 1,
+        };
+        let publisher = publisher_config(&config, &Arc::default(), &log.system_id, 1, 0);
+        let left = Duration::from_millis(500);
+        let since = (Instant::now() + left).checked_sub(CLOSE_BY).unwrap();
+        let lease = Lease::lost_at(since);
+        let (_right, told) = watch::channel(Right::Unclaimed);
+        let (_queue, inbox) = mpsc::unbounded_channel();
+        let (reports, _reports) = mpsc::unbounded_channel();
+        let (_may_retry, retrying) = watch::channel(false);
+        let store = (Store::new(&config, log, told), Vec::new());
+        let mut task = task(&config, (&publisher, &lease), store, reports);
+        task.is_open = true;
+        task.failed.push(Failure {
+            number: 1,
+            reason: "refused".to_owned(),
+            attempts: 1,
+            next_in: Duration::ZERO,
+            dead: false,
+        });
+
+        // WHEN the time is over in which any publisher may stay open
+        let running = run_task(&mut task, inbox, retrying);
+        assert!(timeout(4 * left, running).await.is_err(), "it goes on");
+
+        // THEN it is closed, and the failure still waits
+        assert!(!task.is_open);
+        assert_eq!(task.failed.len(), 1);
     }
 }

@@ -27,6 +27,7 @@
 //! holds up none of the others; what was left so is told ([`crate::upkeep`]). An index on `(created_at, id) where sent_at is null` serves it; `init` makes it.
 
 use std::collections::HashSet;
+use std::pin::pin;
 use std::time::Duration;
 
 use futures::{StreamExt as _, pin_mut};
@@ -45,7 +46,7 @@ use crate::outbox::{Extractor, RowNumber};
 use crate::outlet::{Outlet, Source};
 use crate::pipe::Routing;
 use crate::postgres::{PostgresConfig, connect_sql, quote_ident, quote_literal, slot, sql_error};
-use crate::pulsar::{Flush, Publisher, PublisherConfig, RowKey, RowQueue, RowTag};
+use crate::pulsar::{Doubts, Flush, Publisher, PublisherConfig, RowKey, RowQueue, RowTag};
 use crate::upkeep::{Undone, Work};
 use crate::{Error, Lsn, Result};
 
@@ -414,11 +415,11 @@ impl Unmarked {
         let failed = |error| sql_error(&format!("read rows of table {name}"), error);
         let place = u16::try_from(number).unwrap_or(u16::MAX);
         let mut published = 0;
-        // While a row waits for room the server waits with the next.
-        let rows = client.query_raw::<_, i64, _>(sql, []).await;
-        let rows = rows.map_err(failed)?;
+        // While a row waits for room the server waits with the next; and while the server is waited for, receipts are heard.
+        let asking = client.query_raw::<_, i64, _>(sql, []);
+        let rows = round.beside(asking).await?.map_err(failed)?;
         pin_mut!(rows);
-        while let Some(row) = rows.next().await {
+        while let Some(row) = round.beside(rows.next()).await? {
             let row = match row {
                 Err(error) if is_unconvertible(&error) => {
                     let error = failed(error);
@@ -463,6 +464,22 @@ struct Round {
 }
 
 impl Round {
+    /// Waits for the server, and hears meanwhile what brokers say of the rows before.
+    async fn beside<T>(&mut self, answer: impl Future<Output = T>) -> Result<T> {
+        let mut answer = pin!(answer);
+        loop {
+            let Some(again) = &mut self.again else {
+                return Ok(answer.await);
+            };
+            again.outlet.publisher().flush(Flush::Due);
+            tokio::select! {
+                biased;
+                answer = answer.as_mut() => return Ok(answer),
+                heard = again.wait() => heard?,
+            }
+        }
+    }
+
     /// Leaves the rest of a table, or of a page, to the next round.
     fn leave(&mut self, table: &OutboxTable, error: &Error) {
         // The next rows get a new outlet: this one may hold events that have no receipt yet.
@@ -494,6 +511,7 @@ impl Again {
         let settings = PublisherConfig {
             producer_name: format!("{}-again-{unique:016x}", config.producer_name),
             rows: Some(queue.clone()),
+            doubts: Doubts::default(),
             ..config.clone()
         };
         let mut publisher = Publisher::under(settings, lease);

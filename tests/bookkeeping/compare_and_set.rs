@@ -4,7 +4,7 @@ use walpost::Lsn;
 use walpost::scanner::coverage::{Leaves, Seen};
 use walpost::scanner::progress::{self, Claim, Position, Progress};
 
-use crate::support::{Database, on_each_major};
+use crate::support::{Database, consume, on_each_major, servers};
 use crate::{DEADLINE, NOTED_SOON, insert};
 
 async fn stored(database: &Database) -> Progress {
@@ -156,7 +156,7 @@ async fn a_table_of_an_earlier_version(major: i32) {
     database
         .sql(
             "DROP VIEW walpost.outbox_status;
-             ALTER TABLE walpost.progress DROP COLUMN timeline, DROP COLUMN tables, DROP COLUMN streamed;
+             ALTER TABLE walpost.progress DROP COLUMN timeline, DROP COLUMN tables, DROP COLUMN streamed, DROP COLUMN producer_generation;
              CREATE VIEW walpost.outbox_status AS
              SELECT o.id, o.aggregatetype, o.aggregateid, o.type, o.created_at, o.seq, o.txid, o.sent_at,
                     CASE WHEN pg_visible_in_snapshot(o.txid, p.delivered) THEN 'sent' ELSE 'pending' END AS status,
@@ -181,10 +181,58 @@ async fn a_table_of_an_earlier_version(major: i32) {
     insert(&database.client, "row").await;
     database.wait_all_sent(DEADLINE).await;
     walpost.stop().await;
+
+    // AND producers have the names that they had
+    assert_eq!(stored(&database).await.generation, 0);
+    let received = consume(&servers().pulsar_url, &database.topic("t"), 1, DEADLINE).await;
+    let name = &received[0].producer_name;
+    assert!(!name.contains("-1g"), "{name}");
+}
+
+async fn names_that_are_not_to_be_used_again(major: i32) {
+    // GIVEN a process that has claimed the row
+    let database = Database::create_on_major(major, "names").await;
+    database.init(&[], &[]).await;
+    let client = &database.client;
+    let (first, _) = claim(&database, "first").await;
+    assert_eq!(stored(&database).await.generation, 0);
+
+    // WHEN it marks its names, perhaps twice because an answer was lost THEN that is stored, and nothing else changes
+    let before = stored(&database).await;
+    for _ in 0..2 {
+        let raised = progress::raise_generation(client, &first, 1).await;
+        raised.expect("it is its");
+    }
+    let mut expected = before;
+    expected.generation = 1;
+    assert_eq!(stored(&database).await, expected);
+
+    // AND nothing lowers it, neither a statement that comes late nor a slot that is made anew
+    progress::raise_generation(client, &first, 3)
+        .await
+        .expect("it is its");
+    progress::raise_generation(client, &first, 2)
+        .await
+        .expect("it is its");
+    let now = stored(&database).await;
+    let system_id = now.system_id.clone();
+    let before = snapshot(&database).await;
+    let identity = (&*system_id, 1);
+    let making =
+        progress::slot_making(client, &database.slot, Some(&now), identity, &before, None).await;
+    assert_eq!(making.expect("a row").generation, 3);
+    assert_eq!(stored(&database).await.generation, 3);
+
+    // WHEN another one has claimed the row THEN the first changes nothing any more
+    let (_second, _) = claim(&database, "second").await;
+    let error = progress::raise_generation(client, &first, 4).await;
+    assert!(progress::is_changed(&error.expect_err("it is another's")));
+    assert_eq!(stored(&database).await.generation, 3);
 }
 
 on_each_major! {
     a_change_that_was_computed_from_what_is_not_stored_any_more_changes_nothing: a_change_from_what_is_not_stored();
     what_the_slot_was_told_last_is_read_once_and_a_stop_of_an_earlier_claim_is_refused: two_claims();
+    a_generation_of_names_is_raised_under_the_claim_and_never_lowered: names_that_are_not_to_be_used_again();
     a_table_of_an_earlier_version_is_refused_until_init_has_brought_it_up_to_date: a_table_of_an_earlier_version();
 }

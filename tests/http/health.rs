@@ -140,6 +140,39 @@ async fn a_schema_file_that_hangs_holds_up_its_topic_and_the_connector_stays_ali
     assert_eq!(received.len(), 1);
 }
 
+/// What blocks the connector's thread here is a log that nobody reads: the system call that writes a line waits.
+#[tokio::test]
+async fn a_connector_whose_thread_is_stuck_is_not_alive_and_is_again_when_it_goes_on() {
+    const EVENTS: i64 = 2_000;
+    // GIVEN a stream whose output nobody reads any more
+    let (database, walpost, addr) = streaming("stuckthread", &[]).await;
+    assert_eq!(get(&addr, "/livez").await.status, 200);
+    walpost.hold_output(true);
+
+    // WHEN it has more to say than the pipe holds: a line for each event that cannot be published
+    let insert = "INSERT INTO walpost.outbox (aggregatetype, aggregateid, type, payload)
+                  SELECT 'no/topic', 'k', 't', '1' FROM generate_series(1, $1::int8)";
+    database.rows(insert, &[&EVENTS]).await;
+
+    // THEN it is not alive, and says so to whoever asks
+    let answer = eventually(DEADLINE, "/livez to answer 503", async || {
+        let answer = get(&addr, "/livez").await;
+        (answer.status == 503).then_some(answer)
+    })
+    .await;
+    assert!(answer.body.contains("thread has been stuck"), "{answer:?}");
+    assert_eq!(super::status_of(&addr).await["alive"], false);
+
+    // AND when the log is read, it goes on, and has lost nothing
+    walpost.hold_output(false);
+    database.wait_all_confirmed(DEADLINE).await;
+    assert_eq!(get(&addr, "/livez").await.status, 200);
+    let sql = "SELECT count(*) FROM walpost.straggler";
+    let stored: i64 = database.rows(sql, &[]).await[0].get(0);
+    assert_eq!(stored, EVENTS);
+    walpost.stop().await;
+}
+
 #[tokio::test]
 async fn without_postgres_it_is_alive_and_not_ready() {
     let database = Database::create("nopg").await;

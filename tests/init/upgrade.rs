@@ -82,7 +82,13 @@ async fn check_reads_progress_as_run_does_and_init_mends_each_column_that_an_ear
     let database = Database::create("upgrade").await;
     init(&database, &[]).await;
     // (CASCADE: the view of the status reads one of them.)
-    for column in ["timeline", "tables", "streamed", "catalog"] {
+    for column in [
+        "timeline",
+        "tables",
+        "streamed",
+        "catalog",
+        "producer_generation",
+    ] {
         // GIVEN a table without the column THEN check tells it
         database
             .sql(&format!(

@@ -1,11 +1,13 @@
 //! One topic's trouble beside a healthy topic: the healthy one goes on, and the other's events wait or are stored elsewhere.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use pulsar::message::proto::BaseCommand;
 use walpost::pulsar::{Diversion, PublisherConfig};
 
-use super::sender::{DEADLINE, Sender, config};
-use super::support::{FakeBroker, PublishRate, Settings};
+use super::sender::{DEADLINE, Log, SEND_TIMEOUT, Sender, config};
+use super::support::{Asked, FakeBroker, PublishRate, Reaction, Settings};
 use super::{OTHER, TOPIC};
 
 /// How long a topic may be in trouble before its events are stored elsewhere.
@@ -18,6 +20,7 @@ fn with_lanes(broker: &FakeBroker, lanes: u32) -> PublisherConfig {
         diversion: Some(Diversion {
             grace: AGE,
             age: AGE,
+            unclear: Duration::from_secs(60),
             park: false,
             quiet: true,
         }),
@@ -114,6 +117,115 @@ async fn a_topic_that_allows_fewer_producers_than_there_are_lanes_is_published_t
 
     let stored = broker.stored();
     assert!(stored.iter().any(|event| event.topic == TOPIC), "no lane");
+}
+
+#[tokio::test]
+async fn a_topic_that_allows_more_producers_again_is_published_to_by_all_lanes() {
+    const LANES: u32 = 16;
+    const LIMIT: usize = 4;
+    // GIVEN a topic that few lanes publish to
+    let broker = FakeBroker::start_deduplicating().await;
+    broker.set(TOPIC, |topic| topic.max_producers = Some(LIMIT));
+    let mut sender = Sender::with(PublisherConfig {
+        partition_refresh: AGE / 10,
+        ..with_lanes(&broker, LANES)
+    });
+    publish(&mut sender, EVENTS);
+    sender.delivered().await;
+    let names = || -> HashSet<String> {
+        let stored = broker.stored().into_iter();
+        let of_topic = stored.filter(|event| event.topic == TOPIC);
+        of_topic.map(|event| event.producer).collect()
+    };
+    assert!(names().len() <= LIMIT, "{:?}", names());
+
+    // WHEN it allows all of them again, and more events come
+    broker.set(TOPIC, |topic| topic.max_producers = None);
+    let end = Instant::now() + DEADLINE;
+    let usual = || names().iter().filter(|name| !name.contains('~')).count();
+    while usual() < LANES as usize {
+        assert!(Instant::now() < end, "{:?}", names());
+        publish(&mut sender, EVENTS * 4);
+        sender.delivered().await;
+        let published = Instant::now();
+        let over = || published.elapsed() > AGE / 10;
+        sender.until("the next events", over).await;
+    }
+
+    // THEN every event is there once, and each key's in order
+    sender.assert_exactly_once(&broker.stored());
+}
+
+/// The first send to the topic neither succeeds nor fails.
+fn first_write_pends() -> impl FnMut(Asked, &BaseCommand) -> Reaction + Send + 'static {
+    let mut producer = None;
+    let mut pends = false;
+    move |asked, command| {
+        if let Some(made) = &command.producer
+            && made.topic == TOPIC
+        {
+            producer = producer.or(Some(made.producer_id));
+        }
+        let is_its = command.send.as_ref().map(|send| send.producer_id) == producer;
+        if asked == Asked::Send && is_its && !std::mem::replace(&mut pends, true) {
+            return Reaction::Pend;
+        }
+        Reaction::Obey
+    }
+}
+
+/// A sender of which one send to the topic has no receipt within the deadline, although another topic gets receipts.
+async fn with_a_write_that_pends(broker: &FakeBroker) -> (Sender, Log) {
+    let log = Log::capture();
+    broker.script_rest(first_write_pends());
+    let mut sender = Sender::with(with_lanes(broker, 1));
+    sender.elsewhere = Some(Vec::new());
+    sender.publish(TOPIC, "key");
+    let closed = || broker.count(Asked::CloseProducer) > 0;
+    let end = Instant::now() + DEADLINE;
+    while !closed() {
+        assert!(Instant::now() < end, "not noticed");
+        sender.publish(OTHER, "key");
+        let published = Instant::now();
+        let over = || published.elapsed() > SEND_TIMEOUT / 20;
+        sender.until("the next event", over).await;
+    }
+    (sender, log)
+}
+
+#[tokio::test]
+async fn a_topic_that_gets_no_receipt_ends_no_connection_of_others() {
+    let broker = FakeBroker::start().await;
+    let (mut sender, log) = with_a_write_that_pends(&broker).await;
+    assert!(log.warns(&["no receipt on", TOPIC]), "{}", log.text());
+
+    // WHEN its write ends at last THEN that was all, and the other topic has one producer
+    broker.settle(true);
+    sender.publish(TOPIC, "key");
+    sender.delivered().await;
+    sender.assert_exactly_once(&broker.stored());
+    assert!(!log.warns(&["broker connection ended"]), "{}", log.text());
+    let others = broker.seen(Asked::Producer).into_iter();
+    let others = others.filter(|it| it.producer.as_ref().is_some_and(|it| it.topic == OTHER));
+    assert_eq!(others.count(), 1);
+}
+
+#[tokio::test]
+async fn a_topic_whose_write_never_ends_ends_no_connection_of_others_and_is_set_aside() {
+    let broker = FakeBroker::start().await;
+    let (mut sender, log) = with_a_write_that_pends(&broker).await;
+
+    // WHEN the close of its producer is not answered within the time that a request has (30 s)
+    let asked_at = Instant::now();
+    let waited = || asked_at.elapsed() > Duration::from_secs(20);
+    sender.until("most of that time", waited).await;
+    sender.publish(TOPIC, "key");
+    delivered_beside(&mut sender, &broker).await;
+
+    // THEN its events are elsewhere
+    let elsewhere = sender.elsewhere.clone().unwrap_or_default();
+    assert_eq!(elsewhere.len(), 2, "{elsewhere:?}");
+    assert!(!log.warns(&["broker connection ended"]), "{}", log.text());
 }
 
 /// The topic takes two messages and then nothing until the rate is lifted; the broker does not read its connection meanwhile.

@@ -23,6 +23,7 @@ fn diverting(broker: &FakeBroker) -> PublisherConfig {
         diversion: Some(Diversion {
             grace: Duration::from_secs(60),
             age: Duration::from_secs(60),
+            unclear: Duration::from_secs(60),
             park: false,
             quiet: true,
         }),

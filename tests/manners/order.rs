@@ -23,6 +23,7 @@ async fn nothing_of_a_key_is_stored_behind_a_message_that_its_topic_refuses() {
         diversion: Some(Diversion {
             grace: Duration::from_secs(60),
             age: Duration::from_secs(60),
+            unclear: Duration::from_secs(60),
             park: true,
             quiet: true,
         }),

@@ -92,7 +92,7 @@ const SWITCHES: [(Kind, bool, bool); 19] = [
     (Kind::Fence,       true,  false),
     (Kind::Unload,      true,  true),
     (Kind::Stalls,      true,  true),
-    (Kind::Producers,   true,  false),
+    (Kind::Producers,   true,  true),
     (Kind::Exclusive,   true,  true),
     (Kind::Encryption,  true,  true),
     (Kind::Rate,        true,  true),
@@ -115,6 +115,9 @@ const OPEN_THE_HOLE: [Kind; 5] = [
     Kind::Fence,
 ];
 
+/// Kinds after which what was not confirmed when the process was killed is stored twice, also where the broker deduplicates.
+const REPEAT_AFTER_KILLS: [Kind; 1] = [Kind::Producers];
+
 /// The kinds of a run.
 #[derive(Clone)]
 struct Kinds(Vec<Kind>);
@@ -136,6 +139,9 @@ impl Kinds {
         let have_hole = OPEN_THE_HOLE.iter().any(|&kind| kinds.have(kind));
         if deduplicates && have_hole && !are_named {
             kinds.0.retain(|&kind| kind != Kind::Kills);
+        }
+        if deduplicates && verdict == Verdict::Strict && !are_named {
+            kinds.0.retain(|kind| !REPEAT_AFTER_KILLS.contains(kind));
         }
         kinds
     }
@@ -248,11 +254,16 @@ impl<'a> Run<'a> {
         let diversion = Diversion {
             grace: patience,
             age: patience,
+            unclear: Duration::from_secs(60),
             park: false,
             quiet: true,
         };
         let mut sender = Sender::with(PublisherConfig {
             diversion: Some(diversion),
+            // In some runs lanes and topics are forgotten between two events.
+            producer_idle: Duration::from_millis([1, 10, 60_000][(seed % 3) as usize]),
+            // And so often one more producer is tried where there are fewer than lanes.
+            partition_refresh: Duration::from_millis(20),
             ..config(vec![broker.host()])
         });
         sender.elsewhere = Some(Vec::new());

@@ -18,6 +18,7 @@ async fn diverting(broker: &FakeBroker) -> Sender {
         diversion: Some(Diversion {
             grace: Duration::ZERO,
             age: Duration::ZERO,
+            unclear: Duration::from_secs(60),
             park: false,
             quiet: true,
         }),

@@ -9,7 +9,7 @@ use tracing::subscriber::DefaultGuard;
 use walpost::ack::AckTracker;
 use walpost::outbox::key_hash;
 use walpost::pulsar::{
-    Auth, Codec, Flush, HashingScheme, Outgoing, Publisher, PublisherConfig, RowTag,
+    Auth, Codec, Doubts, Flush, HashingScheme, Outgoing, Publisher, PublisherConfig, RowTag,
 };
 use walpost::{Lsn, Result};
 
@@ -31,6 +31,7 @@ pub(crate) fn config(service: Vec<(String, u16)>) -> PublisherConfig {
         auth: Auth::default(),
         tls: None,
         rows: None,
+        doubts: Doubts::default(),
         meter: Arc::default(),
         keepalive_interval: Duration::from_secs(30),
         producer_name: "manners".to_owned(),

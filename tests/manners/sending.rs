@@ -345,7 +345,7 @@ async fn a_message_above_the_limit_that_is_the_first_of_its_topic_is_an_error_to
 }
 
 #[tokio::test]
-async fn receipts_out_of_order_end_the_connection_and_everything_is_sent_again_in_order() {
+async fn receipts_out_of_order_end_the_producer_and_everything_is_sent_again_in_order() {
     // GIVEN three batches whose receipts are held
     let log = Log::capture();
     let broker = FakeBroker::start().await;
@@ -359,8 +359,8 @@ async fn receipts_out_of_order_end_the_connection_and_everything_is_sent_again_i
     broker.release(|held| drop(held.drain(..BATCHES - 1)));
     sender.delivered().await;
 
-    // THEN all three were sent again over a new connection
-    assert_eq!(broker.connections(), 2);
+    // THEN all three were sent again by a new producer, and the connection is kept for others
+    assert_eq!(broker.connections(), 1);
     assert!(log.warns(&["a receipt out of order"]));
     let frames = broker.frames();
     let entries: Vec<&[u8]> = frames[1..].iter().map(|frame| entry(frame)).collect();
@@ -383,9 +383,10 @@ async fn receipts_in_reverse_lose_nothing_where_the_broker_deduplicates() {
     broker.release(|held| held.reverse());
     sender.delivered().await;
 
-    // Nobody can say whether the first ones were stored: everything comes again under another name.
-    assert_eq!(broker.connections(), 2);
-    assert_eq!(sender.assert_at_least_once(&broker.stored()), EVENTS);
+    // The first one's receipt came last; nobody can say whether the others were stored: they come again under another name.
+    assert_eq!(broker.connections(), 1);
+    let repeats = sender.assert_at_least_once(&broker.stored());
+    assert_eq!(repeats, EVENTS - EVENTS / BATCHES);
 }
 
 #[tokio::test]

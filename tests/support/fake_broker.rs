@@ -242,6 +242,15 @@ impl FakeBroker {
         self.own(|broker| broker.accepted)
     }
 
+    /// How many connections to the cluster are open, and how many producers are there.
+    pub(crate) fn open(&self) -> (usize, usize) {
+        self.cluster(|cluster| {
+            let connections = cluster.connections.values();
+            let producers = connections.map(|connection| connection.producers.len());
+            (cluster.connections.len(), producers.sum())
+        })
+    }
+
     /// What the cluster has stored, in order, also in topics that are deleted now.
     pub(crate) fn stored(&self) -> Vec<StoredEvent> {
         self.topics(|topics| topics.stored())

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -74,13 +74,17 @@ impl Command {
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()));
         let lines = Arc::new(Mutex::new(Vec::new()));
+        let gate = Arc::new(Gate::default());
+        let out = child.stdout.take().expect("piped");
+        let err = child.stderr.take().expect("piped");
         let readers = vec![
-            gather(child.stdout.take().expect("piped"), Arc::clone(&lines)),
-            gather(child.stderr.take().expect("piped"), Arc::clone(&lines)),
+            gather(out, Arc::clone(&lines), Arc::clone(&gate)),
+            gather(err, Arc::clone(&lines), Arc::clone(&gate)),
         ];
         Walpost {
             child,
             lines,
+            gate,
             readers,
             is_ready: false,
         }
@@ -95,9 +99,16 @@ impl Command {
 }
 
 /// Reads a pipe to its end in a thread of its own, so that the child never waits for a slow test.
-fn gather(pipe: impl Read + Send + 'static, lines: Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
+fn gather(
+    pipe: impl Read + Send + 'static,
+    lines: Arc<Mutex<Vec<String>>>,
+    gate: Arc<Gate>,
+) -> JoinHandle<()> {
     std::thread::spawn(move || {
         for line in BufReader::new(pipe).split(b'\n') {
+            let held = gate.held.lock().expect("no reader panics");
+            let held = gate.changed.wait_while(held, |held| *held);
+            drop(held.expect("no reader panics"));
             let Ok(line) = line else { return };
             let line = String::from_utf8_lossy(&line).into_owned();
             lines.lock().expect("no reader panics").push(line);
@@ -105,9 +116,17 @@ fn gather(pipe: impl Read + Send + 'static, lines: Arc<Mutex<Vec<String>>>) -> J
     })
 }
 
+/// Whether the readers of a child's output wait.
+#[derive(Default)]
+struct Gate {
+    held: Mutex<bool>,
+    changed: Condvar,
+}
+
 /// A running child; killed when dropped.
 pub(crate) struct Walpost {
     child: Child,
+    gate: Arc<Gate>,
     /// Shared with the two reader threads. Lines of stdout and stderr, in the order in which they were read.
     lines: Arc<Mutex<Vec<String>>>,
     readers: Vec<JoinHandle<()>>,
@@ -119,6 +138,12 @@ impl Walpost {
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Stops reading what it prints (or goes on): its pipes fill, and then it waits in the system call that writes a line.
+    pub(crate) fn hold_output(&self, hold: bool) {
+        *self.gate.held.lock().expect("no reader panics") = hold;
+        self.gate.changed.notify_all();
     }
 
     /// The lines it has printed so far.
@@ -217,6 +242,7 @@ impl Walpost {
 
 impl Drop for Walpost {
     fn drop(&mut self) {
+        self.hold_output(false);
         // Both fail only when it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();

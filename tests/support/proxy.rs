@@ -45,6 +45,8 @@ struct Controls {
     swallow: Option<&'static str>,
     /// Counts [`Proxy::cut`]s: a connection ends when the number is not the one it began with.
     cuts: u64,
+    /// Counts [`Proxy::lose_packets`]: nothing passes any more on a connection when the number is not the one it began with.
+    losses: u64,
 }
 
 #[derive(Default)]
@@ -152,6 +154,12 @@ impl Proxy {
         self.change(|controls| controls.cuts += 1);
     }
 
+    /// From now on nothing passes either way on the connections that there are, the end of one side included, as when a firewall has forgotten them;
+    /// both sides believe that the other is there. New ones are welcome.
+    pub(crate) fn lose_packets(&self) {
+        self.change(|controls| controls.losses += 1);
+    }
+
     /// Ends each new connection at once (or no longer does); those that are there go on.
     pub(crate) fn refuse(&self, refuse: bool) {
         self.change(|controls| controls.refuse = refuse);
@@ -251,14 +259,14 @@ async fn relay(
     upstream.set_nodelay(true)?;
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = upstream.into_split();
-    let cuts = watched.borrow().cuts;
+    let began = *watched.borrow();
     let swallows = AtomicBool::new(false);
     let requests = Pump {
         from: from_client,
         to: to_server,
         watched: watched.clone(),
         held: |controls| controls.hold_requests,
-        cuts,
+        began,
         swallows: &swallows,
         is_answering: false,
         frames: None,
@@ -272,7 +280,7 @@ async fn relay(
         to: to_client,
         watched,
         held: |controls| controls.hold_replies,
-        cuts,
+        began,
         swallows: &swallows,
         is_answering: true,
         frames: readdress.map(|readdress| Frames {
@@ -295,8 +303,8 @@ struct Pump<'a> {
     watched: watch::Receiver<Controls>,
     /// Which of the controls holds this direction.
     held: fn(&Controls) -> bool,
-    /// [`Controls::cuts`] when the connection began.
-    cuts: u64,
+    /// The controls when the connection began.
+    began: Controls,
     /// This connection has had the text whose answer is swallowed.
     swallows: &'a AtomicBool,
     /// This is the server's direction.
@@ -343,7 +351,7 @@ impl Pump<'_> {
             self.show(Direction::ToClient, read_at, passed);
             tokio::select! {
                 biased;
-                cut = until_cut(&mut self.watched, self.cuts) => return cut,
+                cut = until_cut(&mut self.watched, self.began.cuts) => return cut,
                 written = self.to.write_all(passed) => written?,
             }
             self.show(Direction::ToServer, read_at, passed);
@@ -362,13 +370,16 @@ impl Pump<'_> {
 
     /// Returns when this direction is not held; an error ends the connection.
     async fn while_held(&mut self) -> io::Result<()> {
-        let (held, cuts) = (self.held, self.cuts);
+        let (held, cuts, losses) = (self.held, self.began.cuts, self.began.losses);
         let swallows = |controls: &Controls| {
             self.is_answering && controls.swallow.is_some() && self.swallows.load(Ordering::Relaxed)
         };
         let controls = self
             .watched
-            .wait_for(|controls| controls.cuts != cuts || !(held(controls) || swallows(controls)))
+            .wait_for(|controls| {
+                let is_held = held(controls) || swallows(controls) || controls.losses != losses;
+                controls.cuts != cuts || !is_held
+            })
             .await
             .map_err(|_| gone())?;
         if controls.cuts == cuts {

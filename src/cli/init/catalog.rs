@@ -364,8 +364,8 @@ impl Catalog {
                             where i.relname in ('straggler_place', 'straggler_due', 'straggler_key', 'straggler_id'))
                    and exists (select from ours join pg_class c on relnamespace = schema and relname = 'discarded'
                                join pg_attribute a on attrelid = c.oid and attname = 'row_txid' and not attisdropped),
-                   4 = (select count(*) from progress join pg_attribute on attrelid = oid
-                        where attname in ('timeline', 'tables', 'streamed', 'catalog') and not attisdropped),
+                   5 = (select count(*) from progress join pg_attribute on attrelid = oid
+                        where attname in ('timeline', 'tables', 'streamed', 'catalog', 'producer_generation') and not attisdropped),
                    exists (select from pg_class where relnamespace = schema and relname = 'left_undone')
             from ours";
         let schema = client

@@ -39,7 +39,13 @@ impl Sender {
             .await
             .map_err(|error| sql_error("ask for the timeline", error))?;
         let timeline: i32 = row.get(0);
-        let stream = publisher_config(config, &Arc::default(), &system_id, timeline.unsigned_abs());
+        let stream = publisher_config(
+            config,
+            &Arc::default(),
+            &system_id,
+            timeline.unsigned_abs(),
+            0,
+        );
         let unique = RandomState::new().hash_one(std::process::id());
         let mut publisher = Publisher::new(PublisherConfig {
             producer_name: format!("{}{MARK}{unique:016x}", stream.producer_name),

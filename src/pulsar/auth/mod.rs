@@ -167,11 +167,11 @@ async fn read_secret(
     source: &SecretSource,
     read: fn(&SecretSource) -> Result<Secret>,
 ) -> Result<Secret> {
-    if let SecretSource::Value(_) = source {
+    let SecretSource::File(path) = source else {
         return read(source);
-    }
-    let source = source.clone();
-    read_aside(what, move || read(&source)).await
+    };
+    let (file, source) = (path.to_string_lossy().into_owned(), source.clone());
+    read_aside(what, file, move || read(&source)).await
 }
 
 #[cfg(test)]

@@ -136,7 +136,8 @@ impl OAuth2 {
 
     async fn fetch(&self) -> Result<(Secret, Option<Duration>)> {
         let client = self.client.clone();
-        let key = read_aside("the OAuth2 key or secret file", move || key_of(&client)).await?;
+        let kind = "the OAuth2 key or secret file";
+        let key = read_aside(kind, "", move || key_of(&client)).await?;
         let issuer = self.issuer.as_ref().or(key.issuer.as_ref());
         let issuer = issuer.ok_or_else(|| {
             Error::temporary("the OAuth2 key file names no issuer_url any more")
@@ -206,7 +207,10 @@ impl OAuth2 {
         body: Option<(&'static str, String)>,
     ) -> Result<Result<Value, Refusal>> {
         let tls = self.tls.clone();
-        let tls = read_aside(TlsFiles::WHAT, move || tls.config_for_others()).await?;
+        let tls = read_aside(TlsFiles::WHAT, self.tls.names(), move || {
+            tls.config_for_others()
+        })
+        .await?;
         let response = http::send(Request {
             method,
             url,

@@ -80,6 +80,8 @@ pub(super) struct Batch {
     pub bytes: usize,
     /// Memory that it is counted with.
     counted: usize,
+    /// What its buffer, rows and owners had room for when that was counted.
+    counted_room: [usize; 3],
     /// How much later than it was sent it is to be delivered.
     delay: Duration,
     /// A delayed message travels alone.
@@ -116,6 +118,7 @@ impl Batch {
             marks: None,
             bytes: 0,
             counted: 0,
+            counted_room: [0; 3],
             delay: Duration::ZERO,
             deliver_at_ms,
             after: 0,
@@ -289,7 +292,18 @@ impl Batch {
     // --- memory ---
 
     /// Counts its memory again while messages are added; returns by how much it has grown. `capacity` is that of the buffer.
+    #[inline]
     pub(super) fn count_memory(&mut self, capacity: usize) -> usize {
+        let room = [capacity, self.rows.capacity(), self.owners.capacity()];
+        if room == self.counted_room && self.marks.is_none() {
+            return 0;
+        }
+        self.counted_room = room;
+        self.count_grown(capacity)
+    }
+
+    #[inline(never)]
+    fn count_grown(&mut self, capacity: usize) -> usize {
         let marks = self.marks.as_ref().map_or(0, |marks| marks.memory());
         let counted = size_of::<Self>()
             + capacity
@@ -308,7 +322,7 @@ impl Batch {
             Body::Sent { frame, .. } => frame.len(),
         };
         self.counted = 0;
-        self.count_memory(capacity)
+        self.count_grown(capacity)
     }
 
     /// What it is counted with.

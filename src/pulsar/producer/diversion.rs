@@ -8,7 +8,7 @@
 //!
 //! A frame that was written to a connection and has no receipt may have been stored. So events are taken out of a lane only:
 //! * when its topic has been in trouble for too long, and the lane has no producer. Its last one was closed, and a broker answers that when all it was sent has its
-//!   verdict; receipts come before that answer. (After a lost connection there is no such answer: what the broker stored without telling comes twice.)
+//!   verdict; receipts come before that answer. (After a lost connection, and where writes do not end, there is no such answer: what the broker stored without telling comes twice.)
 //! * when a refused message is the oldest of the lane. It is never written, nor is anything behind it until it is gone, so
 //!   no frame is under way at that moment.
 //!
@@ -25,16 +25,16 @@
 //! Where it is not known which lane it would have gone to, it cannot: then the rest of its transaction on that route is
 //! diverted too, and the next transaction's ids are right again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::Producer;
 use super::lane::State as LaneState;
 use super::outgoing::Outgoing;
 use super::route::{Held, State};
 use super::topic::Opening;
+use super::{Producer, Timer};
 
 /// When events are diverted. Without it (in the producer's settings) refused topics wait, and a refused event is an error.
 #[derive(Clone, Copy, Debug)]
@@ -43,10 +43,18 @@ pub struct Diversion {
     pub grace: Duration,
     /// A topic with trouble of its own that may pass is given this long.
     pub age: Duration,
+    /// And this long one whose trouble may be that of all topics, while no other topic gets receipts.
+    pub unclear: Duration,
     /// Later events of a diverted event's topic and key are diverted too, until they are let go.
     pub park: bool,
     /// Nothing is logged about it: whoever takes the events does.
     pub quiet: bool,
+}
+
+impl Diversion {
+    /// How many times [`age`](Self::age) [`unclear`](Self::unclear) is: then the log must go on, whoever is to blame. It may be that no other topic
+    /// has room, or anything to send.
+    pub const UNCLEAR_AGES: u32 = 4;
 }
 
 /// An event that was taken out of the publisher.
@@ -66,8 +74,7 @@ pub struct Parked(HashMap<String, HashMap<String, u64>>);
 
 impl Parked {
     fn contains(&self, topic: &str, key: &str) -> bool {
-        // Nearly always nothing is parked: then nothing is hashed.
-        !self.0.is_empty() && self.0.get(topic).is_some_and(|keys| keys.contains_key(key))
+        self.0.get(topic).is_some_and(|keys| keys.contains_key(key))
     }
 
     /// Counts `count` events more, or fewer when negative.
@@ -112,10 +119,26 @@ impl Producer {
     pub(in crate::pulsar) fn stored(&mut self, count: u64) -> crate::Result<()> {
         self.stored_events += count;
         let stored = self.stored_events;
-        for lane in 0..self.lanes.len() {
+        let mut lanes = BTreeSet::new();
+        for it in std::mem::take(&mut self.diverting) {
+            let (topics, last_diverted) = match it {
+                Timer::Topic(topic) => (vec![topic], self.topics[topic].last_diverted),
+                Timer::Route(route) => {
+                    let route = &self.routes[route];
+                    (route.topics.clone(), route.last_diverted)
+                }
+            };
+            if last_diverted > stored {
+                self.diverting.insert(it);
+            }
+            for topic in topics {
+                lanes.extend(self.topics[topic].all_lanes());
+            }
+        }
+        for &lane in &lanes {
             self.with_lane(lane, |lane, desk| lane.stored(stored, desk));
         }
-        for lane in 0..self.lanes.len() {
+        for lane in lanes {
             self.divert_refused(lane);
         }
         self.drained();
@@ -154,6 +177,9 @@ impl Producer {
         let mut was_refused = route.refused.take().is_some();
         if was_refused {
             route.trouble = None;
+            if route.state == State::Unknown {
+                self.asking.insert((route.since, index));
+            }
         }
         let is_asked = route.question.asked.is_some() || route.question.again_at.is_some();
         if route.state == State::Unknown && !is_asked {
@@ -177,13 +203,23 @@ impl Producer {
     }
 
     /// Why an event must be diverted instead of going into its lane, if so.
+    #[inline]
     pub(super) fn diversion(
         &self,
         route: usize,
         lane: usize,
         event: &Outgoing<'_>,
     ) -> Option<String> {
-        self.settings.diversion?;
+        // Nearly always nothing of its topic is diverted.
+        let may_be = !self.parked.0.is_empty()
+            || self.routes[route].unrouted.is_some()
+            || self.topics[self.lanes[lane].topic].refused.is_some();
+        (may_be && self.settings.diversion.is_some())
+            .then(|| self.why_diverted(route, lane, event))?
+    }
+
+    #[inline(never)]
+    fn why_diverted(&self, route: usize, lane: usize, event: &Outgoing<'_>) -> Option<String> {
         if self.routes[route].unrouted == Some(event.commit_lsn) {
             return Some(
                 "follows an event of its transaction that was stored before the topic was usable"
@@ -212,7 +248,13 @@ impl Producer {
         self.with_lane(lane, |lane, desk| lane.skip(event.commit_lsn, desk));
         let topic = self.lanes[lane].topic;
         self.divert(route, Held::new(event, key_hash, properties), reason);
+        self.note_diverted(topic);
+    }
+
+    /// The last event that was diverted was of this topic.
+    fn note_diverted(&mut self, topic: usize) {
         self.topics[topic].last_diverted = self.diverted_events;
+        self.diverting.insert(Timer::Topic(topic));
     }
 
     fn divert(&mut self, route: usize, event: Held, reason: String) {
@@ -245,7 +287,7 @@ impl Producer {
                 self.divert(route, event, why);
             }
         }
-        self.topics[topic].last_diverted = self.diverted_events;
+        self.note_diverted(topic);
     }
 
     /// Diverts a lane's oldest message if it is refused and no frame of the lane may be under way, and with it what comes behind it of its key.
@@ -269,7 +311,7 @@ impl Producer {
                 };
                 self.divert(route, event, why);
             }
-            self.topics[topic].last_diverted = self.diverted_events;
+            self.note_diverted(topic);
             self.lanes[lane].wait_for(self.diverted_events);
         }
     }
@@ -320,6 +362,7 @@ impl Producer {
             self.divert_without_lane(index, event, reason.clone());
         }
         self.routes[index].refused = Some(reason);
+        self.asking.remove(&(self.routes[index].since, index));
     }
 
     /// Diverts an event of a topic whose partitions nobody can say; false when it is not so.
@@ -345,5 +388,6 @@ impl Producer {
         self.routes[route].unrouted = Some(event.commit_lsn);
         self.divert(route, event, reason);
         self.routes[route].last_diverted = self.diverted_events;
+        self.diverting.insert(Timer::Route(route));
     }
 }

@@ -48,6 +48,8 @@ pub(in crate::pulsar) enum Effect {
     Close { connection: u64, producer_id: u64 },
     /// Ask for a sign of life; answered by [`Signal::Alive`].
     Ping { connection: u64 },
+    /// Let go of a connection: nothing is on it.
+    Release { connection: u64 },
     /// End a connection as if it had broken; a [`Signal::Disconnected`] follows.
     Disconnect { connection: u64, reason: String },
 }

@@ -46,6 +46,11 @@
 //! Each of them is doubt, and there is one way out of it: the lane takes a name that was never used (`…~1`, `…~2`, …), and
 //! writes everything without receipt anew. So doubt costs repetitions, never an event.
 //!
+//! A process that begins afterwards would open the old name, and know nothing of this. So the first of these signs, or a refusal that may become one, raises
+//! [`Doubts`](crate::pulsar::Doubts): whoever runs the publisher stores a mark, and the next process uses names that were never used
+//! (`scanner::name_mark`). A refusal with nothing written behind it raises nothing, unless the broker told an id as high: then nobody knows
+//! whether an earlier process had the same answer. Nor does a name that was used before: whoever used it has raised it.
+//!
 //! # Behind a frame that may be refused
 //!
 //! A broker refuses a frame larger than its topic's policy, or delayed further than that allows, and stores what stands behind it. Then that
@@ -55,8 +60,8 @@
 //! # What this does not cover
 //!
 //! A frame that was damaged on its way, or one that a policy refuses that was made stricter under way, may have frames behind it that are
-//! stored. Where the broker deduplicates, a process that is killed right then, before the refused events are stored under
-//! another name or as stragglers, finds their ids below the highest one when it comes back, and takes the broker's "stored
+//! stored. Where the broker deduplicates, a process that is killed right then, before it has read the refusal and stored the mark (milliseconds), finds their ids below
+//! the highest one when it comes back, and takes the broker's "stored
 //! before" for a receipt. So does a lane whose connection ends with the refusal unread in it. The broker keeps no more than the highest id, so nobody can tell. `walpost verify` finds such rows.
 
 use std::collections::VecDeque;
@@ -167,6 +172,15 @@ pub(super) struct Desk<'a> {
     pub now: Now,
 }
 
+/// Where a lane stands in the line for room on its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    None,
+    Waiting,
+    /// It is its turn.
+    First,
+}
+
 /// The batch being filled.
 #[derive(Debug)]
 struct Open {
@@ -174,6 +188,8 @@ struct Open {
     /// The gap for its header, and its messages.
     buffer: BytesMut,
     since: Instant,
+    /// With so many bytes of messages it is full.
+    max_bytes: usize,
 }
 
 /// See the module's documentation.
@@ -228,8 +244,10 @@ pub(super) struct Lane {
     valid_from: u64,
     /// The last two producers, the present one last.
     ids: Vec<u64>,
-    /// It is in the line for room on its connection.
-    waits_for_room: bool,
+    /// The present producer is among those whose receipts are watched for.
+    is_watched: bool,
+    /// Where it stands in the line for room on its connection.
+    place: Place,
     /// Messages without receipt.
     messages: usize,
     /// What their batches have allocated.
@@ -278,7 +296,8 @@ impl Lane {
             written_bytes: 0,
             valid_from: 0,
             ids: Vec::new(),
-            waits_for_room: false,
+            is_watched: false,
+            place: Place::None,
             messages: 0,
             memory: 0,
         };
@@ -346,28 +365,33 @@ impl Lane {
 
         let alone =
             message.deliver_at_ms.is_some() || self.told.is_some_and(|told| sequence_id <= told);
-        let batch_max_bytes = limits.batch_max_bytes.min(largest);
-        // Once a batch was accepted that is nearly full, none is larger: each of a few bytes more would have to be proven.
-        let proven = desk.accepted.bytes.saturating_sub(self.named.headroom);
-        let batch_max_bytes = if proven >= batch_max_bytes / 8 * 7 {
-            batch_max_bytes.min(proven)
-        } else {
-            batch_max_bytes
-        };
         if self.open.as_ref().is_some_and(|open| {
-            alone || open.batch.bytes + bytes > batch_max_bytes || open.batch.after != after
+            alone || open.batch.bytes + bytes > open.max_bytes || open.batch.after != after
         }) {
             self.seal(desk);
         }
         if self.open.is_none() {
-            self.begin_batch(sequence_id, bytes, message.deliver_at_ms, after, desk);
+            let max_bytes = self.full_at(limits.batch_max_bytes.min(largest), desk);
+            self.begin_batch(
+                sequence_id,
+                bytes,
+                message.deliver_at_ms,
+                after,
+                max_bytes,
+                desk,
+            );
         }
-        let Open { batch, buffer, .. } = self.open.as_mut().expect("a batch was just begun");
+        let Open {
+            batch,
+            buffer,
+            max_bytes,
+            ..
+        } = self.open.as_mut().expect("a batch was just begun");
         single.append(&desk.memory.metadata, buffer);
         batch.add(sequence_id, bytes, message.of(), message.mark);
         self.messages += 1;
         self.memory += batch.count_memory(buffer.capacity());
-        if alone || batch.messages >= limits.batch_max_messages || batch.bytes >= batch_max_bytes {
+        if alone || batch.messages >= limits.batch_max_messages || batch.bytes >= *max_bytes {
             self.seal(desk);
         }
         Appended::Queued
@@ -434,12 +458,24 @@ impl Lane {
         compressed.is_some_and(|compressed| compressed.len() <= largest)
     }
 
+    /// How many bytes of messages a batch may have that begins now. Once one was accepted that is nearly full, none is larger: each of a few
+    /// bytes more would have to be proven.
+    fn full_at(&self, most: usize, desk: &Desk<'_>) -> usize {
+        let proven = desk.accepted.bytes.saturating_sub(self.named.headroom);
+        if proven >= most / 8 * 7 {
+            most.min(proven)
+        } else {
+            most
+        }
+    }
+
     fn begin_batch(
         &mut self,
         sequence_id: u64,
         bytes: usize,
         deliver_at_ms: Option<i64>,
         after: u64,
+        max_bytes: usize,
         desk: &mut Desk<'_>,
     ) {
         let needed = self.named.headroom + bytes;
@@ -456,6 +492,7 @@ impl Lane {
             batch,
             buffer,
             since: desk.now.at,
+            max_bytes,
         });
     }
 
@@ -509,8 +546,11 @@ impl Lane {
             if self.written > 0 && !self.unproven.is_none_or(is_proven) {
                 return;
             }
-            if !desk.connections.has_room(connection) {
-                if !std::mem::replace(&mut self.waits_for_room, true) {
+            if !desk
+                .connections
+                .has_room(connection, self.place == Place::First)
+            {
+                if std::mem::replace(&mut self.place, Place::Waiting) != Place::Waiting {
                     desk.connections.wait(connection, producer_id);
                 }
                 return;
@@ -528,6 +568,10 @@ impl Lane {
                 producer_id,
                 frame,
             });
+            if !self.is_watched {
+                self.is_watched = true;
+                desk.connections.watch(producer_id);
+            }
             self.written += 1;
             self.written_bytes += batch.entry_bytes();
             self.highest_written = self.highest_written.max(Some(batch.last_sequence_id));
@@ -537,8 +581,11 @@ impl Lane {
 
     /// Its connection has room again.
     pub(super) fn room(&mut self, desk: &mut Desk<'_>) {
-        self.waits_for_room = false;
+        self.place = Place::First;
         self.transmit(desk);
+        if self.place == Place::First {
+            self.place = Place::None;
+        }
     }
 
     /// This many diverted events are safe: what waited for them may go.
@@ -585,6 +632,7 @@ impl Lane {
             since: now,
             closed: false,
         };
+        self.is_watched = false;
         self.ids.push(producer_id);
         (self.ids.len() > 2).then(|| self.ids.remove(0))
     }
@@ -669,10 +717,31 @@ impl Lane {
         Some((connection, producer_id))
     }
 
-    /// There is no producer any more; frames stay, and will be sent again.
-    pub(super) fn down(&mut self) {
-        self.state = State::Down;
+    /// There is no producer any more; frames stay, and will be sent again. Returns where it was.
+    pub(super) fn down(&mut self) -> Option<(u64, u64)> {
+        let was = std::mem::replace(&mut self.state, State::Down);
         self.unwrite();
+        match was {
+            State::Down => None,
+            State::Creating {
+                connection,
+                producer_id,
+                ..
+            }
+            | State::Up {
+                connection,
+                producer_id,
+            }
+            | State::Leaving {
+                connection,
+                producer_id,
+            } => Some((connection, producer_id)),
+        }
+    }
+
+    /// True while the broker is to answer for this producer.
+    pub(super) fn is_creating(&self, producer_id: u64) -> bool {
+        matches!(self.state, State::Creating { producer_id: its, .. } if its == producer_id)
     }
 
     /// The broker has closed a producer that it is still to answer for.
@@ -686,7 +755,7 @@ impl Lane {
     fn unwrite(&mut self) {
         self.written = 0;
         self.unproven = None;
-        self.waits_for_room = false;
+        self.place = Place::None;
     }
 
     /// True when it has something to send and no producer.
@@ -715,8 +784,19 @@ impl Lane {
 
     /// Its events were taken out and get other ids, under a name that was never used.
     pub(super) fn count_anew(&mut self) {
-        self.txn = (Lsn::ZERO, 0);
+        self.txn.1 = 0;
         self.tail = None;
+    }
+
+    /// Its next event is of this transaction, and earlier ones may have come by other lanes: the broker may know only earlier ids. True when it
+    /// has just told a later one.
+    pub(super) fn begin_with(&mut self, commit_lsn: Lsn) -> bool {
+        let lowest = self.next_sequence_id(commit_lsn);
+        if matches!(self.state, State::Up { .. }) {
+            return self.told_now.is_some_and(|told| told >= lowest);
+        }
+        self.doubtful = Some(self.doubtful.map_or(lowest, |known| known.min(lowest)));
+        false
     }
 
     /// True when it has the batch of this id.
@@ -725,17 +805,29 @@ impl Lane {
     }
 
     /// The frame that holds `sequence_id` was refused or passed over, and those behind it may have been stored. (Not so up to the id that this
-    /// opening was told: nothing up to that is ever stored now.)
-    pub(super) fn doubt_from(&mut self, sequence_id: u64) {
+    /// opening was told: nothing up to that is ever stored now.) True when there are such frames.
+    pub(super) fn doubt_from(&mut self, sequence_id: u64) -> bool {
         let mut batches = self.in_flight.iter();
         let held = batches.find(|batch| batch.holds(sequence_id));
         let (lowest, highest) = held.map_or((sequence_id, sequence_id), |batch| {
             (batch.first_sequence_id, batch.last_sequence_id)
         });
         if Some(highest) <= self.told_now {
-            return;
+            return false;
         }
         self.doubtful = Some(self.doubtful.map_or(lowest, |known| known.min(lowest)));
+        Some(highest) < self.highest_of_name
+    }
+
+    /// The event of this id is refused for good, and a broker that is asked under this name later may call it stored: a later id was written; or as
+    /// late a one was told, and nobody knows what an earlier process was answered.
+    pub(super) fn may_be_passed(&self, sequence_id: u64) -> bool {
+        let mut batches = self.in_flight.iter();
+        let held = batches.find(|batch| batch.holds(sequence_id));
+        held.is_some_and(|batch| {
+            Some(batch.last_sequence_id) < self.highest_of_name
+                || Some(batch.first_sequence_id) <= self.told
+        })
     }
 
     /// The batch that holds `sequence_id` was refused as it is. True when its messages will be sent one by one.
@@ -847,10 +939,57 @@ impl Lane {
     /// when it was last asked for, nor is what this lane has written since. (That later events wait to be written shows nothing:
     /// the log may have been put back, and have grown past what was pushed.)
     pub(super) fn is_beyond(&self, pushed: u64, log_end: Lsn) -> bool {
+        !self.dedicated
+            && Some(pushed) > self.highest_written
+            && self.lowest_commit_lsn(pushed) > log_end
+    }
+
+    /// The event of this id committed there, or up to some events later.
+    fn lowest_commit_lsn(&self, sequence_id: u64) -> Lsn {
         // An id's upper part exceeds its commit LSN by 8 for each 2^16 events of the transaction.
-        let in_epoch = ((pushed >> 16) << 3).saturating_sub(((MAX_ORDINALS - 1) >> 16) << 3);
-        let commit_lsn = (self.epoch << EPOCH_BITS) + in_epoch;
-        !self.dedicated && Some(pushed) > self.highest_written && commit_lsn > log_end.as_u64()
+        let in_epoch = ((sequence_id >> 16) << 3).saturating_sub(((MAX_ORDINALS - 1) >> 16) << 3);
+        Lsn::new((self.epoch << EPOCH_BITS) + in_epoch)
+    }
+
+    /// True when all that it has without receipt lies above `pushed`.
+    pub(super) fn is_above(&self, pushed: u64) -> bool {
+        let first = self.in_flight.front();
+        let first = first.or(self.open.as_ref().map(|open| &open.batch));
+        first.is_none_or(|batch| batch.first_sequence_id > pushed)
+    }
+
+    // --- forgetting: see `forgetting` ---
+
+    /// What is left in the place of a lane that is forgotten.
+    pub(super) fn empty(now: Instant) -> Self {
+        let identity = Identity {
+            topic: 0,
+            number: 0,
+            name: String::new(),
+            dedicated: false,
+            epoch: 0,
+            anew: false,
+        };
+        Self::new(identity, Codec::None, 0, now)
+    }
+
+    /// The last transaction of which it has counted an event.
+    pub(super) fn counted_to(&self) -> Lsn {
+        self.txn.0
+    }
+
+    /// The highest commit LSN that may have been written under its names since the end of the log was asked for.
+    pub(super) fn written_to(&self) -> Lsn {
+        if self.renamed > 0 {
+            return self.counted_to();
+        }
+        let written = self.highest_written.filter(|_| !self.dedicated);
+        written.map_or(Lsn::ZERO, |id| self.lowest_commit_lsn(id))
+    }
+
+    /// The producers by which it is known.
+    pub(super) fn producers(&self) -> &[u64] {
+        &self.ids
     }
 
     /// The end of the log is asked for again: it is beyond all that was written.
@@ -917,8 +1056,8 @@ impl Lane {
     /// count for nothing: what is stored before it is stored once more after it, so that the last arrivals of a key are in order.)
     fn receipt_of_later(&mut self, sequence_id: u64, stored_before: bool) -> Receipt {
         if matches!(self.state, State::Up { .. }) {
-            if let Some(front) = self.in_flight.front() {
-                self.doubt_from(front.first_sequence_id);
+            if let Some(front) = self.in_flight.front().map(|front| front.first_sequence_id) {
+                self.doubt_from(front);
             }
             return Receipt::OutOfOrder;
         }
@@ -961,6 +1100,11 @@ impl Lane {
         self.open.is_none() && self.in_flight.is_empty()
     }
 
+    /// True when it has a batch without receipt that was written.
+    pub(super) fn has_written(&self) -> bool {
+        self.in_flight.iter().any(|batch| batch.sent_at().is_some())
+    }
+
     /// Frees what it does not need while it has nothing to send.
     pub(super) fn trim(&mut self) {
         assert!(
@@ -977,6 +1121,12 @@ impl Lane {
         if oldest.is_some_and(|sent_at| heard.sent_at <= sent_at) {
             self.progress_at = self.progress_at.max(heard.at);
         }
+    }
+
+    /// False when nothing is under way: its receipts are not watched for until it writes again.
+    pub(super) fn keeps_watch(&mut self) -> bool {
+        self.is_watched = self.written > 0;
+        self.is_watched
     }
 
     /// Since when the oldest batch has waited without a sign that its receipt comes nearer; `None` when nothing was written.
@@ -1031,7 +1181,9 @@ impl std::fmt::Display for Doubt {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::UsedName => "the broker has published under this name before",
-            Self::PassedOver => "a batch was refused, and a later one is stored",
+            Self::PassedOver => {
+                "a batch was refused, or sent by another lane, and a later one is stored"
+            }
             Self::InsideBatch => "the broker knows a part of a batch",
             Self::Receipt => "the broker says that it had stored a batch before it was sent",
         })

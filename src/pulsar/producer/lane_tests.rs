@@ -54,3 +54,43 @@ fn events_that_wait_do_not_hide_that_the_log_was_put_back() {
     lane.txn = (Lsn::new(0x2000), 1);
     assert!(lane.is_beyond(pushed, Lsn::new(0x100)));
 }
+
+/// A lane with an event of this id, which was written, and of which nothing is known.
+fn with_batch(sequence_id: u64) -> Lane {
+    let mut lane = lane();
+    lane.in_flight.push_back(Batch::new(sequence_id, None, 1));
+    lane.highest_of_name = Some(sequence_id);
+    lane
+}
+
+#[test]
+fn a_refused_event_may_be_passed_once_a_later_one_was_written_or_told() {
+    let mut lane = with_batch(7);
+    assert!(!lane.may_be_passed(7), "nothing is behind it");
+    lane.told = Some(6);
+    assert!(!lane.may_be_passed(7), "what was told is in front of it");
+    lane.told = Some(7);
+    assert!(
+        lane.may_be_passed(7),
+        "an earlier process may have had the same answer"
+    );
+    lane.told = None;
+    lane.highest_of_name = Some(8);
+    assert!(lane.may_be_passed(7));
+    assert!(!lane.may_be_passed(5), "it is not here any more");
+    // Under a name that was never used nothing was written yet.
+    lane.rename();
+    assert!(!lane.may_be_passed(7));
+}
+
+#[test]
+fn an_event_without_an_answer_leaves_doubt_for_others_only_with_one_behind_it_that_is_not_known_as_pushed()
+ {
+    let mut lane = with_batch(7);
+    assert!(!lane.doubt_from(7), "nothing is behind it");
+    lane.highest_of_name = Some(8);
+    assert!(lane.doubt_from(7));
+    // What was pushed before this opening is never stored now.
+    lane.told_now = Some(7);
+    assert!(!lane.doubt_from(7));
+}

@@ -12,11 +12,13 @@
 //! | `outgoing`, `batch`, `memory` | an event; messages of one lane from the first to the receipt; the buffers that batches take turns with |
 //! | `lane` | one broker producer: names, sequence ids, open batch, batches without receipt |
 //! | `topic`, `opening` | a topic of the broker, and how its producers are opened |
+//! | `few` | a topic that allows fewer producers than there are lanes |
 //! | `route`, `shape` | a topic as the router names it, and its partitions: how many there are, and what happens when that changes |
 //! | `signals` | what brokers say, applied to the lanes |
 //! | `diversion`, `trouble` | what cannot be published: taken out, in order; when a topic is given up |
 //! | `flushing` | when a batch is sent |
-//! | `connections` | bytes without receipt on each connection |
+//! | `connections` | bytes without receipt on each connection, and the producers there |
+//! | `forgetting`, `slab` | what is idle is closed and forgotten; numbers that may be given again |
 //!
 //! # Bound
 //!
@@ -24,6 +26,21 @@
 //! either limit; the connector then stops reading its socket, TCP stops the walsender, and Postgres waits. A broker that is
 //! away is nothing but this. The events of a topic that the broker refuses are handed back to be stored elsewhere (see
 //! `diversion`), so that others go on; where there is nobody to store them they wait, and others go on while there is room.
+//!
+//! # What it costs
+//!
+//! All costs are of what has something to do; nothing walks all lanes, topics or routes, except the first end of the log and the next epoch.
+//!
+//! | step | costs a step for each |
+//! |---|---|
+//! | event, receipt | lane that it is for |
+//! | any signal | route with events that may be released now; route that changes its partitions |
+//! | end of a connection | lane that has a producer there |
+//! | tick | lane that has written since the last one or has frames without receipt; creation without answer whose time is over; topic or route in trouble of its own; route whose partitions are to be counted; topic whose turn it is to be looked at for what is idle, once in `WALPOST_PRODUCER_IDLE`; connection |
+//! | diverted events are stored | lane of a topic of which events were diverted that were not stored |
+//! | trouble is told | topic or route in trouble of its own |
+//!
+//! A topic that waits for its broker costs its own attempts, and nothing else.
 //!
 //! # Order
 //!
@@ -33,7 +50,7 @@
 //!
 //! # Producer names
 //!
-//! `<WALPOST_PRODUCER_NAME>-<system id>-<timeline>-<lane>.<routing>`. A sequence id means something only among events that
+//! `<WALPOST_PRODUCER_NAME>-<system id>-<timeline>[g<generation>]-<lane>.<routing>`. A sequence id means something only among events that
 //! were numbered in the same way. Another cluster or timeline may hand out the same LSNs again; another number of lanes or
 //! partitions, other tables, columns or templates send events to other lanes, where they would be measured by ids they
 //! have nothing to do with, taken for old, and lost. So all of that is in the name: the last part is a checksum of the
@@ -43,6 +60,10 @@
 //! lane gets its receipts; then the topics' producers change. (A topic that takes nothing holds up that change, and with it all
 //! topics, until its events are diverted; where nobody stores them, until it takes them.)
 //!
+//! The generation is left out while it is 0. A process that may not believe the broker's "stored before" any more raises it for the next one: see `lane` ("Doubt") and
+//! `scanner::name_mark`. Scans, stragglers, unmarked rows and replays put something of their own between it and the lane (`-scan-…`, `-straggler-…`, `-again-…`, `-replay-…`).
+//! A scan that goes on has the names that it had, so a refusal in it raises the generation too; the names of the others are of one process only.
+//!
 //! What a name cannot tell is a database that was put back to an older state on the same timeline (a disk snapshot). Its log
 //! then ends below what was published already; the producers know by their highest id, and nothing is sent
 //! ([`Producer::set_log_end`]). A database that is put back across the end of an epoch is noticed only by producers of the earlier epoch.
@@ -51,7 +72,9 @@ mod batch;
 mod connections;
 mod diversion;
 mod effects;
+mod few;
 mod flushing;
+mod forgetting;
 mod lane;
 mod memory;
 mod opening;
@@ -59,30 +82,32 @@ mod outgoing;
 mod route;
 mod shape;
 mod signals;
+mod slab;
 mod topic;
 mod trouble;
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tracing::{debug, info};
+use tracing::{info, warn};
 
 use connections::Connections;
 pub use diversion::{Diversion, Diverted, Parked};
 pub(super) use effects::{Created, Effect, Link, Signal};
 pub use flushing::Flush;
-use lane::{Appended, Desk, Heard, Identity, Lane, Limits, MAX_ORDINALS, State, epoch};
+use lane::{Appended, Desk, Identity, Lane, Limits, MAX_ORDINALS, State, epoch};
 use memory::Memory;
 pub use outgoing::{Outgoing, RowTag};
 pub use route::Held;
 use route::Route;
+use slab::Slab;
 use topic::Topic;
-use trouble::Trouble;
 
 use super::compression::Codec;
+use super::doubts::Doubts;
 use super::partition::HashingScheme;
 use super::rows::RowQueue;
 use super::verdict;
@@ -123,6 +148,8 @@ pub(super) struct Settings {
     pub send_timeout: Duration,
     /// Where the rows of acknowledged events (`Outgoing::mark`) go, if anywhere; a full queue stops the intake.
     pub rows: Option<RowQueue>,
+    /// Raised when no other process may use these names any more (see `lane`).
+    pub doubts: Doubts,
     /// Told of receipts and of lost connections.
     pub meter: Arc<Meter>,
     /// First and longest pause between attempts to reach a broker.
@@ -174,14 +201,14 @@ pub(super) struct Producer {
     serial: u64,
     effects: Vec<Effect>,
     timers: BinaryHeap<Reverse<(Instant, Timer)>>,
-    routes: Vec<Route>,
+    routes: Slab<Route>,
     route_index: HashMap<String, usize>,
     /// Most events go where the last one went: spares hashing the name.
     last_route: usize,
-    topics: Vec<Topic>,
+    topics: Slab<Topic>,
     /// By route and name: a partition that is somebody's topic by itself too has producers of other names there.
     topic_index: HashMap<(usize, String), usize>,
-    lanes: Vec<Lane>,
+    lanes: Slab<Lane>,
     /// Which lane a producer is of.
     producers: HashMap<u64, usize>,
     /// Of the next producer.
@@ -200,8 +227,26 @@ pub(super) struct Producer {
     epoch: u64,
     in_flight_messages: usize,
     in_flight_bytes: usize,
-    /// Some route's partitions have changed in number, and it still waits for receipts.
-    changing_routes: bool,
+    /// Routes that are not known, and not given up, by when their first event came.
+    asking: BTreeSet<(Instant, usize)>,
+    /// Routes whose partitions have changed in number, and which still wait for receipts.
+    changing: BTreeSet<usize>,
+    /// Routes with partitions, by when these are counted again.
+    refreshing: BTreeSet<(Instant, usize)>,
+    /// Known routes with events that are held.
+    releasable: BTreeSet<usize>,
+    /// Topics and routes with trouble of their own, and some whose trouble is over.
+    troubled: BTreeSet<Timer>,
+    /// Topics and routes of which something was diverted that is not stored yet, and some of which it is.
+    diverting: BTreeSet<Timer>,
+    /// Creations, oldest first; what is answered stays until its turn comes.
+    creations: VecDeque<(Instant, u64)>,
+    /// Topics by when they are looked at for what is idle: see `forgetting`.
+    idle_checks: BTreeSet<(Instant, usize)>,
+    /// The highest commit LSN of events in lanes that had written when [`Producer::tick`] looked.
+    written_to: Lsn,
+    /// The highest commit LSN that was written, since the end of the log was asked for, under a name that is forgotten.
+    forgotten_to: Lsn,
     /// How many of `in_flight_messages` are not in a lane yet.
     held_messages: usize,
     /// See [`Producer::set_log_end`].
@@ -239,12 +284,12 @@ impl Producer {
             serial: 1,
             effects: Vec::new(),
             timers: BinaryHeap::new(),
-            routes: Vec::new(),
+            routes: Slab::new(),
             route_index: HashMap::new(),
             last_route: 0,
-            topics: Vec::new(),
+            topics: Slab::new(),
             topic_index: HashMap::new(),
-            lanes: Vec::new(),
+            lanes: Slab::new(),
             producers: HashMap::new(),
             next_id: 1,
             last_shard: 0,
@@ -255,7 +300,16 @@ impl Producer {
             epoch: 0,
             in_flight_messages: 0,
             in_flight_bytes: 0,
-            changing_routes: false,
+            asking: BTreeSet::new(),
+            changing: BTreeSet::new(),
+            refreshing: BTreeSet::new(),
+            releasable: BTreeSet::new(),
+            troubled: BTreeSet::new(),
+            diverting: BTreeSet::new(),
+            creations: VecDeque::new(),
+            idle_checks: BTreeSet::new(),
+            written_to: Lsn::ZERO,
+            forgotten_to: Lsn::ZERO,
             held_messages: 0,
             log_end: Lsn::new(u64::MAX),
             acked: Vec::new(),
@@ -295,7 +349,8 @@ impl Producer {
     /// lie behind that, or the database was put back to an older state (see the module's documentation).
     pub(super) fn set_log_end(&mut self, log_end: Lsn) {
         self.log_end = log_end;
-        for lane in &mut self.lanes {
+        self.forgotten_to = Lsn::ZERO;
+        for lane in self.lanes.iter_mut() {
             lane.forget_written();
         }
     }
@@ -397,6 +452,10 @@ impl Producer {
             partitions => self.settings.hashing.partition(event.key, partitions),
         };
         let topic_id = self.routes[route].topics[partition as usize];
+        if self.topics[topic_id].few.is_in_use() && !self.stays_with_few(topic_id, event.commit_lsn)
+        {
+            return Ok(Placed::NotNow);
+        }
         let number = u32::try_from(key_hash % u64::from(self.settings.lanes)).expect("below a u32");
         let mut lane_id = self.lane_of(topic_id, number);
         if self.lanes[lane_id].next_ordinal(event.commit_lsn) == MAX_ORDINALS {
@@ -455,11 +514,11 @@ impl Producer {
             self.with_lane(lane_id, |lane, desk| {
                 lane.append_refused(event, properties, &reason, desk);
             });
+            self.divert_refused(lane_id);
         }
         if self.lanes[lane_id].open_since().is_some() && !was_filling {
             self.filling.push_back(lane_id);
         }
-        self.divert_refused(lane_id);
         Ok(())
     }
 
@@ -494,6 +553,7 @@ impl Producer {
     }
 
     /// Looks at the clock, about once a second: send deadlines, topics in trouble, partitions to be counted again, producers without work.
+    /// What it costs: see the module's documentation.
     pub(super) fn tick(&mut self, now: Now) {
         self.now = now;
         self.check_deadlines();
@@ -501,6 +561,7 @@ impl Producer {
         self.give_up_the_hopeless();
         self.refresh_partitions();
         self.close_idle();
+        self.forget_troubles();
         self.memory.trim();
     }
 
@@ -536,51 +597,77 @@ impl Producer {
         self.release()
     }
 
-    /// Ends connections on which a batch has waited too long for its receipt; their lanes resend elsewhere. A broker that is
+    /// Looks for batches that have waited too long for their receipts. A broker that is
     /// slow (a publish rate limit) may leave batches without receipt for longer than that: while its receipts come, for the
     /// lane or for what was written to the connection before, nothing is wrong. Receipts for what was written after do not count:
     /// that one topic gets none is noticed while others do.
+    ///
+    /// A broker that has answered something that was written later has read the batch: then it is the topic's trouble. Its lane leaves its
+    /// producer, and resends when the broker has closed that, which it does when the writes under way have ended. Otherwise, or where no other
+    /// topic uses the connection, that ends.
     fn check_deadlines(&mut self) {
         let now = self.now.at;
-        let mut last: HashMap<u64, Heard> = HashMap::new();
-        for lane in &self.lanes {
-            if let (State::Up { connection, .. }, Some(heard)) = (lane.state(), lane.heard) {
-                let last = last.entry(connection).or_insert(heard);
-                if last.at < heard.at {
-                    *last = heard;
-                }
-            }
-        }
         let mut ended = Vec::new();
-        let mut late: Vec<(usize, bool)> = Vec::new();
-        for lane in &mut self.lanes {
-            let State::Up { connection, .. } = lane.state() else {
+        let mut stuck = Vec::new();
+        let mut silent: Vec<(usize, bool, Instant)> = Vec::new();
+        for (connection, producer_id, id) in self.watched_lanes() {
+            let lane = &mut self.lanes[id];
+            if !lane.keeps_watch() {
                 continue;
-            };
-            if let Some(&heard) = last.get(&connection) {
+            }
+            self.connections.watch(producer_id);
+            let heard = self.connections.heard(connection);
+            if let Some(heard) = heard {
                 lane.note_progress(heard);
             }
-            let waiting_since = lane.waiting_since();
-            if waiting_since.is_some_and(|since| now - since > self.settings.send_timeout) {
+            let Some(since) = lane.waiting_since() else {
+                continue;
+            };
+            if now - since > self.settings.send_timeout {
                 let topic = &self.topics[lane.topic].name;
                 let reason = format!(
                     "no receipt on {topic} within {:?}",
                     self.settings.send_timeout
                 );
-                ended.push((connection, reason));
                 // Others got receipts for what was written later.
-                let heard = last.get(&connection);
-                let others_work =
-                    heard.is_some_and(|heard| waiting_since.is_some_and(|since| heard.at > since));
-                late.push((lane.topic, others_work));
+                let others_work = heard.is_some_and(|heard| heard.at > since);
+                silent.push((lane.topic, others_work, since));
+                if others_work || self.connections.read_until(connection) > Some(since) {
+                    stuck.push((id, connection, reason));
+                } else {
+                    ended.push((connection, reason));
+                }
             }
         }
-        for (topic_id, others_work) in late {
+        for (topic_id, others_work, since) in silent {
+            let error = verdict::no_answer(&self.topics[topic_id].name);
+            self.note_trouble(topic_id, &error);
             let topic = &mut self.topics[topic_id];
-            let error = verdict::no_answer(&topic.name);
-            topic.trouble = Trouble::add(topic.trouble.take(), &error, now);
+            let trouble = topic.trouble.take();
+            topic.trouble = trouble.map(|trouble| trouble.unheard(since));
             if others_work && topic.shard == 0 {
                 self.move_to_own_connection(topic_id);
+            }
+        }
+        for (lane_id, connection, reason) in stuck {
+            let topic_id = self.lanes[lane_id].topic;
+            let mut there = self.connections.producers(connection);
+            let is_others = |producer_id: u64| {
+                let lane = self.producers.get(&producer_id);
+                lane.is_some_and(|&lane| {
+                    let lane = &self.lanes[lane];
+                    lane.topic != topic_id && matches!(lane.state(), State::Up { .. })
+                })
+            };
+            let is_shared = there.any(is_others);
+            drop(there);
+            if is_shared {
+                warn!("{reason}, sending again");
+                self.leave(lane_id);
+                self.reopen_topic(topic_id);
+            } else {
+                // It may help, and harms nobody.
+                ended.push((connection, reason));
             }
         }
         for (connection, reason) in ended {
@@ -589,23 +676,34 @@ impl Producer {
         self.part_from_throttled();
     }
 
+    /// The connections, producers and lanes of those that have written since they were last looked at, or had frames without receipt then.
+    /// Notes the receipts that came, and the transactions.
+    fn watched_lanes(&mut self) -> Vec<(u64, u64, usize)> {
+        let mut lanes = Vec::new();
+        for id in self.connections.take_watched() {
+            let Some(&lane_id) = self.producers.get(&id) else {
+                continue;
+            };
+            let lane = &self.lanes[lane_id];
+            self.written_to = self.written_to.max(lane.counted_to());
+            if let State::Up {
+                connection,
+                producer_id,
+            } = lane.state()
+                && producer_id == id
+            {
+                if let Some(heard) = lane.heard {
+                    self.connections.note_heard(connection, heard);
+                }
+                lanes.push((connection, producer_id, lane_id));
+            }
+        }
+        lanes
+    }
+
     fn disconnect(&mut self, connection: u64, reason: String) {
         let effect = Effect::Disconnect { connection, reason };
         self.effects.push(effect);
-    }
-
-    fn close_idle(&mut self) {
-        let now = self.now.at;
-        for lane in 0..self.lanes.len() {
-            let it = &self.lanes[lane];
-            if matches!(it.state(), State::Up { .. })
-                && it.is_empty()
-                && now - it.idle_since > self.settings.producer_idle
-            {
-                debug!(producer = it.named.name, "closed a producer without work");
-                self.close_lane(lane);
-            }
-        }
     }
 
     /// Closes the producer of a lane that has nothing to send, and frees its memory. Its next message opens another (when the broker has closed
@@ -617,11 +715,10 @@ impl Producer {
 
     /// The lane that takes the events of lane number `number`.
     fn lane_of(&mut self, topic: usize, number: u32) -> usize {
-        let few = &self.topics[topic].few;
-        if !few.is_empty() {
-            return few[number as usize % few.len()];
+        match self.topics[topic].few.lane(number) {
+            Some(lane) => lane,
+            None => self.lane(topic, number),
         }
-        self.lane(topic, number)
     }
 
     fn lane(&mut self, topic: usize, number: u32) -> usize {
@@ -640,14 +737,13 @@ impl Producer {
     }
 
     fn new_lane(&mut self, topic: usize, number: u32, name: String, dedicated: bool) -> usize {
-        let id = self.lanes.len();
         let identity = Identity {
             topic,
             number,
             name,
             dedicated,
             epoch: self.epoch,
-            anew: self.topics[topic].anew,
+            anew: self.topics[topic].anew || dedicated && self.topics[topic].few.is_in_use(),
         };
         let lane = Lane::new(
             identity,
@@ -655,8 +751,8 @@ impl Producer {
             self.stored_events,
             self.now.at,
         );
-        self.lanes.push(lane);
-        id
+        self.routes[self.topics[topic].route].lanes += 1;
+        self.lanes.insert(|_, _| lane)
     }
 
     /// The lane for what a huge transaction has beyond [`MAX_ORDINALS`] events on `lane`.
@@ -690,5 +786,7 @@ impl Producer {
     }
 }
 
+#[cfg(test)]
+mod forgetting_tests;
 #[cfg(test)]
 mod tests;

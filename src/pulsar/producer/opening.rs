@@ -19,8 +19,10 @@ use tracing::{info, warn};
 
 use super::effects::{Created, Effect, Link};
 use super::lane::{Accepted, Doubt, Lane, State};
+use super::route::State as RouteState;
 use super::topic::Opening;
-use super::{Producer, Timer};
+use super::trouble::GivenUp;
+use super::{Lsn, Producer, Timer};
 use crate::pulsar::verdict;
 use crate::{Error, Result};
 
@@ -39,7 +41,7 @@ impl Producer {
             return;
         }
         let needed = |lane: usize| self.lanes[lane].needs_producer();
-        if !topic.all_lanes().any(needed) {
+        if !topic.all_lanes().any(needed) || self.is_making_room(topic_id) {
             return;
         }
         let topic = &mut self.topics[topic_id];
@@ -65,8 +67,8 @@ impl Producer {
         let gives_up_at = self.gives_up_at(topic_id);
         let topic = &mut self.topics[topic_id];
         let mut delay = topic.backoff.next_delay();
-        if let Some(at) = gives_up_at {
-            delay = delay.min(at.saturating_duration_since(now));
+        if let Some(given_up) = gives_up_at {
+            delay = delay.min(given_up.at.saturating_duration_since(now));
         }
         topic.opening = Opening::Pausing { until: now + delay };
         if let Some(failure) = topic.failure.take() {
@@ -86,7 +88,7 @@ impl Producer {
         }
         if self
             .gives_up_at(topic_id)
-            .is_some_and(|at| at <= self.now.at)
+            .is_some_and(|given_up| given_up.at <= self.now.at)
         {
             self.topic_refused(topic_id);
         } else {
@@ -96,7 +98,7 @@ impl Producer {
     }
 
     /// When the topic's events are diverted, if its trouble goes on.
-    fn gives_up_at(&self, topic_id: usize) -> Option<Instant> {
+    fn gives_up_at(&self, topic_id: usize) -> Option<GivenUp> {
         let topic = &self.topics[topic_id];
         let trouble = topic.trouble.as_ref()?;
         let others = self.working.iter().flatten();
@@ -114,22 +116,36 @@ impl Producer {
         if self.settings.diversion.is_none() {
             return;
         }
-        for topic in 0..self.topics.len() {
+        let room_is_short = self.is_much(self.in_flight());
+        for topic in self.topics_in_trouble() {
             let Opening::Pausing { .. } = self.topics[topic].opening else {
                 continue;
             };
-            let Some(at) = self.gives_up_at(topic) else {
+            let Some(given_up) = self.gives_up_at(topic) else {
                 continue;
             };
-            let lanes = self.topics[topic]
-                .all_lanes()
-                .map(|lane| self.lanes[lane].size());
-            let size = lanes.fold((0, 0), |sum, size| (sum.0 + size.0, sum.1 + size.1));
-            if at <= self.now.at || self.is_much(size) {
+            let takes_much =
+                room_is_short && given_up.is_clear && self.is_much(self.size_of(topic));
+            if given_up.at <= self.now.at || takes_much {
                 self.topic_refused(topic);
             }
         }
         self.give_up_routes();
+    }
+
+    /// What the topic's lanes have without receipt; and what its route holds while its partitions change, since that waits for each of them.
+    fn size_of(&self, topic_id: usize) -> (usize, usize) {
+        let lanes = self.topics[topic_id].all_lanes();
+        let size = lanes.fold((0, 0), |sum, lane| {
+            let size = self.lanes[lane].size();
+            (sum.0 + size.0, sum.1 + size.1)
+        });
+        let route = &self.routes[self.topics[topic_id].route];
+        if !matches!(route.state, RouteState::Changing { .. }) {
+            return size;
+        }
+        let bytes: usize = route.held.iter().map(|held| held.bytes).sum();
+        (size.0 + route.held.len(), size.1 + bytes)
     }
 
     /// More than a quarter of either limit; or anything at all that everything waits for.
@@ -141,8 +157,8 @@ impl Producer {
 
     /// An attempt failed.
     fn failed(&mut self, topic_id: usize, error: &Error) {
+        self.note_failure(topic_id, error);
         let topic = &mut self.topics[topic_id];
-        topic.note(error, self.now.at);
         topic.stale_since = self.serial;
         topic.is_paced = true;
         self.pause(topic_id);
@@ -164,6 +180,10 @@ impl Producer {
 
     /// The topic's broker was found, or was not.
     pub(super) fn found(&mut self, topic_id: usize, attempt: u64, answer: Result<Link>) {
+        if let Ok(link) = answer {
+            // In any case: one that nobody uses is let go of after a while.
+            self.connections.add(link, self.now.at);
+        }
         let topic = &self.topics[topic_id];
         if topic.attempt != attempt || topic.opening != Opening::Finding {
             return;
@@ -172,7 +192,7 @@ impl Producer {
             Ok(link) => link,
             Err(error) => return self.failed(topic_id, &error),
         };
-        self.connections.add(link, self.now.at);
+        self.connections.expect(link.connection, topic_id);
         self.count(topic_id, link.connection);
     }
 
@@ -221,7 +241,12 @@ impl Producer {
             .filter(|&lane| self.lanes[lane].needs_producer())
             .collect();
         if wanted.is_empty() {
-            self.topics[topic_id].opening = Opening::Idle;
+            let topic = &mut self.topics[topic_id];
+            topic.opening = Opening::Idle;
+            if topic.refused.is_none() {
+                // What was said of it was of what it has no more.
+                (topic.trouble, topic.failure) = (None, None);
+            }
             return;
         }
         let is_up = |lane: usize| matches!(self.lanes[lane].state(), State::Up { .. });
@@ -238,7 +263,7 @@ impl Producer {
         }
     }
 
-    fn create(&mut self, lane_id: usize, connection: u64) {
+    pub(super) fn create(&mut self, lane_id: usize, connection: u64) {
         let producer_id = self.next_id;
         self.next_id += 1;
         let lane = &mut self.lanes[lane_id];
@@ -246,6 +271,8 @@ impl Producer {
             self.producers.remove(&earlier);
         }
         self.producers.insert(producer_id, lane_id);
+        self.connections.add_producer(connection, producer_id);
+        self.creations.push_back((self.now.at, producer_id));
         self.effects.push(Effect::Create {
             connection,
             topic: self.topics[lane.topic].name.clone(),
@@ -262,9 +289,7 @@ impl Producer {
         answer: Result<Created>,
     ) -> Result<()> {
         let lane_id = self.producers.get(&producer_id).copied();
-        let waits = lane_id.filter(|&lane| {
-            matches!(self.lanes[lane].state(), State::Creating { producer_id: its, .. } if its == producer_id)
-        });
+        let waits = lane_id.filter(|&lane| self.lanes[lane].is_creating(producer_id));
         let Some(lane_id) = waits else {
             // Too late: it was given up, or its connection has ended.
             if answer.is_ok() && self.connections.is_known(connection) {
@@ -281,13 +306,14 @@ impl Producer {
         let topic_id = self.lanes[lane_id].topic;
         let created = match answer {
             Ok(_) if closed => {
-                self.lanes[lane_id].down();
-                self.answered_for(topic_id, None);
+                self.lane_down(lane_id);
+                let error = verdict::is_closed(&self.topics[topic_id].name);
+                self.answered_for(topic_id, Some(&error));
                 return Ok(());
             }
             Ok(created) => created,
             Err(error) => {
-                self.lanes[lane_id].down();
+                self.lane_down(lane_id);
                 let next_broker = verdict::next_broker(&error).cloned();
                 if next_broker.is_some() {
                     self.topics[topic_id].next_broker = next_broker;
@@ -298,7 +324,7 @@ impl Producer {
         };
         let lane = &self.lanes[lane_id];
         if let Some(pushed) = created.last_sequence_id
-            && lane.is_beyond(pushed, self.log_end)
+            && lane.is_beyond(pushed, self.known_log_end(lane, pushed))
         {
             return Err(went_back(&self.topics[topic_id].name, &lane.named.name));
         }
@@ -336,9 +362,12 @@ impl Producer {
 
     /// One creation of the topic's attempt is over.
     pub(super) fn answered_for(&mut self, topic_id: usize, error: Option<&Error>) {
+        if self.topics[topic_id].few.is_trying {
+            return self.tried_one_more(topic_id, error);
+        }
         if let Some(error) = error {
+            self.note_failure(topic_id, error);
             let topic = &mut self.topics[topic_id];
-            topic.note(error, self.now.at);
             topic.stale_since = self.serial;
             if let Opening::Creating {
                 failed, limited, ..
@@ -387,13 +416,16 @@ impl Producer {
 
     /// Creations that are not answered are closed, and tried again.
     pub(super) fn give_up_creations(&mut self) {
-        for lane in 0..self.lanes.len() {
-            let State::Creating { since, .. } = self.lanes[lane].state() else {
+        while let Some(&(since, producer_id)) = self.creations.front() {
+            let lane = self.producers.get(&producer_id).copied();
+            let lane = lane.filter(|&lane| self.lanes[lane].is_creating(producer_id));
+            if lane.is_some() && self.now.at - since < CREATION_TIMEOUT {
+                break;
+            }
+            self.creations.pop_front();
+            let Some(lane) = lane else {
                 continue;
             };
-            if self.now.at - since < CREATION_TIMEOUT {
-                continue;
-            }
             self.close_producer_of(lane);
             let topic = &self.topics[self.lanes[lane].topic].name;
             let error = verdict::no_answer(topic);
@@ -420,6 +452,24 @@ impl Producer {
         }
     }
 
+    /// A lane has no producer any more.
+    pub(super) fn lane_down(&mut self, lane: usize) {
+        if let Some((connection, producer_id)) = self.lanes[lane].down() {
+            self.connections
+                .remove_producer(connection, producer_id, self.now.at);
+        }
+    }
+
+    /// The end of the log, for a lane that was told this id: at least what was written under names that are forgotten, if
+    /// nothing that the lane has could be taken for old (see `forgetting`).
+    fn known_log_end(&self, lane: &Lane, pushed: u64) -> Lsn {
+        if lane.is_above(pushed) {
+            self.log_end.max(self.forgotten_to)
+        } else {
+            self.log_end
+        }
+    }
+
     /// What was written to a producer that the lane has left leaves its room on the connection to others.
     pub(super) fn write_off(&mut self, lane: usize, connection: u64) {
         let bytes = self.lanes[lane].take_written_bytes();
@@ -436,7 +486,7 @@ impl Producer {
         };
         if matches!(self.lanes[lane].state(), State::Leaving { producer_id: its, .. } if its == producer_id)
         {
-            self.lanes[lane].down();
+            self.lane_down(lane);
             self.divert_refused(lane);
             self.drained();
             self.open_topic(self.lanes[lane].topic);
@@ -445,6 +495,10 @@ impl Producer {
 
     /// Nothing is known of what a lane has without receipt: it takes another name. See `lane`.
     pub(super) fn doubt(&mut self, lane_id: usize, doubt: Doubt) {
+        // (Another process had reason to use that name, and has raised it for that.)
+        if doubt != Doubt::UsedName {
+            self.settings.doubts.raise();
+        }
         self.leave(lane_id);
         self.with_lane(lane_id, |lane, _| lane.rename());
         let lane = &self.lanes[lane_id];
@@ -455,49 +509,12 @@ impl Producer {
         );
     }
 
-    // --- as many producers as there may be ---
-
-    /// The broker allows no more producers on a topic. Those that it has take the events of all its lanes, under names that were never used,
-    /// because other processes take those lanes for others. What has no receipt is sent again in the order of the log: it may come twice. Returns false
-    /// when nothing is gained by that.
-    fn make_do_with_few(&mut self, topic_id: usize) -> bool {
-        let topic = &self.topics[topic_id];
-        let is_up = |&lane: &usize| matches!(self.lanes[lane].state(), State::Up { .. });
-        let up: Vec<usize> = topic
-            .lanes
-            .iter()
-            .flatten()
-            .copied()
-            .filter(is_up)
-            .collect();
-        if up.is_empty() || up == topic.few {
-            // A huge transaction's own lane may have the place of one that has nothing to send.
-            for lane in up {
-                if self.lanes[lane].is_empty() {
-                    self.close_lane(lane);
-                }
-            }
-            return false;
-        }
-        warn!(
-            topic = topic.name,
-            producers = up.len(),
-            "the broker allows no more producers on the topic: going on with these, and some events may come twice"
-        );
-        for &lane in &up {
-            self.leave(lane);
-            self.with_lane(lane, |lane, _| lane.rename());
-        }
-        self.hold_again(&[topic_id]);
-        for &lane in &up {
-            self.lanes[lane].count_anew();
-        }
-        self.topics[topic_id].anew = true;
-        self.topics[topic_id].few = up;
-        true
-    }
-
     // --- a connection for a throttled topic ---
+
+    /// Whether the connections write nothing of what is handed to them, as of now.
+    pub(in crate::pulsar) fn hold_connections(&mut self, are_held: bool, now: Instant) {
+        self.connections.hold(are_held, now);
+    }
 
     /// A broker that throttles a topic reads nothing more from the connection. Which topic that is cannot be told; so all topics that wait for receipts on a
     /// silent connection get connections of their own, and the silent one ends. From then on a throttled topic holds up none but itself.
@@ -507,10 +524,16 @@ impl Producer {
         }
         for connection in self.connections.stalled(self.now.at, STALL) {
             let mut topics: BTreeSet<usize> = BTreeSet::new();
-            for lane in &self.lanes {
-                let is_there =
-                    matches!(lane.state(), State::Up { connection: its, .. } if its == connection);
-                if is_there && !lane.is_empty() {
+            for producer_id in self.connections.producers(connection) {
+                let Some(&lane) = self.producers.get(&producer_id) else {
+                    continue;
+                };
+                let lane = &self.lanes[lane];
+                let up = State::Up {
+                    connection,
+                    producer_id,
+                };
+                if lane.state() == up && !lane.is_empty() {
                     topics.insert(lane.topic);
                 }
             }

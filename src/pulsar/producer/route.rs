@@ -29,6 +29,10 @@ pub(super) struct Route {
     pub topics: Vec<usize>,
     /// Zero for a topic without.
     pub partitions: u32,
+    /// All that it has had.
+    pub every_topic: Vec<usize>,
+    /// How many lanes these have.
+    pub lanes: usize,
     pub held: VecDeque<Held>,
     pub question: Question,
     /// Paces questions that are not answered.
@@ -44,7 +48,7 @@ pub(super) struct Route {
     /// When the partitions are counted again.
     pub refresh_at: Instant,
     /// When its first event came.
-    since: Instant,
+    pub since: Instant,
     /// Its place in the meter.
     pub metered: TopicId,
 }
@@ -85,6 +89,8 @@ impl Route {
             state: State::Unknown,
             topics: Vec::new(),
             partitions: 0,
+            every_topic: Vec::new(),
+            lanes: 0,
             held: VecDeque::new(),
             question: Question::default(),
             backoff,
@@ -139,9 +145,8 @@ impl std::fmt::Display for Naming {
 impl Producer {
     /// True while the answer about a new topic may come any moment. One that cannot be had soon must not hold up the others.
     pub(super) fn is_asking(&self) -> bool {
-        let unknown = |route: &&Route| route.state == State::Unknown && route.refused.is_none();
-        let mut routes = self.routes.iter().filter(unknown);
-        routes.any(|route| self.now.at - route.since < FIRST_ANSWER)
+        let latest = self.asking.last();
+        latest.is_some_and(|(since, _)| self.now.at - *since < FIRST_ANSWER)
     }
 
     pub(super) fn route(&mut self, name: &str) -> usize {
@@ -152,12 +157,12 @@ impl Producer {
         self.last_route = if let Some(&index) = self.route_index.get(name) {
             index
         } else {
-            let index = self.routes.len();
             let metered = self.settings.meter.topic(name);
             let (initial, max) = self.settings.reconnect;
             let backoff = Backoff::new(initial, max);
             let route = Route::new(name.to_owned(), metered, backoff, self.now.at);
-            self.routes.push(route);
+            let index = self.routes.insert(|_, _| route);
+            self.asking.insert((self.now.at, index));
             self.route_index.insert(name.to_owned(), index);
             self.ask(index);
             index
@@ -170,15 +175,16 @@ impl Producer {
         self.in_flight_messages += 1;
         self.held_messages += 1;
         self.in_flight_bytes += held.bytes;
-        self.routes[route].held.push_back(held);
+        let it = &mut self.routes[route];
+        it.held.push_back(held);
+        if it.state == State::Known {
+            self.releasable.insert(route);
+        }
     }
 
     /// Puts held events into their lanes, as far as may be now. An error names the row that can never be published.
     pub(super) fn release(&mut self) -> Result<()> {
-        if self.held_messages == 0 {
-            return Ok(());
-        }
-        for index in 0..self.routes.len() {
+        while let Some(&index) = self.releasable.first() {
             while self.routes[index].state == State::Known {
                 let Some(held) = self.routes[index].held.pop_front() else {
                     break;
@@ -192,13 +198,14 @@ impl Producer {
                     })?;
                 if placed == Placed::NotNow {
                     self.routes[index].held.push_front(held);
-                    return Ok(());
+                    break;
                 }
                 // From now on its lane counts it.
                 self.in_flight_messages -= 1;
                 self.held_messages -= 1;
                 self.in_flight_bytes -= held.bytes;
             }
+            self.releasable.remove(&index);
         }
         Ok(())
     }
@@ -226,9 +233,12 @@ pub struct Held {
     /// The row whose id is to be told; one or none.
     pub(super) mark: Rows,
     pub(super) key_hash: u64,
-    /// What it counts for in the limits while it is kept like this.
+    /// What it counts for in the limits while it is kept like this: what it has allocated.
     pub bytes: usize,
 }
+
+/// What an allocation takes beside its bytes, about.
+const ALLOCATION: usize = 16;
 
 impl Held {
     pub(super) fn new<'p>(
@@ -245,6 +255,13 @@ impl Held {
             mark.push(its);
         }
         let text: usize = properties.iter().map(|(n, v)| n.len() + v.len()).sum();
+        let bytes = size_of::<Self>()
+            + properties.capacity() * size_of::<(String, String)>()
+            + (3 + 2 * properties.len()) * ALLOCATION
+            + event.key.len()
+            + text
+            + mark.memory()
+            + event.payload.map_or(0, <[u8]>::len);
         Self {
             key: event.key.to_owned(),
             payload: event.payload.map(<[u8]>::to_vec),
@@ -255,11 +272,7 @@ impl Held {
             row: event.row,
             mark,
             key_hash,
-            bytes: size_of::<Self>()
-                + event.key.len()
-                + text
-                + event.mark.map_or(0, |row| row.id.len())
-                + event.payload.map_or(0, <[u8]>::len),
+            bytes,
             properties,
         }
     }

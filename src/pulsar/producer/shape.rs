@@ -28,20 +28,20 @@
 //! [`DELETED_GRACE`], in which an operator who replaces it can do so. After that it counts as a topic without partitions, and the broker decides whether it is made on
 //! first use.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::effects::Effect;
 use super::lane::{Lane, State as LaneState};
 use super::route::{Held, Naming, Question, State};
 use super::topic::{Opening, Topic};
-use super::trouble::{Failure, Trouble};
+use super::trouble::{Failure, GivenUp, Trouble};
 use super::{Drain, Producer, Timer};
 use crate::pulsar::verdict;
 use crate::retry::Backoff;
-use crate::{Error, Lsn, Result};
+use crate::{Error, Result};
 
 /// How long a topic that was there may be missing before the broker may make it anew.
 const DELETED_GRACE: Duration = Duration::from_secs(5);
@@ -97,15 +97,25 @@ impl Producer {
 
     /// Counts the partitions of topics again whose time has come. A topic without partitions gets some only when it is made anew, and then its producers are closed.
     pub(super) fn refresh_partitions(&mut self) {
-        for index in 0..self.routes.len() {
+        while let Some(&(at, index)) = self.refreshing.first()
+            && at <= self.now.at
+        {
+            self.refreshing.pop_first();
             let route = &self.routes[index];
-            if route.partitions > 0
-                && route.question.asked.is_none()
-                && route.question.again_at.is_none()
-                && route.refresh_at <= self.now.at
-            {
+            // One that is being asked about gets its time with the answer.
+            if route.question.asked.is_none() && route.question.again_at.is_none() {
                 self.ask(index);
             }
+        }
+    }
+
+    /// The partitions of a route, if it has any, are counted again after the usual time.
+    fn refresh_later(&mut self, index: usize) {
+        let route = &mut self.routes[index];
+        self.refreshing.remove(&(route.refresh_at, index));
+        route.refresh_at = self.now.at + self.settings.partition_refresh;
+        if route.partitions > 0 {
+            self.refreshing.insert((route.refresh_at, index));
         }
     }
 
@@ -138,9 +148,11 @@ impl Producer {
         let now = self.now.at;
         let route = &mut self.routes[index];
         route.trouble = Trouble::add(route.trouble.take(), error, now);
+        self.troubled.insert(Timer::Route(index));
+        let route = &mut self.routes[index];
         let mut delay = route.backoff.next_delay();
-        if let Some(at) = self.route_gives_up_at(index) {
-            delay = delay.min(at.saturating_duration_since(now));
+        if let Some(given_up) = self.route_gives_up_at(index) {
+            delay = delay.min(given_up.at.saturating_duration_since(now));
             if delay.is_zero() {
                 return self.route_refused(index);
             }
@@ -149,7 +161,7 @@ impl Producer {
         self.ask_later(index, delay);
     }
 
-    pub(super) fn route_gives_up_at(&self, index: usize) -> Option<Instant> {
+    pub(super) fn route_gives_up_at(&self, index: usize) -> Option<GivenUp> {
         let trouble = self.routes[index].trouble.as_ref()?;
         let others = self.working.iter().flatten().map(|(_, at)| *at).max();
         trouble.ends_at(self.settings.diversion, false, others)
@@ -157,16 +169,21 @@ impl Producer {
 
     /// Routes that nobody knows, and whose events take much room, are given up.
     pub(super) fn give_up_routes(&mut self) {
-        for index in 0..self.routes.len() {
+        let room_is_short = self.is_much(self.in_flight());
+        for index in self.routes_in_trouble() {
             let route = &self.routes[index];
             if route.state != State::Unknown || route.question.again_at.is_none() {
                 continue;
             }
-            let Some(at) = self.route_gives_up_at(index) else {
+            let Some(given_up) = self.route_gives_up_at(index) else {
                 continue;
             };
-            let bytes = route.held.iter().map(|held| held.bytes).sum();
-            if at <= self.now.at || self.is_much((route.held.len(), bytes)) {
+            let size = || {
+                let bytes = route.held.iter().map(|held| held.bytes).sum();
+                (route.held.len(), bytes)
+            };
+            let takes_much = room_is_short && given_up.is_clear && self.is_much(size());
+            if given_up.at <= self.now.at || takes_much {
                 self.routes[index].question.again_at = None;
                 self.route_refused(index);
             }
@@ -180,7 +197,7 @@ impl Producer {
             "partitions not counted: {}",
             error.report()
         );
-        self.routes[index].refresh_at = self.now.at + self.settings.partition_refresh;
+        self.refresh_later(index);
         let mut waits = false;
         for topic in self.routes[index].topics.clone() {
             waits |= self.topics[topic].is_unconfirmed;
@@ -221,8 +238,8 @@ impl Producer {
     /// A broker said how many partitions a route has.
     fn partitions_counted(&mut self, index: usize, asked: u64, partitions: u32) {
         let now = self.now.at;
+        self.refresh_later(index);
         let route = &mut self.routes[index];
-        route.refresh_at = now + self.settings.partition_refresh;
         let is_smaller = route.state != State::Unknown && partitions < route.partitions;
         if is_smaller && route.question.suspect != Some(partitions) {
             route.question.suspect = Some(partitions);
@@ -238,7 +255,15 @@ impl Producer {
             State::Known if before == partitions => {}
             // Not lanes of the same names anew: they would begin to count in mid-transaction.
             State::Changing { anew: false, .. } if before == partitions => {
-                route.state = State::Known;
+                let mut topics = route.topics.iter();
+                if topics.any(|&it| self.topics[it].few.is_changing()) {
+                    route.state = State::Changing {
+                        to: partitions,
+                        anew: false,
+                    };
+                } else {
+                    self.known(index);
+                }
             }
             State::Known | State::Changing { .. } if partitions > before && before > 0 => {
                 info!(
@@ -252,7 +277,7 @@ impl Producer {
                     to: partitions,
                     anew,
                 };
-                self.changing_routes = true;
+                self.changing.insert(index);
             }
             State::Known | State::Changing { .. } => self.replaced(index, partitions),
         }
@@ -289,7 +314,7 @@ impl Producer {
             to: partitions,
             anew: true,
         };
-        self.changing_routes = true;
+        self.changing.insert(index);
         let stay = if from == 0 || partitions == 0 {
             0
         } else {
@@ -307,42 +332,47 @@ impl Producer {
 
     /// Takes everything without receipt out of the lanes of these topics of one route, in the order of the log, and holds it with what is held.
     pub(super) fn hold_again(&mut self, topics: &[usize]) {
+        let lanes = topics.iter().flat_map(|&it| self.topics[it].all_lanes());
+        self.hold_lanes_again(&lanes.collect::<Vec<_>>());
+    }
+
+    /// The same for some lanes.
+    pub(super) fn hold_lanes_again(&mut self, lanes: &[usize]) {
         let mut taken: Vec<Held> = Vec::new();
-        for &topic in topics {
-            for lane in self.topics[topic].all_lanes().collect::<Vec<_>>() {
-                let headroom = self.lanes[lane].named.headroom;
-                let batches = self.with_lane(lane, |lane, desk| lane.take_all(desk.now.at));
-                // The events get other ids.
-                self.lanes[lane].forget_producers(self.next_id);
-                for batch in batches {
-                    taken.extend(batch.into_events(headroom));
-                }
-                self.dedicated.retain(|_, dedicated| *dedicated != lane);
+        for &lane in lanes {
+            let headroom = self.lanes[lane].named.headroom;
+            let batches = self.with_lane(lane, |lane, desk| lane.take_all(desk.now.at));
+            // The events get other ids.
+            self.lanes[lane].forget_producers(self.next_id);
+            for batch in batches {
+                taken.extend(batch.into_events(headroom));
             }
+            self.dedicated.retain(|_, dedicated| *dedicated != lane);
         }
-        let Some(&topic) = topics.first() else {
+        let Some(topic) = lanes.first().map(|&lane| self.lanes[lane].topic) else {
             return;
         };
         self.in_flight_messages += taken.len();
         self.held_messages += taken.len();
         self.in_flight_bytes += taken.iter().map(|held| held.bytes).sum::<usize>();
         // Some of what was held before may have been taken out of other lanes, so that both must be put in order together.
-        let route = &mut self.routes[self.topics[topic].route];
+        let index = self.topics[topic].route;
+        let route = &mut self.routes[index];
         taken.extend(route.held.drain(..));
         taken.sort_by_key(|held| (held.commit_lsn, held.row.ordinal()));
         route.held.extend(taken);
+        if route.state == State::Known {
+            self.releasable.insert(index);
+        }
     }
 
     /// Ends the changes of those routes whose lanes have got all their receipts.
     pub(super) fn finish_changes(&mut self) {
-        if !self.changing_routes {
-            return;
-        }
-        self.changing_routes = false;
-        for index in 0..self.routes.len() {
+        for index in std::mem::take(&mut self.changing) {
             let State::Changing { to, anew } = self.routes[index].state else {
                 continue;
             };
+            self.make_few_possible(index);
             let topics = &self.routes[index].topics;
             let lanes = topics
                 .iter()
@@ -355,13 +385,12 @@ impl Producer {
             let is_drained = lanes.collect::<Vec<_>>().into_iter().all(is_idle);
             if is_drained && self.dedicated.is_empty() && self.is_stored(index) {
                 self.take_partitions(index, to, anew);
+                self.take_lanes(index);
                 continue;
             }
-            self.changing_routes = true;
+            self.changing.insert(index);
             // More of its transaction may be held here than there is room for, and its end would never be read.
-            let is_tail =
-                |(lane, _): &(usize, Lsn)| self.topics[self.lanes[*lane].topic].route == index;
-            if self.draining.is_none() && self.dedicated.keys().any(is_tail) {
+            if self.draining.is_none() && !self.dedicated.is_empty() {
                 self.drain(Drain::AfterTail);
             }
         }
@@ -391,10 +420,28 @@ impl Producer {
         let route = &mut self.routes[index];
         let before = std::mem::replace(&mut route.topics, topics);
         route.partitions = partitions;
-        route.state = State::Known;
+        self.asking.remove(&(self.routes[index].since, index));
+        self.refresh_later(index);
+        self.known(index);
         for topic in before {
             if !self.routes[index].topics.contains(&topic) {
                 self.close_topic(topic);
+            }
+        }
+    }
+
+    /// A route's partitions are known: what is held may go.
+    fn known(&mut self, index: usize) {
+        let route = &mut self.routes[index];
+        route.state = State::Known;
+        if !route.held.is_empty() {
+            self.releasable.insert(index);
+        }
+        // Its lanes may not have been told, when they were of no route.
+        let stored = self.stored_events;
+        for topic in self.routes[index].topics.clone() {
+            for lane in self.topics[topic].all_lanes().collect::<Vec<_>>() {
+                self.with_lane(lane, |lane, desk| lane.stored(stored, desk));
             }
         }
     }
@@ -414,12 +461,13 @@ impl Producer {
         for lane in self.topics[topic].all_lanes().collect::<Vec<_>>() {
             self.close_lane(lane);
             let lane = &mut self.lanes[lane];
+            lane.forget_producers(self.next_id);
             lane.rename();
             lane.count_anew();
         }
         let topic = &mut self.topics[topic];
         topic.anew = true;
-        topic.few.clear();
+        topic.few.end();
         topic.refused = None;
     }
 
@@ -439,7 +487,8 @@ impl Producer {
     /// From now on events are of this epoch. The lanes must be empty.
     pub(super) fn begin_epoch(&mut self, epoch: u64) {
         self.epoch = epoch;
-        for topic in 0..self.topics.len() {
+        let topics: BTreeSet<usize> = self.topic_index.values().copied().collect();
+        for topic in topics {
             let routing = self.topics[topic].naming.routing;
             self.rename(topic, Naming { routing, epoch });
         }
@@ -455,11 +504,16 @@ impl Producer {
         }
         let (initial, max) = self.settings.reconnect;
         let backoff = Backoff::new(initial, max);
-        let index = self.topics.len();
         let lanes = self.settings.lanes;
-        self.topics
-            .push(Topic::new(name.to_owned(), route, lanes, naming, backoff));
+        let mut topic = Topic::new(name.to_owned(), route, lanes, naming, backoff);
+        let index = self.topics.insert(|_, left| {
+            // No attempt has the number of an earlier topic's.
+            topic.attempt = left.map_or(0, |left| left.attempt);
+            topic
+        });
         self.topic_index.insert(place, index);
+        self.routes[route].every_topic.push(index);
+        self.check_for_idle(index, self.now.at + self.settings.producer_idle);
         index
     }
 
@@ -472,9 +526,11 @@ impl Producer {
         let lanes = topic.earlier_lanes.remove(&naming);
         let lanes = lanes.unwrap_or_else(|| vec![None; self.settings.lanes as usize]);
         let old = std::mem::replace(&mut topic.lanes, lanes);
-        topic.few.clear();
+        // They are of names that will not be used again, as a huge transaction's are.
+        let few = std::mem::take(&mut topic.few).lanes;
+        topic.dedicated.extend(&few);
         let before = std::mem::replace(&mut topic.naming, naming);
-        for lane in old.iter().flatten().copied().collect::<Vec<_>>() {
+        for lane in old.iter().flatten().copied().chain(few).collect::<Vec<_>>() {
             self.close_lane(lane);
         }
         self.topics[index].earlier_lanes.insert(before, old);

@@ -9,7 +9,6 @@ use tracing::{debug, info, warn};
 
 use super::effects::Signal;
 use super::lane::{Accepted, Doubt, Lane, Receipt, State};
-use super::trouble::Trouble;
 use super::{Now, Producer};
 use crate::ack::TxnNo;
 use crate::meter::Side;
@@ -141,9 +140,12 @@ impl Producer {
             Receipt::OutOfOrder if is_used => {
                 warn!(
                     connection,
-                    producer_id, sequence_id, "a receipt out of order: starting over"
+                    producer_id, sequence_id, "a receipt out of order: sending again"
                 );
-                self.disconnect(connection, "a receipt came out of order".to_owned());
+                self.settings.doubts.raise();
+                let topic = self.lanes[lane_id].topic;
+                self.leave(lane_id);
+                self.reopen_topic(topic);
             }
             Receipt::Doubt if is_used => {
                 self.doubt(lane_id, Doubt::Receipt);
@@ -184,12 +186,12 @@ impl Producer {
             return Ok(());
         };
         let topic_id = self.lanes[lane_id].topic;
-        let topic = &mut self.topics[topic_id];
+        let topic = &self.topics[topic_id];
         let error = verdict::of_send_error(&topic.name, message);
         if !is_used {
             // For a frame behind a refused one, or of a producer that the broker has closed: why, in the broker's words.
             if topic.trouble.is_some() {
-                topic.trouble = Trouble::add(topic.trouble.take(), &error, self.now.at);
+                self.note_trouble(topic_id, &error);
             }
             return Ok(());
         }
@@ -199,11 +201,13 @@ impl Producer {
             "a send was refused, sending again: {}",
             verdict::one_line(message)
         );
-        topic.trouble = Trouble::add(topic.trouble.take(), &error, self.now.at);
+        self.note_trouble(topic_id, &error);
         if verdict::of_send(code) == SendVerdict::Refused {
             return self.refuse_send(lane_id, sequence_id, message);
         }
-        self.lanes[lane_id].doubt_from(sequence_id);
+        if self.lanes[lane_id].doubt_from(sequence_id) {
+            self.settings.doubts.raise();
+        }
         self.leave(lane_id);
         self.reopen_topic(topic_id);
         Ok(())
@@ -226,6 +230,9 @@ impl Producer {
         }
         // Its policies are not what they were when it accepted that much.
         self.topics[topic_id].accepted = Accepted::default();
+        if self.lanes[lane_id].may_be_passed(sequence_id) {
+            self.settings.doubts.raise();
+        }
         self.lanes[lane_id].doubt_from(sequence_id);
         let bytes = self.lanes[lane_id].entry_bytes(sequence_id);
         self.leave(lane_id);
@@ -249,6 +256,9 @@ impl Producer {
         sequence_id: u64,
         message: &str,
     ) -> Result<()> {
+        if self.lanes[lane_id].may_be_passed(sequence_id) {
+            self.settings.doubts.raise();
+        }
         let topic = &self.topics[self.lanes[lane_id].topic].name;
         let message = verdict::one_line(message);
         let reason = format!("the broker refuses the message on topic {topic}: {message}");
@@ -277,12 +287,11 @@ impl Producer {
                 producer_id: its, ..
             } if its == producer_id => {
                 let is_waiting = self.lanes[lane_id].waiting_since().is_some();
-                self.lanes[lane_id].down();
+                self.lane_down(lane_id);
                 self.write_off(lane_id, connection);
                 if is_waiting {
-                    let topic = &mut self.topics[topic_id];
-                    let error = verdict::is_closed(&topic.name);
-                    topic.trouble = Trouble::add(topic.trouble.take(), &error, self.now.at);
+                    let error = verdict::is_closed(&self.topics[topic_id].name);
+                    self.note_trouble(topic_id, &error);
                 }
                 info!(
                     topic = self.topics[topic_id].name,
@@ -312,26 +321,15 @@ impl Producer {
     }
 
     fn disconnected(&mut self, connection: u64, reason: &str) {
-        self.connections.remove(connection);
+        let producers = self.connections.remove(connection);
         let mut topics = BTreeSet::new();
         let mut lanes = 0;
         let mut over = Vec::new();
-        for lane in &mut self.lanes {
-            let (State::Up {
-                connection: its, ..
-            }
-            | State::Leaving {
-                connection: its, ..
-            }
-            | State::Creating {
-                connection: its, ..
-            }) = lane.state()
-            else {
+        for producer_id in producers.into_iter().flatten() {
+            let Some(&lane) = self.producers.get(&producer_id) else {
                 continue;
             };
-            if its != connection {
-                continue;
-            }
+            let lane = &mut self.lanes[lane];
             if matches!(lane.state(), State::Creating { .. }) {
                 over.push(lane.topic);
             } else {

@@ -22,6 +22,7 @@ fn producer() -> Producer {
     let pause = Duration::from_secs(600);
     let settings = Settings {
         rows: None,
+        doubts: Doubts::default(),
         meter: Arc::default(),
         producer_name: "unit".to_owned(),
         routing: String::new(),
@@ -33,6 +34,7 @@ fn producer() -> Producer {
         diversion: Some(Diversion {
             grace: Duration::ZERO,
             age: Duration::ZERO,
+            unclear: Duration::from_secs(60),
             park: false,
             quiet: true,
         }),
@@ -101,7 +103,7 @@ fn with_tail(producer: &mut Producer, topic: &str) -> usize {
 
 /// As if every producer had opened, and everything that is in a lane had got its receipt.
 fn acknowledge(producer: &mut Producer) {
-    for topic in &mut producer.topics {
+    for topic in producer.topics.iter_mut() {
         topic.opening = topic::Opening::Idle;
     }
     for lane in 0..producer.lanes.len() {
@@ -277,12 +279,18 @@ fn new_partitions_of_a_topic_with_a_tail_are_taken_although_its_transaction_goes
     assert_eq!(producer.lanes[dedicated].next_ordinal(LARGE), 2);
 }
 
+/// What somebody must mend about a topic.
+fn to_be_mended(said: &str) -> Error {
+    Error::refused(said).caused_by(verdict::OfTopic::mend(said.to_owned()))
+}
+
 /// Something was said of a topic at that time.
 fn trouble_of(producer: &mut Producer, name: &str, said: &str, after: Duration) {
     let route = known(producer, name, 0);
     let topic = producer.routes[route].topics[0];
     let at = producer.now.at + after;
-    producer.topics[topic].note(&Error::refused(said), at);
+    producer.topics[topic].note(&to_be_mended(said), at);
+    producer.troubled.insert(Timer::Topic(topic));
 }
 
 #[test]
@@ -351,13 +359,45 @@ fn a_topic_in_trouble_whose_broker_is_away_now_is_not_told() {
 }
 
 #[test]
+fn a_connection_that_is_refused_gives_up_no_topic() {
+    // GIVEN a topic with an event that waits, and a producer that gives up at once what must be mended
+    let mut producer = producer();
+    publish(&mut producer, "topic", EARLIER);
+    count(&mut producer, 0, 0);
+    producer.release().expect("an event that fits");
+    producer.flush(Flush::All, now());
+    let topic = producer.routes[0].topics[0];
+    assert_eq!(producer.topics[topic].opening, topic::Opening::Finding);
+    let attempt = producer.topics[topic].attempt;
+
+    // WHEN no connection can be made until somebody mends the credentials
+    let refused = Error::refused("the broker refuses the connection");
+    producer.found(topic, attempt, Err(refused));
+    producer.give_up_the_hopeless();
+
+    // THEN that is told of no topic, and nothing is diverted
+    assert!(matches!(
+        producer.topics[topic].opening,
+        topic::Opening::Pausing { .. }
+    ));
+    assert_eq!(producer.troubles(), Troubles::default());
+    assert_eq!(diverted(&mut producer), []);
+
+    // AND what the broker refuses of the topic is
+    producer.note_failure(topic, &to_be_mended("no"));
+    producer.give_up_the_hopeless();
+    assert_eq!(diverted(&mut producer), [EARLIER]);
+}
+
+#[test]
 fn a_topic_whose_partitions_cannot_be_counted_is_in_trouble_until_it_is_asked_about_again() {
     // GIVEN a topic that nobody knows, whose events were diverted
     let mut producer = producer();
     publish(&mut producer, "topic", EARLIER);
     let route = producer.route("topic");
-    let error = Error::refused("no such tenant");
+    let error = to_be_mended("no such tenant");
     producer.routes[route].trouble = trouble::Trouble::add(None, &error, producer.now.at);
+    producer.troubled.insert(Timer::Route(route));
     assert_eq!(producer.troubles().count, 1);
     producer.route_refused(route);
 
@@ -368,4 +408,116 @@ fn a_topic_whose_partitions_cannot_be_counted_is_in_trouble_until_it_is_asked_ab
     // AND not when something was published to it
     producer.healed("topic");
     assert_eq!(producer.troubles().count, 0);
+}
+
+#[test]
+fn a_topic_whose_trouble_may_be_everybodys_is_given_up_late_or_when_another_gets_receipts() {
+    let minute = Duration::from_secs(60);
+    for (others_work, given_up_after) in [(false, minute), (true, Duration::ZERO)] {
+        // GIVEN a topic whose writes fail, perhaps because of the broker
+        let mut producer = producer();
+        trouble_of(&mut producer, "topic", "no", Duration::ZERO);
+        publish(&mut producer, "topic", EARLIER);
+        let topic = producer.routes[producer.route_index["topic"]].topics[0];
+        let since = producer.now;
+        let unclear = crate::pulsar::verdict::of_send_error("topic", "UnknownError");
+        producer.topics[topic].trouble = trouble::Trouble::add(None, &unclear, since.at);
+        let until = since.at + 10 * minute;
+        producer.topics[topic].opening = topic::Opening::Pausing { until };
+        let after = |passed: Duration| Now {
+            at: since.at + passed,
+            ..since
+        };
+
+        // WHEN another has a receipt since, or none has
+        let route = known(&mut producer, "other", 0);
+        let other = producer.routes[route].topics[0];
+        if others_work {
+            producer.working[0] = Some((other, after(Duration::from_millis(1)).at));
+        }
+
+        // THEN it waits for that long
+        if let Some(before) = given_up_after.checked_sub(Duration::from_secs(1)) {
+            producer.tick(after(before));
+            assert_eq!(diverted(&mut producer), []);
+        }
+        producer.tick(after(given_up_after + Duration::from_secs(1)));
+        assert_eq!(diverted(&mut producer), [EARLIER], "{others_work}");
+    }
+}
+
+#[test]
+fn the_brokers_time_is_not_counted_as_a_topics_trouble() {
+    // GIVEN a topic in trouble whose broker goes away for longer than a topic is given
+    let minute = Duration::from_secs(60);
+    let start = Instant::now();
+    let closed = crate::pulsar::verdict::is_closed("topic");
+    let away = Error::temporary("the connection ended");
+    let trouble = trouble::Trouble::add(None, &closed, start);
+    let trouble = trouble::Trouble::add(trouble, &away, start + minute);
+    let trouble = trouble::Trouble::add(trouble, &away, start + 2 * minute);
+
+    // WHEN it is back, others have receipts, and the topic has its trouble again
+    let back = start + 11 * minute;
+    let trouble = trouble::Trouble::add(trouble, &closed, back).expect("trouble");
+    let diversion = Diversion {
+        grace: Duration::ZERO,
+        age: 5 * minute,
+        unclear: 20 * minute,
+        park: false,
+        quiet: true,
+    };
+    let given_up = trouble.ends_at(Some(diversion), false, Some(back + minute));
+
+    // THEN it has had one minute of the five
+    let given_up = given_up.expect("it is the topic's");
+    assert_eq!((given_up.at, given_up.is_clear), (back + 4 * minute, true));
+}
+
+#[test]
+fn a_route_changes_its_partitions_while_another_topic_has_a_lane_for_a_huge_transaction() {
+    // GIVEN a huge transaction with a lane of its own on one topic, and an event of it on another
+    let mut producer = producer();
+    with_tail(&mut producer, "large");
+    let route = known(&mut producer, "other", 1);
+    publish(&mut producer, "other", LARGE);
+
+    // WHEN that gets more partitions, its further events are held, and all that is in lanes has its receipt
+    count(&mut producer, route, 2);
+    publish(&mut producer, "other", LARGE);
+    assert_eq!(producer.routes[route].held.len(), 1);
+    producer.settle().expect("no events are refused");
+    acknowledge(&mut producer);
+    producer.settle().expect("no events are refused");
+
+    // THEN it takes them, although the transaction goes on
+    assert_eq!(producer.routes[route].partitions, 2);
+    assert!(producer.routes[route].held.is_empty());
+}
+
+#[test]
+fn nobody_passes_those_who_wait_for_room_on_a_connection() {
+    // GIVEN a connection that is full, and one producer that waits
+    let now = Instant::now();
+    let mut connections = Connections::default();
+    let link = Link {
+        connection: 1,
+        max_message_bytes: usize::MAX,
+    };
+    connections.add(link, now);
+    connections.wrote(1, 8 * 1024 * 1024, now);
+    assert!(!connections.has_room(1, true));
+    connections.wait(1, 7);
+
+    // WHEN there is room again THEN it is that one's
+    connections.answered(1, 1, now);
+    assert!(!connections.has_room(1, false));
+    assert_eq!(connections.next_waiting(1), Some(7));
+    assert!(connections.has_room(1, true));
+    assert!(connections.has_room(1, false));
+
+    // AND where no receipt is due any more, nobody waits for one
+    connections.wait(1, 8);
+    connections.answered(1, usize::MAX, now);
+    assert!(connections.has_room(1, false));
 }

@@ -16,6 +16,7 @@ use std::collections::HashMap;
 
 use tokio::time::Instant;
 
+use super::few::Few;
 use super::lane::Accepted;
 use super::route::Naming;
 use super::trouble::{Failure, Trouble};
@@ -57,8 +58,8 @@ pub(super) struct Topic {
     pub lanes: Vec<Option<usize>>,
     /// Lanes for the tails of huge transactions.
     pub dedicated: Vec<usize>,
-    /// Those that take the events of all, where the broker allows no more producers.
-    pub few: Vec<usize>,
+    /// Fewer lanes than there may be, where the broker allows no more producers.
+    pub few: Few,
     /// Ends the names of its producers.
     pub naming: Naming,
     /// Its lanes under other such names.
@@ -95,6 +96,8 @@ pub(super) struct Topic {
     pub refused: Option<String>,
     /// How many events were diverted when the last one of this topic was.
     pub last_diverted: u64,
+    /// When it is looked at for what is idle.
+    pub idle_check_at: Option<Instant>,
 }
 
 impl Topic {
@@ -110,7 +113,7 @@ impl Topic {
             route,
             lanes: vec![None; lanes as usize],
             dedicated: Vec::new(),
-            few: Vec::new(),
+            few: Few::default(),
             naming,
             earlier_lanes: HashMap::new(),
             anew: false,
@@ -130,13 +133,43 @@ impl Topic {
             batch_max_bytes: usize::MAX,
             refused: None,
             last_diverted: 0,
+            idle_check_at: None,
         }
     }
 
-    /// Its lanes, the dedicated ones last.
+    /// Its lanes, also those that are not in use now.
     pub(super) fn all_lanes(&self) -> impl Iterator<Item = usize> + '_ {
         let lanes = self.lanes.iter().flatten().copied();
-        lanes.chain(self.dedicated.iter().copied())
+        let few = self.few.lanes.iter().copied();
+        lanes.chain(few).chain(self.dedicated.iter().copied())
+    }
+
+    /// All its lanes, and those of names that it had before.
+    pub(super) fn every_lane(&self) -> impl Iterator<Item = usize> + '_ {
+        let earlier = self.earlier_lanes.values().flatten().flatten().copied();
+        self.all_lanes().chain(earlier)
+    }
+
+    /// The ids or names of its lanes are others than after a restart.
+    pub(super) fn is_numbered_anew(&self) -> bool {
+        self.anew || !self.few.lanes.is_empty()
+    }
+
+    /// A lane of it is no more.
+    pub(super) fn forget_lane(&mut self, lane: usize) {
+        let forget = |lanes: &mut Vec<Option<usize>>| {
+            for it in lanes {
+                if *it == Some(lane) {
+                    *it = None;
+                }
+            }
+        };
+        forget(&mut self.lanes);
+        self.earlier_lanes.values_mut().for_each(forget);
+        self.earlier_lanes
+            .retain(|_, lanes| lanes.iter().any(Option::is_some));
+        self.dedicated.retain(|&it| it != lane);
+        self.few.lanes.retain(|&it| it != lane);
     }
 
     /// Something failed. An error that is final outweighs one that may pass.
