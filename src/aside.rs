@@ -4,9 +4,9 @@
 //! stop rows, receipts and status updates. So each file that is read while walpost runs (tokens, certificates, schemas, keys) is read on a thread
 //! of the runtime's pool, and waited for with a deadline.
 //!
-//! Input: a function that reads. Output: what it gives, or a temporary error. A thread that hangs stays until its read ends. One thread at a time
-//! reads a file, and [`READERS`] read files of a kind: a file that hangs takes one thread however often it is asked for, files of one kind keep none
-//! of another waiting, and there are no more threads than kinds times [`READERS`]. The process's end does not wait for them (`main`).
+//! Input: a function that reads. Output: what it gives, or a temporary error. A thread that hangs stays until its read ends. [`OF_ONE`] threads at a time
+//! read a file, and [`READERS`] read files of a kind: a file that hangs takes no more threads however often it is asked for, files of one kind keep none
+//! of another waiting, and there are no more threads than kinds times [`READERS`]. A file that hangs and is then replaced is read again where not all of its threads hang yet. The process's end does not wait for them (`main`).
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -24,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Threads for files of one kind. There is one schema file for each topic, and one or two of every other kind.
 const READERS: usize = 4;
 
+/// Threads for one file: one, and two more for the file that is put in its place.
+const OF_ONE: usize = 3;
+
 /// A kind of file, and which one; `None`: all of them.
 type Name = (&'static str, Option<String>);
 
@@ -37,7 +40,8 @@ fn room(name: Name, threads: usize) -> Arc<Semaphore> {
     Arc::clone(places.or_insert_with(|| Arc::new(Semaphore::new(threads))))
 }
 
-/// Reads on another thread, for at most [`PATIENCE`]. `kind` is read, for errors too; `file` says which one, and is empty where there is one only.
+/// Reads on another thread, for at most [`PATIENCE`]. `kind` names the kind of file, also in errors. `file` tells files of one kind apart; it is
+/// empty where there is only one.
 ///
 /// # Errors
 /// Those of `read`; temporary when it takes too long.
@@ -46,7 +50,7 @@ pub(crate) async fn read_aside<T: Send + 'static>(
     file: impl Into<String>,
     read: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let one = room((kind, Some(file.into())), 1);
+    let one = room((kind, Some(file.into())), OF_ONE);
     let all = room((kind, None), READERS);
     let reading = async {
         // In this order: who waits for the same file takes no place from others.

@@ -28,7 +28,7 @@
 //! # A process that is stopped
 //!
 //! Its kernel still acknowledges what arrives, so neither TCP nor the server's keepalive finds it dead, and without a limit it would hold the lock
-//! as long as it is stopped. So the session has an `idle_session_timeout` of [`SERVER_PATIENCE`]: asked once a second, it ends only where nobody asks any more. The
+//! as long as it is stopped. So the session has an `idle_session_timeout` of [`SERVER_PATIENCE`]: the server ends it only when the process has stopped asking. The
 //! slot itself is free when the walsender has given up, after `wal_sender_timeout` (60 s by default; it asks for a status after half of that). Then the
 //! successor streams. The broker closes the old connection after two keepalive intervals of its own (30 s each), or 5 s after a
 //! successor has asked for a producer of the same name, whichever comes first.

@@ -23,7 +23,7 @@
 //! | every committed row reaches Pulsar, whatever dies | only acknowledged transactions are confirmed ([`ack`]); what is not comes again | `tests/crash.rs`, `tests/walsender.rs`, `tests/broker_restart.rs`, `tests/topic_moves.rs` |
 //! | a key's messages are in commit order | one key, one lane; a lane resends from the oldest, and sends nothing behind a message that may be refused ([`pulsar`]) | `tests/delivery.rs`, `tests/manners/order.rs`, `tests/key_shared.rs` |
 //! | exactly once, where the broker deduplicates | sequence ids are a function of the log and of the routing, both in the producer's name with the epoch of the log; no batch holds old and new, and a "stored before" that cannot be true is not believed ([`pulsar`]) | `tests/effectively_once.rs`, `tests/deduplication.rs`, `tests/epochs.rs`, `tests/restored.rs`, `tests/manners/doubt.rs`, `tests/manners/random.rs` |
-//! | a process believes the broker only as far as the one before could | names in doubt are marked in `walpost.progress`, at once and before an exit, and the next process uses others ([`scanner::name_mark`]) | `tests/bookkeeping/name_mark.rs` |
+//! | an event that was refused before a restart is not taken for stored after it | names in doubt are marked in `walpost.progress`, at once and before an exit, and the next process uses others ([`scanner::name_mark`]) | `tests/bookkeeping/name_mark.rs` |
 //! | what the log cannot bring comes from the table | snapshots around the slot's making and of what is delivered ([`scanner`]) | `tests/gap.rs`, `tests/failover.rs`, `tests/poll.rs` |
 //! | a row that the table holds and the stream did not bring is published, and counts as delivered only then | the rows of both are counted by `txid` and compared before a snapshot is noted ([`scanner::reconcile`]) | `tests/reconcile.rs` |
 //! | a leaf table is covered by what is delivered only if its rows were seen, and what is not covered is neither shown as sent nor removed | one function moves the coverage, and takes what a scan or a comparison has seen (`scanner::coverage`) | `tests/reconcile/coverage.rs` |
@@ -39,7 +39,7 @@
 //! | one instance at a time, another takes over | the slot, and an advisory lock around it ([`scanner::recovery`]); stragglers are stored and retried under the claim of the lock's holder ([`scanner::straggler_fence`]) | `tests/ha.rs`, `tests/stragglers/fence.rs` |
 //! | an instance without Postgres publishes, marks and deletes nothing behind its successor's back, and is out of its way within 10 s | the session of the lock is asked, and each write to a broker looks at its answer ([`lease`]); statements name the claim ([`scanner::after_publish`]) | `tests/ha/takeover.rs`, `tests/ha/marks.rs` |
 //! | nothing stops the thread that moves data | files are read beside it (`aside`), questions to Postgres have a deadline ([`postgres::answer`]), large tables are counted in pages (`scanner::straggler_walk`) | `tests/walsender/answers.rs`, `tests/stragglers/walk.rs` |
-//! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]); in the stream, in a scan, and in poll mode | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs`, `tests/manners/apart.rs` |
+//! | one topic's trouble is not another's | what a topic cannot take is stored and retried ([`scanner::straggler`]), or waits with it ([`pulsar`]); in the stream, in a scan, and in poll mode; a topic that gives receipts, but slowly, holds up the others once the in-flight limits are full | `tests/stragglers.rs`, `tests/stragglers/scan*.rs`, `tests/unpublishable.rs`, `tests/schema.rs`, `tests/manners/opening.rs`, `tests/manners/apart.rs` |
 //! | a topic that is deleted or replaced is followed, and what is sent lies where its consumers find it | its partitions are counted before producers are opened, and before anything is sent ([`pulsar`]) | `tests/manners/shape.rs`, `tests/partitions.rs` |
 //! | the confirmed LSN passes no unacknowledged event | one function decides it ([`ack`]) | `tests/confirmed_lsn.rs` |
 //! | memory is bounded | in-flight limits in messages and bytes pause the intake ([`pulsar`], [`pipe`]); topics without work are forgotten | `tests/memory.rs`, `tests/manners/idle.rs` |
@@ -77,7 +77,7 @@
 //! 7. [`scanner`]: what comes from the table, and what happens to rows once they are published.
 //! 8. [`inbox`]: the other end, System B.
 //! 9. [`meter`], [`admin`]: what people, probes and Prometheus are told.
-//! 10. [`config`], [`cli`]: settings and commands. [`lease`], [`retry`], [`http`], [`error`], [`lsn`]: small things that all use.
+//! 10. [`config`], [`cli`]: settings and commands. [`lease`], [`retry`], [`http`], `reach`, `aside`, [`error`], [`lsn`]: small things that all use.
 
 // A test that unwraps fails, which is what it is for; its casts are of numbers it chose.
 #![cfg_attr(

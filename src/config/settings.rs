@@ -294,7 +294,7 @@ settings! {
     );
     LANES = Setting::new(
         "WALPOST_LANES", Value("16"), Kind::Count { min: 1, max: 1024 },
-        "producers per topic; a key always takes the same one, lanes go at their own pace",
+        "producers per topic; a key takes the same one, except where the topic allows fewer producers; lanes go at their own pace",
     );
     HASHING_SCHEME = Setting::new(
         "WALPOST_HASHING_SCHEME", Value("java_string_hash"), Kind::Text("java_string_hash or murmur3_32_hash"),

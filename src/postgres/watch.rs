@@ -11,7 +11,8 @@
 //! # What is counted
 //!
 //! The client's `Query` and `Sync` messages, and its first message, are each answered by one `ReadyForQuery`
-//! (<https://www.postgresql.org/docs/current/protocol-flow.html>). While rows wait here for whoever takes them, nothing is read, and nothing is due.
+//! (<https://www.postgresql.org/docs/current/protocol-flow.html>). While received rows wait to be taken, nothing is read, so no
+//! answer counts as due.
 
 use std::future::Ready;
 use std::future::ready;

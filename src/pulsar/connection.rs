@@ -65,9 +65,9 @@ const READ_BUFFER_BYTES: usize = 16 * 1024;
 /// Events that the publisher has had no room for: with so many, nothing more is read. One more read may add a buffer's worth of
 /// receipts, some 500; an event takes about a hundred bytes.
 const MAX_UNDELIVERED: usize = 256;
-/// The number of a request whose answer concerns nobody.
+/// Request id for requests whose answer is ignored.
 const NO_REQUEST: u64 = u64::MAX;
-/// Why a connection ends of which nobody has a handle.
+/// Reason of a connection that has no handle left.
 pub(super) const NOT_NEEDED: &str = "no longer needed";
 /// Topics that have moved to other clusters, each until the broker closes its producer, which is the next thing it says of it.
 const MAX_MIGRATED: usize = 1024;
@@ -457,7 +457,7 @@ impl Driver {
         requests.end_questions();
         let ended = Event::Disconnected { connection, reason };
         undelivered.push_back(Undelivered::Event(ended));
-        // In their order. Whoever waits to hear that a producer is closed, or is not, hears it behind all that came of it.
+        // Events and answers are delivered in order: the end of a producer comes after its receipts.
         for event in undelivered {
             match event {
                 Undelivered::Event(event) => {

@@ -10,8 +10,8 @@ use super::verdict::{self, OfTopic};
 use super::wire::MAX_SCHEMA_VERSION_BYTES;
 use crate::{Error, Result};
 
-/// Asks for a producer, and waits for the answer longer than anybody who asks: whoever gives up closes the producer. (What is made later still, the connection
-/// closes: see `requests`.)
+/// Asks for a producer, and waits for the answer until the request ends (60 s). The producer gives up earlier and closes it. (What is made later still, the
+/// connection closes: see `requests`.)
 pub(super) async fn create(
     connection: &Connection,
     topic: &str,
@@ -82,8 +82,9 @@ fn schema_version(
 /// The id of a producer that never is: a broker answers at once that it is closed (`ServerCnx.handleCloseProducer`).
 const NO_PRODUCER: u64 = u64::MAX >> 1;
 
-/// Closes a producer, or what may become one, and waits until the broker has: what was sent to it has its receipt then. False when there is no
-/// answer: the connection ends, and the producer with it, and the connection's last event says so, behind the receipts.
+/// Closes a producer, or what may become one. Returns true when the broker has closed it (what was sent has its receipt), or has answered a later
+/// request (a write may still be under way). Returns false when neither is answered: the connection ends, and the producer with it, and the
+/// connection's last event says so, behind the receipts.
 ///
 /// A broker answers when the writes under way have ended, which may never be: that is the topic's trouble. When it does not answer in time
 /// but answers something else that came later, it has read all that was sent to the producer, and nothing that is sent to the topic

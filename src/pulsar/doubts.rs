@@ -1,6 +1,6 @@
 //! Whether the names of a publisher's producers may still be used by a process that begins now.
 //!
-//! The producer raises it, whoever stores the mark waits for it (`scanner::name_mark`). It is never lowered: the mark is for other names.
+//! The producer raises it; `scanner::name_mark` waits for it and stores the mark. It is never lowered: the mark is for other names.
 
 use std::sync::Arc;
 

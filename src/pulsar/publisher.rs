@@ -9,7 +9,9 @@
 //!
 //! What connections say comes through one channel, and the answers to questions through another. A connection hands on what it was told
 //! before it hands on an answer that came later. So when an answer is there, everything that came before it is in the other channel, which
-//! is emptied first: a producer that is closed has had all its receipts. A CLOSE that is not answered is told by the end of its connection alone.
+//! is emptied first: a producer whose CLOSE was
+//! answered has had all its receipts. A CLOSE without an answer behind which a later request was answered counts as closed: a write may still be under way. If neither is
+//! answered, the connection ends, and that end is the answer.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -80,9 +82,10 @@ pub struct PublisherConfig {
     pub batch_linger: Duration,
     /// Room for messages without receipt.
     pub max_in_flight_messages: usize,
-    /// Room for their bytes.
+    /// Room for the memory that they take.
     pub max_in_flight_bytes: usize,
-    /// Without a receipt for this long, while one is due, the connection is taken for dead.
+    /// Without a receipt for this long, while one is due: the producer is opened again where the broker has answered something later, else the connection
+    /// ends.
     pub send_timeout: Duration,
     /// Where the rows of acknowledged events (`Outgoing::mark`) go, if anywhere; a full queue stops the intake.
     pub rows: Option<RowQueue>,

@@ -24,7 +24,7 @@ async fn a_topic_that_the_broker_refuses_is_named_everywhere_until_it_works_agai
     let words = reason(ServerError::MetadataError);
     let settings = [
         ("WALPOST_PULSAR_URL", &*broker.url()),
-        ("WALPOST_STRAGGLER_AGE", "1s"),
+        ("WALPOST_STRAGGLER_AGE", "15s"),
         ("WALPOST_RECONNECT_MAX", "500ms"),
     ];
     let (database, walpost, addr) = streaming("trouble", &settings).await;

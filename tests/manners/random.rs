@@ -106,7 +106,7 @@ const SWITCHES: [(Kind, bool, bool); 19] = [
 ];
 
 /// Kinds that leave a batch without a place in front of others that are stored. Where the broker deduplicates, a kill before the
-/// batch is resent loses it: the known hole, for which such kinds and kills come together only when they are named.
+/// batch is resent loses it: the known hole (most of it is closed by the mark that is stored, which a `Sender` has not), for which such kinds and kills come together only when they are named.
 const OPEN_THE_HOLE: [Kind; 5] = [
     Kind::Refused,
     Kind::Skipped,

@@ -5,7 +5,7 @@
 //! silent although it was written to is asked for a sign of life; a broker that gives none does not read it. While nothing may be
 //! written ([`crate::lease`]) no connection counts as silent: what was handed to it waits there.
 //!
-//! What is asked here once a second costs the connections, of which there are some for each broker, and the producers that have written or wait for receipts.
+//! A look once a second costs one step for each connection and each producer that has written or waits for receipts.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
@@ -69,7 +69,7 @@ impl Connections {
         known.used_at = now;
     }
 
-    /// Whether what is handed to them is written.
+    /// Sets whether frames are held back instead of written.
     pub(super) fn hold(&mut self, are_held: bool, now: Instant) {
         if std::mem::replace(&mut self.are_held, are_held) && !are_held {
             for known in self.known.values_mut() {

@@ -25,8 +25,8 @@
 //!   routing give the event, and never an earlier one.
 //! * When an event is written under a usual name, every earlier event of its lane has a receipt, under whatever name, or is stored as a straggler, or was written
 //!   before it under that name. So nothing is missing below the highest id of a name.
-//! * A name of the few is never used again. A process does not know which were used before it; it begins with the same ones, and takes the next one where
-//!   the broker knows an id (see `lane`'s doubt).
+//! * Within a process, a name of the few is used for one change only. The next process begins with the same names, and takes the next one where the broker
+//!   knows an id (see `lane`'s doubt).
 //!
 //! So events that were sent by the few and not confirmed when the process ended come again under their usual names, and are stored twice: at least once,
 //! also with deduplication. None is lost.

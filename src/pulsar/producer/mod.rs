@@ -29,7 +29,7 @@
 //!
 //! # What it costs
 //!
-//! All costs are of what has something to do; nothing walks all lanes, topics or routes, except the first end of the log and the next epoch.
+//! A step costs only the items that it concerns. All lanes are walked in two cases: when a stream is opened (`set_log_end`), and at the next epoch.
 //!
 //! | step | costs a step for each |
 //! |---|---|
@@ -40,11 +40,12 @@
 //! | diverted events are stored | lane of a topic of which events were diverted that were not stored |
 //! | trouble is told | topic or route in trouble of its own |
 //!
-//! A topic that waits for its broker costs its own attempts, and nothing else.
+//! A topic that waits for its broker costs only its own attempts.
 //!
 //! # Order
 //!
-//! A key always goes to the same partition and lane. A lane's frames are sent in order over one connection, and after a
+//! A key goes to one partition and one lane. Only a change of partitions or of the number of producers (`shape`, `few`) moves it, after all its earlier
+//! events have their receipts. A lane's frames are sent in order over one connection, and after a
 //! reconnect again from the oldest without receipt. So a key's messages are stored in commit order (a frame sent twice is
 //! followed by everything behind it, twice).
 //!
@@ -144,7 +145,8 @@ pub(super) struct Settings {
     pub max_in_flight_messages: usize,
     /// Room for the memory that they take.
     pub max_in_flight_bytes: usize,
-    /// Without a receipt for this long, while one is due, the connection is taken for dead.
+    /// Without a receipt for this long, while one is due: the producer is opened again where the broker has answered something later, else the connection
+    /// ends.
     pub send_timeout: Duration,
     /// Where the rows of acknowledged events (`Outgoing::mark`) go, if anywhere; a full queue stops the intake.
     pub rows: Option<RowQueue>,

@@ -31,7 +31,7 @@ pub(super) struct GivenUp {
 pub(super) struct Trouble {
     /// The broker's time is not in it.
     since: Instant,
-    /// What others got receipts after, where it is not known whose fault it is.
+    /// Receipts of other topics after this time show that the broker works.
     unheard_since: Instant,
     fault: Fault,
     /// When it became the broker's.
