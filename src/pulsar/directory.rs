@@ -229,6 +229,7 @@ impl Directory {
     /// no reason: the next one may be dead, and everybody would wait for it.
     fn judge<T>(&self, host: &Host, result: Result<T>) -> Result<T> {
         let passes = match result.as_ref().map_err(verdict::fault) {
+            Err(_) if result.as_ref().is_err_and(verdict::is_unanswered) => true,
             Err(Fault::Broker) => true,
             Err(Fault::Unclear) => self.unclear.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_UNCLEAR,
             Ok(_) | Err(Fault::Topic | Fault::Mend) => {

@@ -155,6 +155,8 @@ pub(super) fn fault(error: &Error) -> Fault {
     OfTopic::on(error).map_or(Fault::Broker, |of_topic| of_topic.fault)
 }
 
+/// In place of what a broker says that says nothing.
+const NO_ANSWER: &str = "no answer";
 /// What the broker says when a topic has as many producers as its namespace allows (`AbstractTopic`, `isProducersExceeded`). No code tells it from
 /// other reasons.
 const MAX_PRODUCERS: &str = "reached max producers limit";
@@ -180,13 +182,18 @@ pub(super) fn no_answer(topic: &str) -> Error {
     Error::temporary(format!(
         "the Pulsar broker does not answer about topic {topic}"
     ))
-    .caused_by(OfTopic::new("no answer".to_owned(), Fault::Unclear))
+    .caused_by(OfTopic::new(NO_ANSWER.to_owned(), Fault::Unclear))
 }
 
 /// The error for a request that a broker does not answer over a connection that goes on: each is about one topic.
 pub(super) fn not_answered() -> Error {
     Error::temporary("the Pulsar broker does not answer a request")
-        .caused_by(OfTopic::new("no answer".to_owned(), Fault::Unclear))
+        .caused_by(OfTopic::new(NO_ANSWER.to_owned(), Fault::Unclear))
+}
+
+/// True where a broker has not answered at all. It may be the topic's trouble, and another host may answer.
+pub(super) fn is_unanswered(error: &Error) -> bool {
+    OfTopic::on(error).is_some_and(|of_topic| of_topic.message == NO_ANSWER)
 }
 
 /// The error for a producer that is closed although batches wait for their receipts.

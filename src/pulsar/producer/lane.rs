@@ -660,7 +660,7 @@ impl Lane {
         self.named.schema_version = schema_version;
         self.unwrite();
         if let Some(told) = last_sequence_id {
-            if self.renamed > 0 && Some(told) > self.highest_of_name {
+            if self.is_used_by_another(told) {
                 return Err(Doubt::UsedName);
             }
             if self.doubtful.is_some_and(|lowest| told >= lowest) {
@@ -937,11 +937,17 @@ impl Lane {
 
     /// True when `pushed`, the highest id ever published under the lane's name, cannot be from a log that ended at `log_end`
     /// when it was last asked for, nor is what this lane has written since. (That later events wait to be written shows nothing:
-    /// the log may have been put back, and have grown past what was pushed.)
+    /// the log may have been put back, and have grown past what was pushed.) Under a name that was to be new an id says that another had it.
     pub(super) fn is_beyond(&self, pushed: u64, log_end: Lsn) -> bool {
         !self.dedicated
+            && !self.is_used_by_another(pushed)
             && Some(pushed) > self.highest_written
             && self.lowest_commit_lsn(pushed) > log_end
+    }
+
+    /// Under a name that was to be new: an id that it has not written itself.
+    fn is_used_by_another(&self, pushed: u64) -> bool {
+        self.renamed > 0 && Some(pushed) > self.highest_of_name
     }
 
     /// The event of this id committed there, or up to some events later.

@@ -48,6 +48,19 @@ fn what_the_lane_has_written_itself_is_not_beyond_the_end_of_the_log() {
 }
 
 #[test]
+fn an_id_of_another_under_a_name_that_was_to_be_new_says_nothing_of_the_log() {
+    let mut lane = lane();
+    let log_end = Lsn::new(0x100);
+    let pushed = id(&mut lane, COMMIT, 0);
+    lane.rename();
+    assert!(!lane.is_beyond(pushed, log_end));
+
+    // But one of its own does, when the log is asked again and ends before that.
+    lane.highest_of_name = Some(pushed);
+    assert!(lane.is_beyond(pushed, log_end));
+}
+
+#[test]
 fn events_that_wait_do_not_hide_that_the_log_was_put_back() {
     let mut lane = lane();
     let pushed = id(&mut lane, COMMIT, 0);
