@@ -60,9 +60,12 @@
 //! # What this does not cover
 //!
 //! A frame that was damaged on its way, or one that a policy refuses that was made stricter under way, may have frames behind it that are
-//! stored. Where the broker deduplicates, a process that is killed right then, before it has read the refusal and stored the mark (milliseconds), finds their ids below
+//! stored. Where the broker deduplicates, a process that is killed right then, before it has read the refusal and stored the mark (milliseconds; up to ten seconds where it has lost Postgres and another process takes over), finds their ids below
 //! the highest one when it comes back, and takes the broker's "stored
 //! before" for a receipt. So does a lane whose connection ends with the refusal unread in it. The broker keeps no more than the highest id, so nobody can tell. `walpost verify` finds such rows.
+//!
+//! A lane that takes another name while the broker has not read all frames of the old one, and whose connection ends before the broker has closed the old producer, may
+//! have them stored behind what it sends again: then the last arrivals of a key are out of order.
 
 use std::collections::VecDeque;
 use std::time::Duration;
