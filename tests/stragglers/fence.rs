@@ -25,6 +25,13 @@ async fn polled() -> (Database, Walpost, String) {
     walpost.wait_for_line("polling", DEADLINE).await;
     wait_for_count(&database, "retrying", 1).await;
     wait_for_count(&database, "parked", 1).await;
+    // The look is over when it is noted: until then a claim that is gone is noticed by that.
+    eventually(DEADLINE, "the look to be noted", async || {
+        let sql = "SELECT FROM walpost.progress WHERE delivered IS NOT NULL
+                   AND NOT EXISTS (SELECT FROM walpost.outbox WHERE NOT pg_visible_in_snapshot(txid::text::xid8, delivered))";
+        (database.rows(sql, &[]).await.len() == 1).then_some(())
+    })
+    .await;
     (database, walpost, topic)
 }
 
